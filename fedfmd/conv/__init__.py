@@ -1,0 +1,24 @@
+"""Dynamic convolutions: the operators, their factory, temperature, diagnostics and reference checkpoints."""
+
+from fedfmd.conv.diagnostics import AttentionRecord, record_attention
+from fedfmd.conv.factory import CONVS, make_conv
+from fedfmd.conv.layers import CondConv2d, DyConv2d, DynamicConv2d, FMDConv2d, ODConv2d
+from fedfmd.conv.mixing import MIXINGS
+from fedfmd.conv.reference import load_reference_state_dict
+from fedfmd.conv.temperature import TemperatureSchedule, set_temperature
+
+__all__ = [
+    "CONVS",
+    "MIXINGS",
+    "AttentionRecord",
+    "CondConv2d",
+    "DyConv2d",
+    "DynamicConv2d",
+    "FMDConv2d",
+    "ODConv2d",
+    "TemperatureSchedule",
+    "load_reference_state_dict",
+    "make_conv",
+    "record_attention",
+    "set_temperature",
+]

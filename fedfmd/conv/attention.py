@@ -1,0 +1,124 @@
+"""The attention branches of the dynamic convolutions: small networks on the input's channel averages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+NORMS = ("batch", "group")
+
+
+class AttentionValues(NamedTuple):
+    """What a layer's branches say about B samples; `None` where the operator has no such attention.
+
+    input: B × C, output: B × O, spatial: B × kh × kw, kernel: B × K.
+    """
+
+    input: Tensor | None = None
+    output: Tensor | None = None
+    spatial: Tensor | None = None
+    kernel: Tensor | None = None
+
+
+class SqueezeBatchNorm(nn.BatchNorm1d):
+    """BatchNorm that survives a training batch of 1.
+
+    One sample has no variance, so it is normalised with the running statistics, which stay as they are.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise B × hidden."""
+        if not self.training or input.shape[0] > 1:
+            return super().forward(input)
+        return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+
+
+def squeeze_norm(norm: str, channels: int) -> nn.Module:
+    """The normalisation of the shared squeeze: "batch" as published, or "group" without batch statistics."""
+    if norm not in NORMS:
+        raise ValueError(f"norm = {norm!r} is unknown; use one of {', '.join(NORMS)}")
+    return SqueezeBatchNorm(channels) if norm == "batch" else nn.GroupNorm(1, channels)
+
+
+class SharedAttention(nn.Module):
+    """ODConv's squeeze: one hidden vector z = ReLU(norm(Linear(GAP(x)))) from which every head is computed.
+
+    `heads` maps the name of an attention to its size. Kernel attention is softmax(head(z)/τ); the others are
+    sigmoid(head(z)), or sigmoid(head(z)/τ) with `annealed` (ODConv). hidden = max(⌊C · reduction⌋, 16).
+    """
+
+    def __init__(
+        self, channels: int, heads: Mapping[str, int], reduction: float, norm: str, annealed: bool = False
+    ) -> None:
+        super().__init__()
+        hidden = max(int(channels * reduction), 16)
+        self.annealed = annealed
+        self.squeeze = nn.Linear(channels, hidden, bias=False)
+        self.norm = squeeze_norm(norm, hidden)
+        self.heads = nn.ModuleDict({name: nn.Linear(hidden, size) for name, size in heads.items()})
+
+    def forward(self, pooled: Tensor, temperature: Tensor) -> dict[str, Tensor]:
+        """From the B × C averages, one B × size tensor per head."""
+        z = F.relu(self.norm(self.squeeze(pooled)))
+        logits = {name: head(z) for name, head in self.heads.items()}
+        return {
+            name: (
+                F.softmax(value / temperature, dim=1)
+                if name == "kernel"
+                else torch.sigmoid(value / temperature if self.annealed else value)
+            )
+            for name, value in logits.items()
+        }
+
+
+class KernelAttention(nn.Module):
+    """DyConv's squeeze: π = softmax(Linear(ReLU(Linear(GAP(x)))) / τ).
+
+    hidden = ⌊C · reduction⌋ + 1, or K when C = 3 (the published rule). With one kernel π is 1 and nothing is
+    computed; the parameters stay, so that counts and checkpoints agree with the published ones.
+    """
+
+    def __init__(self, channels: int, kernels: int, reduction: float) -> None:
+        super().__init__()
+        hidden = kernels if channels == 3 else int(channels * reduction) + 1
+        self.squeeze = nn.Linear(channels, hidden, bias=False)
+        self.head = nn.Linear(hidden, kernels)
+
+    def forward(self, pooled: Tensor, temperature: Tensor) -> dict[str, Tensor]:
+        """From the B × C averages, π: B × K."""
+        if self.head.out_features == 1:
+            return {}
+        return {"kernel": F.softmax(self.head(F.relu(self.squeeze(pooled))) / temperature, dim=1)}
+
+
+class Routing(nn.Linear):
+    """CondConv's routing: r = sigmoid(Linear(GAP(x))), one independent weight per kernel."""
+
+    def forward(self, input: Tensor, temperature: Tensor | None = None) -> dict[str, Tensor]:  # noqa: ARG002
+        """From the B × C averages, r: B × K."""
+        return {"kernel": torch.sigmoid(super().forward(input))}
+
+
+class Attention(nn.ModuleDict):
+    """The branches of one layer, evaluated together on the average over the pixels."""
+
+    def forward(self, x: Tensor, temperature: Tensor | None) -> AttentionValues:
+        """From x: B × C × H × W."""
+        pooled = x.mean((2, 3))
+        values: dict[str, Tensor] = {}
+        for branch in self.values():
+            values |= branch(pooled, temperature)
+        return AttentionValues(**values)
+
+
+def init_attention(module: nn.Module) -> None:
+    """Kaiming-normal weights (fan_out, ReLU) and zero biases in every linear layer of an attention."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)

@@ -1,0 +1,56 @@
+"""The temperature τ of the attentions: a buffer of the layers, set from outside by a schedule."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import nn
+
+SHAPES = ("linear", "cosine", "constant")
+
+
+def check_temperature(temperature: float) -> float:
+    """The temperature as a float; an error unless it is positive and finite."""
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"temperature = {temperature} must be a positive finite number")
+    return float(temperature)
+
+
+def set_temperature(model: nn.Module, temperature: float) -> None:
+    """Set τ in every layer of the model that has one (a model of static convolutions has none)."""
+    value = check_temperature(temperature)
+    for name, buffer in model.named_buffers():
+        if name.rpartition(".")[2] == "temperature":
+            buffer.fill_(value)
+
+
+@dataclass(frozen=True)
+class TemperatureSchedule:
+    """τ as a function of progress: from `initial` at step 0 to `final` at step `steps` and after.
+
+    A step is a round or an epoch. "linear" is the published schedule, "cosine" starts and ends slowly,
+    "constant" stays at `initial`.
+    """
+
+    initial: float = 30.0
+    final: float = 1.0
+    steps: int = 10
+    shape: str = "linear"
+
+    def __post_init__(self) -> None:
+        check_temperature(self.initial)
+        check_temperature(self.final)
+        if self.steps < 0:
+            raise ValueError(f"steps = {self.steps} must not be negative")
+        if self.shape not in SHAPES:
+            raise ValueError(f"shape = {self.shape!r} is unknown; use one of {', '.join(SHAPES)}")
+
+    def at(self, step: float) -> float:
+        """τ at a step from 0."""
+        if self.shape == "constant":
+            return self.initial
+        progress = min(max(step / self.steps, 0.0), 1.0) if self.steps else 1.0
+        if self.shape == "cosine":
+            progress = (1 - math.cos(math.pi * progress)) / 2
+        return self.initial + (self.final - self.initial) * progress
