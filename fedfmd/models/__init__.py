@@ -1,0 +1,6 @@
+"""Residual networks over any convolution: ``make_model("resnet18", "fmdconv", classes=10)``."""
+
+from fedfmd.models.factory import make_model
+from fedfmd.models.resnet import MODELS, Architecture, resnet
+
+__all__ = ["MODELS", "Architecture", "make_model", "resnet"]
