@@ -1,0 +1,7 @@
+"""What a model costs, counted and measured, and how its accuracy weighs against that."""
+
+from fedfmd.cost.counting import Cost, count, training_memory
+from fedfmd.cost.measuring import latency
+from fedfmd.cost.tradeoff import ies, pareto_front, rcs
+
+__all__ = ["Cost", "count", "ies", "latency", "pareto_front", "rcs", "training_memory"]

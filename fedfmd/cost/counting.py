@@ -1,0 +1,172 @@
+"""What a model costs, by formulas on shapes: parameters, multiply-accumulates (MACs), FLOPs and bytes.
+
+Conventions: 1 MAC = 2 FLOPs; training costs 3 × the forward pass, since the backward pass has two products
+for each of its products; a number takes 4 bytes (float32). Convolutions, linear layers and the aggregation
+of kernels are counted; what is elementwise on feature maps (normalisation, activation, pooling, scaling by
+an attention) is not. A dynamic convolution is counted as its equation is written, whatever way of mixing
+computes it, and also at K = 1, where the layers save themselves the aggregation.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from fedfmd.conv import DynamicConv2d
+
+FLOPS_PER_MAC = 2
+TRAINING_PER_FORWARD = 3
+BYTES_PER_NUMBER = 4
+COPIES_OF_PARAMETERS = 3  # SGD with momentum holds each parameter, its gradient and its momentum
+
+CONVOLUTIONS = (nn.Conv2d, DynamicConv2d)
+STORING = (*CONVOLUTIONS, nn.BatchNorm2d, nn.GroupNorm, nn.MaxPool2d, nn.Linear)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a model costs; MACs, FLOPs and activations for one image.
+
+    Attributes:
+        params: number of parameters.
+        bytes: size of the state dict, parameters and buffers.
+        macs_by_kind: MACs of a forward pass in the convolutions (static and dynamic), the linear layers (the
+            classifier), the attention of the dynamic convolutions and the aggregation of their kernels.
+        activation_bytes: what training keeps from the forward for the backward pass: see `stored_numbers`.
+    """
+
+    params: int
+    bytes: int
+    macs_by_kind: dict[str, int]
+    activation_bytes: int
+
+    @property
+    def macs(self) -> int:
+        """MACs of a forward pass."""
+        return sum(self.macs_by_kind.values())
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of a forward pass."""
+        return FLOPS_PER_MAC * self.macs
+
+    @property
+    def train_flops(self) -> int:
+        """FLOPs of a forward and a backward pass."""
+        return TRAINING_PER_FORWARD * self.flops
+
+    @property
+    def param_bytes(self) -> int:
+        """Bytes of the parameters in float32."""
+        return BYTES_PER_NUMBER * self.params
+
+
+class Call(NamedTuple):
+    """A layer with the shapes, batch first, of its input and its output."""
+
+    layer: nn.Module
+    input: torch.Size
+    output: torch.Size
+
+
+def count(model: nn.Module, image_size: int) -> Cost:
+    """Count one image of 3 × `image_size` × `image_size` through the model, which stays as it is.
+
+    At 224 pixels this gives the usual 1.814 G MACs for ResNet-18 and 4.089 G for ResNet-50, whose stride is
+    on the 3×3 convolutions as in torchvision (ODConv's base of 3.858 G has it on the first 1×1). ODConv's
+    published figures count more than convolutions, linear layers and kernels: ResNet-18 with K = 1 and 4
+    has 1.838 G and 1.916 G there, 1.825 G and 1.902 G here.
+
+    Raises:
+        ValueError: `image_size` < 1.
+    """
+    if image_size < 1:
+        raise ValueError(f"image_size = {image_size} must be at least 1")
+    calls = trace(model, image_size)
+    dynamic = [call.layer for call in calls if isinstance(call.layer, DynamicConv2d)]
+    return Cost(
+        params=sum(p.numel() for p in model.parameters()),
+        bytes=sum(t.numel() * t.element_size() for t in model.state_dict().values()),
+        macs_by_kind={
+            "convolution": sum(convolution_macs(c) for c in calls if isinstance(c.layer, CONVOLUTIONS)),
+            "linear": sum(linear_macs(c.layer) for c in calls if isinstance(c.layer, nn.Linear)),
+            "attention": sum(attention_macs(layer) for layer in dynamic),
+            "aggregation": sum(aggregation_macs(layer) for layer in dynamic),
+        },
+        activation_bytes=BYTES_PER_NUMBER * sum(stored_numbers(call) for call in calls),
+    )
+
+
+def training_memory(cost: Cost, batch: int) -> int:
+    """Bytes that SGD with momentum holds: parameters, gradients, momentum and a batch's activations."""
+    return COPIES_OF_PARAMETERS * cost.param_bytes + batch * cost.activation_bytes
+
+
+def trace(model: nn.Module, image_size: int) -> list[Call]:
+    """List the layers with the shapes that they meet, by running a copy without data on the meta device."""
+    model = copy.deepcopy(model).to("meta").eval()
+    calls: list[Call] = []
+    for layer in leaves(model):
+        layer.register_forward_hook(
+            lambda layer, inputs, output: calls.append(Call(layer, inputs[0].shape, output.shape))
+        )
+    with torch.no_grad():
+        model(torch.empty(1, 3, image_size, image_size, device="meta"))
+    return calls
+
+
+def leaves(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield the layers that have a cost; a dynamic convolution is one layer, its attention included."""
+    if isinstance(module, STORING):
+        yield module
+    else:
+        for child in module.children():
+            yield from leaves(child)
+
+
+def convolution_macs(call: Call) -> int:
+    """O·H'·W' outputs, each a sum over C/groups·kh·kw inputs."""
+    layer = call.layer
+    return prod(call.output[1:]) * layer.in_channels // layer.groups * prod(layer.kernel_size)
+
+
+def linear_macs(layer: nn.Linear) -> int:
+    """One product for each weight."""
+    return layer.in_features * layer.out_features
+
+
+def attention_macs(layer: DynamicConv2d) -> int:
+    """The linear layers of all branches, each used once per image."""
+    return sum(linear_macs(part) for part in layer.attention.modules() if isinstance(part, nn.Linear))
+
+
+def aggregation_macs(layer: DynamicConv2d) -> int:
+    """K·O·C/groups·kh·kw products for each attention that weights the kernels.
+
+    One in Σ_k π_k W_k, two in ODConv's Σ_k π_k (s ⊙ W_k).
+    """
+    return layer.bank.numel() * len(attentions(layer) & {"kernel", "spatial"})
+
+
+def stored_numbers(call: Call) -> int:
+    """Numbers that the backward pass needs from a layer: its output, which is the next layer's input.
+
+    ReLU works in place. Where attention scales the input or output of a dynamic convolution, the numbers
+    before and after are needed. Per-sample kernels are left out: the mixing decides whether they are kept.
+    """
+    numbers = prod(call.output[1:])
+    if isinstance(call.layer, DynamicConv2d):
+        scaled = attentions(call.layer)
+        numbers += prod(call.input[1:]) * ("input" in scaled) + prod(call.output[1:]) * ("output" in scaled)
+    return numbers
+
+
+def attentions(layer: DynamicConv2d) -> set[str]:
+    """The names of the branches in the layer's attention: among others input, output, spatial and kernel."""
+    return {name.rpartition(".")[2] for name, _ in layer.attention.named_modules()}
