@@ -1,0 +1,145 @@
+"""Which device and which link each client has."""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+
+from fedfmd.edge.devices import DEVICES, Bandwidth, Device, Link
+
+_FORM = "write `pi-4:4, phone:2` (counts) or `pi-4:50%, phone:50%` (shares)"
+
+
+@dataclass(frozen=True)
+class Client:
+    """A data shard's owner: its number, its device and its share of the link."""
+
+    id: int
+    device: Device
+    bandwidth: Bandwidth
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """All clients, in the order of their ids 0, 1, ….
+
+    Which client is which follows from the seed alone: the links don't change with the devices, nor the first
+    clients' links with the number of clients.
+    """
+
+    clients: tuple[Client, ...]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Number of clients by the name of their device, in alphabetical order."""
+        return dict(sorted(Counter(client.device.name for client in self.clients).items()))
+
+
+def parse_fleet(spec: str | Mapping[str, int | float | str]) -> dict[str, int | Fraction]:
+    """Read a fleet: either counts (int) or shares (Fraction, summing to 1) by the name of the device.
+
+    Args:
+        spec: `"pi-4:4, phone:4"`, `"pi-4:50%, phone:0.5"`, `"pi-4"` (all of them), or the same as a mapping.
+
+    Raises:
+        ValueError: the text or an amount can't be read, counts and shares are mixed, or shares miss 100 %
+            by more than 1 %, which is left for thirds.
+    """
+    pairs = spec.items() if isinstance(spec, Mapping) else _pairs(spec)
+    amounts: dict[str, int | Fraction] = {}
+    for name, amount in pairs:
+        if name in amounts:
+            raise ValueError(f"fleet.devices: {name!r} is named twice in {spec!r}; {_FORM}")
+        amounts[name] = _amount(name, amount)
+    if len({type(amount) for amount in amounts.values()}) != 1:
+        raise ValueError(f"fleet.devices = {spec!r} must hold counts only or shares only; {_FORM}")
+    total = sum(amounts.values())
+    if isinstance(total, Fraction):
+        if abs(total - 1) > Fraction(1, 100):
+            raise ValueError(f"fleet.devices = {spec!r}: the shares sum to {float(total):.4g}, not to 1")
+        return {name: share / total for name, share in amounts.items()}
+    return amounts
+
+
+def _pairs(text: str) -> list[tuple[str, str]]:
+    parts = [part.partition(":") for part in text.split(",")]
+    return [(name.strip(), amount.strip() if colon else "100%") for name, colon, amount in parts]
+
+
+def _amount(name: str, amount: int | float | str) -> int | Fraction:
+    """An int is a count, all else a share, exact as it is written."""
+    text = str(amount)
+    try:
+        if text.endswith("%"):
+            value: int | Fraction = Fraction(text[:-1]) / 100
+        else:
+            value = int(text) if text.isdecimal() else Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        value = 0
+    if value <= 0:
+        raise ValueError(f"fleet.devices: {name!r} has the amount {text!r}, no positive number; {_FORM}")
+    return value
+
+
+def make_fleet(
+    spec: str | Mapping[str, int | float | str],
+    clients: int,
+    link: Link,
+    seed: int,
+    devices: Mapping[str, Device] = DEVICES,
+) -> Fleet:
+    """Deal devices and links out to `clients` clients, by `seed` alone.
+
+    Args:
+        spec: the fleet, as `parse_fleet` reads it; shares become counts by largest remainder.
+        clients: the number of clients.
+        link: where the clients' bandwidths are drawn from.
+        seed: not negative.
+        devices: the profiles that `spec` may name.
+
+    Raises:
+        ValueError: an unknown device, or counts that don't sum to `clients`.
+    """
+    amounts = parse_fleet(spec)
+    for name in amounts:
+        if name not in devices:
+            near = difflib.get_close_matches(name, devices, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ValueError(f"fleet.devices: unknown device {name!r}; {hint}known: {', '.join(devices)}")
+    counts = _counts(amounts, clients)
+    if sum(counts.values()) != clients:
+        raise ValueError(
+            f"fleet.devices names {sum(counts.values())} devices, partition.clients is {clients}: "
+            "make them equal, or give shares like `pi-4:50%`"
+        )
+    names = [name for name, count in counts.items() for _ in range(count)]
+    order = _generator(seed, "devices").permutation(clients)
+    quantiles = _generator(seed, "links").random(clients)
+    return Fleet(
+        tuple(
+            Client(id, devices[names[place]], link.sample(float(u)))
+            for id, (place, u) in enumerate(zip(order, quantiles, strict=True))
+        )
+    )
+
+
+def _counts(amounts: Mapping[str, int | Fraction], clients: int) -> dict[str, int]:
+    """Counts as they are; shares rounded by largest remainder, ties in the order of the specification."""
+    if any(isinstance(amount, int) for amount in amounts.values()):
+        return {name: int(amount) for name, amount in amounts.items()}
+    quotas = {name: share * clients for name, share in amounts.items()}
+    counts = {name: int(quota) for name, quota in quotas.items()}
+    by_remainder = sorted(quotas, key=lambda name: counts[name] - quotas[name])
+    for name in by_remainder[: clients - sum(counts.values())]:
+        counts[name] += 1
+    return counts
+
+
+def _generator(seed: int, purpose: str) -> np.random.Generator:
+    """A stream of its own per purpose, so that no draw shifts another."""
+    return np.random.default_rng([seed, *purpose.encode()])

@@ -1,0 +1,81 @@
+from pathlib import Path
+
+import pytest
+
+from fedfmd.edge import DEVICES, LINKS, Bandwidth, Link, load_devices
+
+BOARD = "{train_gflops: 18.2, infer_gflops: 20, memory_gb: 2, power_w: 6, source: measured here}"
+
+
+@pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES.keys())
+def test_every_device_is_named_by_its_row_and_says_where_its_figures_come_from(device):
+    assert DEVICES[device.name] is device
+    assert len(device.source) > 20
+
+
+def test_an_estimate_is_told_from_a_measurement():
+    assert "train_gflops" not in DEVICES["jetson-nano"].estimate
+    assert "train_gflops" in DEVICES["phone"].estimate
+
+
+def test_a_users_file_adds_rows_and_replaces_rows(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"pi-4: {BOARD}\nmy-board: {BOARD}\n")
+    devices = load_devices(file)
+    assert devices["pi-4"].train_gflops == devices["my-board"].train_gflops == 18.2
+    assert devices["pi-5"] == DEVICES["pi-5"]
+    assert load_devices() == DEVICES
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        (f"x: {BOARD.replace('18.2', '-1')}", ["'x'", "'train_gflops'", "-1"]),
+        (f"x: {BOARD.replace('18.2', '0')}", ["'x'", "'train_gflops'", "0"]),
+        (f"x: {BOARD.replace('18.2', '.inf')}", ["'x'", "'train_gflops'", "inf"]),
+        (f"x: {BOARD.replace('18.2', 'fast')}", ["'x'", "'train_gflops'", "fast"]),
+        (f"x: {BOARD.replace('18.2', 'true')}", ["'x'", "'train_gflops'", "True"]),
+        (f"x: {BOARD.replace('power_w', 'watts')}", ["'x'", "'watts'", "power_w"]),
+        (f"x: {BOARD.replace('power_w: 6, ', '')}", ["'x'", "'power_w'", "required"]),
+        (f"x: {BOARD[:-1]}, estimate: [colour]}}", ["'x'", "'estimate'", "colour"]),
+        ("x: 3", ["'x'", "3"]),
+        ("just text", ["just text"]),
+        ("x: {", ["cannot be read"]),
+    ],
+)
+def test_a_wrong_file_is_refused_in_one_line_that_names_file_row_and_key(tmp_path, text, named):
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=r"mine\.yaml") as error:
+        load_devices(file)
+    assert all(part in str(error.value) for part in named)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_file_is_named():
+    with pytest.raises(ValueError, match=r"nowhere\.yaml: cannot be read"):
+        load_devices(Path("nowhere.yaml"))
+
+
+@pytest.mark.parametrize("link", LINKS.values(), ids=LINKS.keys())
+def test_a_link_runs_from_its_minimum_through_its_median_to_its_maximum(link):
+    rates = [link.sample(u / 10) for u in range(11)]
+    assert [rate.down_bps for rate in rates] == sorted(rate.down_bps for rate in rates)
+    for u, place in ((0, 0), (5, 1), (10, 2)):
+        assert rates[u].down_bps == pytest.approx(1e6 * link.down_mbps[place])
+        assert rates[u].up_bps == pytest.approx(1e6 * link.up_mbps[place])
+
+
+def test_between_two_quantiles_a_link_is_log_linear():
+    link = Link("lab", down_mbps=(1, 100, 10_000), up_mbps=(4, 4, 16), source="made up")
+    assert link.sample(0.25) == Bandwidth(down_bps=10e6, up_bps=4e6)
+    assert link.sample(0.75) == Bandwidth(down_bps=1000e6, up_bps=8e6)
+
+
+def test_a_fixed_link_is_exact_and_the_same_for_all():
+    assert {LINKS["broadband"].sample(u) for u in (0.0, 0.1, 0.5, 0.9)} == {Bandwidth(100e6, 20e6)}
+
+
+def test_the_quantiles_of_a_link_must_not_fall():
+    with pytest.raises(ValueError, match="must not fall"):
+        Link("lab", down_mbps=(3, 2, 1), up_mbps=(1, 1, 1), source="made up")

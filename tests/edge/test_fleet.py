@@ -1,0 +1,94 @@
+from fractions import Fraction
+
+import pytest
+
+from fedfmd.edge import DEVICES, LINKS, Device, make_fleet, parse_fleet
+
+HALF = Fraction(1, 2)
+WIFI = LINKS["wifi"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "amounts"),
+    [
+        ("pi-4:4, jetson-nano:4,phone : 2", {"pi-4": 4, "jetson-nano": 4, "phone": 2}),
+        ("pi-4:50%, phone:50%", {"pi-4": HALF, "phone": HALF}),
+        ("pi-4:0.5, phone:50%", {"pi-4": HALF, "phone": HALF}),
+        ("pi-4", {"pi-4": Fraction(1)}),
+        ("pi-4:33%, pi-5:33%, phone:33%", dict.fromkeys(["pi-4", "pi-5", "phone"], Fraction(1, 3))),
+        ({"pi-4": 4, "phone": 2}, {"pi-4": 4, "phone": 2}),
+        ({"pi-4": 0.5, "phone": "50%"}, {"pi-4": HALF, "phone": HALF}),
+    ],
+)
+def test_a_fleet_is_read_as_counts_or_as_shares(spec, amounts):
+    assert parse_fleet(spec) == amounts
+
+
+@pytest.mark.parametrize(
+    ("spec", "named"),
+    [
+        ("pi-4:1, phone:50%", "counts only or shares only"),
+        ("pi-4:50%, phone:40%", "sum to 0.9"),
+        ("pi-4, phone", "sum to 2"),
+        ("pi-4:many", "'many'"),
+        ("pi-4:0", "'0'"),
+        ("pi-4:-3", "'-3'"),
+        ("pi-4:", "''"),
+        ("pi-4:1, pi-4:2", "twice"),
+        ({"pi-4": True}, "'True'"),
+        ({}, "counts only or shares only"),
+    ],
+)
+def test_a_wrong_fleet_names_the_setting_and_the_fault(spec, named):
+    with pytest.raises(ValueError, match=r"fleet\.devices") as error:
+        parse_fleet(spec)
+    assert named in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("spec", "clients", "counts"),
+    [
+        ("pi-4:4, phone:2", 6, {"phone": 2, "pi-4": 4}),
+        ("pi-4:50%, phone:30%, pi-5:20%", 10, {"phone": 3, "pi-4": 5, "pi-5": 2}),
+        ("pi-4:50%, phone:30%, pi-5:20%", 4, {"phone": 1, "pi-4": 2, "pi-5": 1}),  # 2, 1.2, 0.8
+        ("pi-4:50%, phone:50%", 3, {"phone": 1, "pi-4": 2}),  # a tie goes to the first
+        ("pi-4:0.29, phone:0.71", 100, {"phone": 71, "pi-4": 29}),
+        ("pi-4:90%, phone:10%", 2, {"pi-4": 2}),
+    ],
+)
+def test_shares_are_rounded_by_largest_remainder(spec, clients, counts):
+    assert make_fleet(spec, clients, WIFI, seed=0).counts == counts
+
+
+def test_counts_must_sum_to_the_clients():
+    with pytest.raises(ValueError, match=r"fleet\.devices names 6 devices, partition\.clients is 10"):
+        make_fleet("pi-4:4, phone:2", 10, WIFI, seed=0)
+
+
+def test_an_unknown_device_is_refused_with_the_nearest_name():
+    with pytest.raises(ValueError, match="'jetson-nanno'; did you mean 'jetson-nano'"):
+        make_fleet("jetson-nanno:4", 4, WIFI, seed=0)
+
+
+def test_a_fleet_can_hold_devices_of_the_users_own():
+    mine = Device("mine", 1, 1, 1, 1, source="measured")
+    assert make_fleet("mine", 3, WIFI, seed=0, devices=DEVICES | {"mine": mine}).counts == {"mine": 3}
+
+
+def test_the_seed_decides_which_client_is_which():
+    fleets = [make_fleet("pi-4:10, phone:10", 20, WIFI, seed) for seed in (0, 0, 1)]
+    assert fleets[0] == fleets[1] != fleets[2]
+    assert [client.id for client in fleets[0].clients] == list(range(20))
+
+
+def test_links_change_neither_with_the_devices_nor_with_the_number_of_clients():
+    few = make_fleet("pi-4", 5, WIFI, seed=3)
+    many = make_fleet("phone:50%, pi-5:50%", 50, WIFI, seed=3)
+    assert [c.bandwidth for c in few.clients] == [c.bandwidth for c in many.clients[:5]]
+
+
+def test_devices_and_links_are_dealt_independently():
+    fleet = make_fleet("pi-4:500, phone:500", 1000, WIFI, seed=0)
+    good = [client.device.name for client in fleet.clients if client.bandwidth.down_bps > 34.5e6]
+    assert 450 < len(good) < 550  # half of the clients are above the median,
+    assert 0.4 < good.count("pi-4") / len(good) < 0.6  # whatever device they have
