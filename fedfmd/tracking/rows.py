@@ -1,0 +1,172 @@
+"""The rows of rounds.csv and clients.csv: their columns, their text, and how they are read back.
+
+A field's place in its class is its column's place. A value that does not exist (the loss of a client that did
+not train, the temperature of a static network) is None, an empty cell. Floats keep ten digits.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import ClassVar, TypeVar
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundRow:
+    """One round of the server. Seconds are virtual but for `wall_s`; energy in joules; accuracy in [0, 1].
+
+    Attributes:
+        round: its number.
+        virtual_s: virtual time at the end of the round.
+        round_s: virtual seconds of this round.
+        wall_s: seconds that this machine needed.
+        loss, accuracy: of the global model on the test set; `best_accuracy` so far.
+        temperature: of the kernel attention.
+        kernel_entropy: mean over dynamic layers and samples of H(π)/ln K.
+        train_flops: of all clients in this round, late ones included; `cum_train_flops` since the start.
+        up_bytes, down_bytes, energy_j: sums over the clients.
+        latency_s: modelled seconds of inference per image, mean over the clients.
+        ies_train, rcs_train: round_s / accuracy, accuracy / round_s.
+        ies_infer, rcs_infer: latency_s / accuracy, accuracy / latency_s.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(ser_json_inf_nan="strings")
+
+    round: int
+    virtual_s: float
+    round_s: float
+    wall_s: float
+    loss: float | None = None
+    accuracy: float | None = None
+    best_accuracy: float | None = None
+    temperature: float | None = None
+    kernel_entropy: float | None = None
+    clients_ok: int
+    clients_late: int
+    clients_failed: int
+    train_flops: int
+    cum_train_flops: int
+    up_bytes: int
+    down_bytes: int
+    energy_j: float
+    latency_s: float | None = None
+    ies_train: float | None = None
+    rcs_train: float | None = None
+    ies_infer: float | None = None
+    rcs_infer: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientRow:
+    """One client in one round. Seconds are virtual but for `wall_s`; energy in joules; accuracy in [0, 1].
+
+    Attributes:
+        round, client: its key.
+        node: place of the worker that hosted the client; None if none did.
+        device: name of the device profile.
+        status: ok, late, failed or unfit; `reason` says why it is not ok.
+        examples, steps: images and local steps of the plan.
+        kernels: kernels of each bank that were trained.
+        train_flops: of this round; `cum_train_flops` since the start.
+        compute_s, down_s, up_s, total_s: by the device and link model; `wall_s` on this machine.
+        loss, accuracy: of the client's model on its own shard.
+        latency_s: modelled seconds of inference per image on its device.
+        ies, rcs: latency_s / accuracy, accuracy / latency_s.
+    """
+
+    round: int
+    client: int
+    node: int | None = None
+    device: str
+    status: str
+    reason: str = ""
+    examples: int
+    steps: int
+    kernels: int
+    train_flops: int
+    cum_train_flops: int
+    compute_s: float
+    down_s: float
+    up_s: float
+    total_s: float
+    wall_s: float | None = None
+    up_bytes: int
+    down_bytes: int
+    energy_j: float
+    loss: float | None = None
+    accuracy: float | None = None
+    latency_s: float | None = None
+    ies: float | None = None
+    rcs: float | None = None
+
+
+Row = TypeVar("Row", RoundRow, ClientRow)
+ROUND_COLUMNS = tuple(field.name for field in fields(RoundRow))
+CLIENT_COLUMNS = tuple(field.name for field in fields(ClientRow))
+_ROUND_LINE = "fedfmd-round "
+
+
+def csv_text(rows: Iterable[Iterable[float | str | None]]) -> str:
+    """Rows of cells as CSV, one line each: None is empty, floats have ten digits or are `nan`, `inf`."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([_cell(value) for value in row] for row in rows)
+    return text.getvalue()
+
+
+def _cell(value: float | str | None) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.10g}"
+    return " ".join(str(value).split())  # one row, one line: a file can be cut at any line
+
+
+def whole_lines(path: Path) -> list[str]:
+    """The lines of a file that were written to their end, line breaks included."""
+    return [line.decode() + "\n" for line in path.read_bytes().split(b"\n")[:-1]]
+
+
+def read_rounds(path: Path) -> list[RoundRow]:
+    """The rows of a rounds.csv; a last line that was never finished is left out.
+
+    Raises:
+        ValueError: a cell is no value of its column; the text names file, line and column.
+    """
+    return _read(path, RoundRow)
+
+
+def read_clients(path: Path) -> list[ClientRow]:
+    """The rows of a clients.csv, as `read_rounds` does; a round that rounds.csv lacks was never finished."""
+    return _read(path, ClientRow)
+
+
+def _read(path: Path, row_type: type[Row]) -> list[Row]:
+    adapter = TypeAdapter(row_type)
+    rows = []
+    for number, record in enumerate(csv.DictReader(whole_lines(path)), start=2):
+        try:
+            rows.append(adapter.validate_python({name: cell for name, cell in record.items() if cell}))
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise ValueError(f"{path}, line {number}, column {first['loc'][0]}: {first['msg']}") from error
+    return rows
+
+
+def round_line(row: RoundRow) -> str:
+    """A round as a line for the log, `fedfmd-round {"round":1,…}`, so that remote runs can be recovered."""
+    return _ROUND_LINE + TypeAdapter(RoundRow).dump_json(row).decode()
+
+
+def parse_round_line(line: str) -> RoundRow | None:
+    """The round in a line of a log, whatever stands before and after it; None if there is none."""
+    _, found, text = line.partition(_ROUND_LINE)
+    if not found:
+        return None
+    values, _ = json.JSONDecoder().raw_decode(text)
+    return TypeAdapter(RoundRow).validate_python(values)
