@@ -1,0 +1,47 @@
+"""Trained models for other runtimes, as ONNX or `torch.export` files that take batches of any size."""
+
+from __future__ import annotations
+
+import copy
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.export import Dim, ExportedProgram
+
+from fedfmd.conv import DynamicConv2d
+from fedfmd.errors import SettingsError
+
+
+def export_onnx(model: nn.Module, image_size: int, path: Path) -> None:
+    """Write the model as one ONNX file, `images` B × 3 × `image_size` × `image_size` to `logits`, B free.
+
+    Raises:
+        SettingsError: the packages of the extra `export` are missing.
+    """
+    if missing := [name for name in ("onnx", "onnxscript") if find_spec(name) is None]:
+        raise SettingsError(f"ONNX export needs {' and '.join(missing)}: pip install 'fedfmd[export]'")
+    torch.onnx.export(
+        _program(model, image_size),
+        f=path,
+        input_names=["images"],
+        output_names=["logits"],
+        external_data=False,
+        verbose=False,
+    )
+
+
+def export_program(model: nn.Module, image_size: int, path: Path) -> None:
+    """Write the model for `torch.export.load`, from B × 3 × `image_size` × `image_size` to logits, B free."""
+    torch.export.save(_program(model, image_size), path)
+
+
+def _program(model: nn.Module, image_size: int) -> ExportedProgram:
+    """Capture inference on the CPU; the model stays as it is."""
+    model = copy.deepcopy(model).cpu().eval()
+    for layer in model.modules():
+        if isinstance(layer, DynamicConv2d):
+            layer.mixing = "auto"  # while exporting: a way that does not depend on the batch size
+    images = torch.zeros(2, 3, image_size, image_size)
+    return torch.export.export(model, (images,), dynamic_shapes=({0: Dim("batch")},))
