@@ -1,0 +1,34 @@
+"""Image sources, their split over the clients, and in-memory batches.
+
+Heavy libraries (torchvision, scikit-learn, flwr-datasets, matplotlib) are imported where they are used,
+so that importing this package costs no more than importing torch.
+"""
+
+from fedfmd.data.batches import batches
+from fedfmd.data.images import Dataset, ImageSet, load_image_set
+from fedfmd.data.partition import (
+    Partition,
+    cached_partition,
+    load_partition,
+    make_partition,
+    save_partition,
+)
+from fedfmd.data.plot import plot_partition
+from fedfmd.data.schemes import PARTITIONS
+from fedfmd.data.sources import DATASETS, load_dataset
+
+__all__ = [
+    "DATASETS",
+    "PARTITIONS",
+    "Dataset",
+    "ImageSet",
+    "Partition",
+    "batches",
+    "cached_partition",
+    "load_dataset",
+    "load_image_set",
+    "load_partition",
+    "make_partition",
+    "plot_partition",
+    "save_partition",
+]

@@ -1,0 +1,164 @@
+"""Image sets held in memory as uint8 tensors, and reading one from a file or a folder."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedfmd.data.files import read_npz
+
+FOLDER_IMAGE_SIZE = 64
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """Labelled images: `images` uint8 N x 3 x H x W, `labels` int64 N."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def subset(self, indices: np.ndarray | Tensor) -> ImageSet:
+        """A copy of the images at `indices` (int64), in that order."""
+        chosen = torch.as_tensor(indices)
+        return ImageSet(self.images[chosen], self.labels[chosen])
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """A training and a test set over the same classes, with images of one square size.
+
+    `mean` and `std` are the training set's, per channel, of pixel values scaled to 0..1.
+    `augment` says whether random crops and flips keep the label (they don't for digits).
+    """
+
+    name: str
+    train: ImageSet
+    test: ImageSet
+    classes: int
+    class_names: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    augment: bool
+
+    @property
+    def image_size(self) -> int:
+        """Height and width in pixels."""
+        return self.train.images.shape[-1]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Short hex digest of all images and labels: the same content has the same fingerprint."""
+        digest = hashlib.blake2b(digest_size=8)
+        for tensor in (self.train.images, self.train.labels, self.test.images, self.test.labels):
+            digest.update(repr(tuple(tensor.shape)).encode())
+            digest.update(tensor.contiguous().numpy())
+        return digest.hexdigest()
+
+
+def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel of uint8 images N x C x H x W, scaled to 0..1.
+
+    Computed from exact histograms, so that the result does not depend on the number of threads.
+    """
+    levels = torch.arange(256, dtype=torch.float64) / 255
+    share = torch.stack([torch.bincount(c.flatten(), minlength=256) for c in images.unbind(1)]).double()
+    share /= share.sum(1, keepdim=True)
+    mean = (share * levels).sum(1)
+    variance = (share * (levels - mean[:, None]) ** 2).sum(1)
+    # a constant channel has no spread to divide by; one grey level stands in for it
+    return tuple(mean.tolist()), tuple(variance.sqrt().clamp_min(1 / 255).tolist())
+
+
+def fit(images: Tensor, size: int) -> Tensor:
+    """Resize the short side (bilinear) and cut the centre: uint8 N x 3 x H x W to N x 3 x size x size."""
+    from torchvision.transforms import functional
+
+    # in chunks, because resizing may pass through float32
+    return torch.cat(
+        [functional.center_crop(functional.resize(chunk, [size]), [size]) for chunk in images.split(1024)]
+    )
+
+
+def load_image_set(
+    path: Path, image_size: int | None = None, class_names: Sequence[str] | None = None
+) -> ImageSet:
+    """Read an npz file or a folder with one sub-folder of images per class.
+
+    An npz file holds `images` uint8 N x H x W x 3 and `labels` integers N. Its images keep their size unless
+    `image_size` is given. A folder's images are decoded once; the short side is resized and the centre cut to
+    `image_size` (64 unless given).
+
+    Args:
+        path: the file or the folder.
+        image_size: height and width of the result in pixels.
+        class_names: the classes by label. A folder may hold some of them only, as one client's own data may;
+            without the names, its sorted sub-folders are the classes.
+
+    Raises:
+        ValueError: one line that starts with the path and says what is wrong with the data.
+    """
+    if path.is_dir():
+        return _read_folder(path, image_size or FOLDER_IMAGE_SIZE, class_names)
+    if path.is_file():
+        return _read_npz(path, image_size, class_names)
+    raise ValueError(f"{path}: no such file or folder")
+
+
+def _read_npz(path: Path, image_size: int | None, class_names: Sequence[str] | None) -> ImageSet:
+    pixels, labels = read_npz(path, "images", "labels")
+    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3:
+        raise ValueError(f"{path}: 'images' must be uint8 N x H x W x 3, not {pixels.dtype} {_shape(pixels)}")
+    if labels.dtype.kind not in "iu" or labels.ndim != 1:
+        raise ValueError(f"{path}: 'labels' must be integers of shape N, not {labels.dtype} {_shape(labels)}")
+    if len(pixels) != len(labels):
+        raise ValueError(f"{path}: {len(pixels)} images but {len(labels)} labels; each image needs one label")
+    if not pixels.size:
+        raise ValueError(f"{path}: holds no images ({_shape(pixels)})")
+    if labels.min() < 0:
+        raise ValueError(f"{path}: label {labels.min()} is negative; classes count from 0")
+    if class_names is not None and labels.max() >= len(class_names):
+        raise ValueError(f"{path}: label {labels.max()} is outside the classes 0..{len(class_names) - 1}")
+    if image_size is None and pixels.shape[1] != pixels.shape[2]:
+        raise ValueError(
+            f"{path}: images of {_shape(pixels[0])} are not square; set data.image-size to cut them"
+        )
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+    if image_size is not None and images.shape[2:] != (image_size, image_size):
+        images = fit(images, image_size)
+    return ImageSet(images, torch.from_numpy(labels.astype(np.int64)))
+
+
+def _read_folder(path: Path, image_size: int, class_names: Sequence[str] | None) -> ImageSet:
+    from torchvision.datasets import ImageFolder
+    from torchvision.transforms.functional import pil_to_tensor
+
+    try:
+        folder = ImageFolder(path)
+    except FileNotFoundError as error:  # no sub-folders, or one of them without images
+        raise ValueError(f"{path}: {error}") from None
+    names = folder.classes if class_names is None else list(class_names)
+    if unknown := sorted(set(folder.classes) - set(names)):
+        raise ValueError(f"{path}: class folders {', '.join(unknown)} are not among {', '.join(names)}")
+    images = torch.empty(len(folder), 3, image_size, image_size, dtype=torch.uint8)
+    for index, (file, _) in enumerate(folder.samples):
+        try:
+            image = folder.loader(file)
+        except OSError as error:
+            raise ValueError(f"{file}: not a readable image ({error}); replace or remove it") from None
+        images[index] = fit(pil_to_tensor(image)[None], image_size)[0]
+    label_of = torch.tensor([names.index(name) for name in folder.classes])
+    return ImageSet(images, label_of[torch.tensor(folder.targets)])
+
+
+def _shape(array: np.ndarray) -> str:
+    return " x ".join(map(str, array.shape)) or "scalar"

@@ -1,0 +1,210 @@
+"""How the training images are split over the clients: drawn once per dataset, scheme and seed, then kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch import Tensor
+
+from fedfmd.data.files import read_npz, replacing
+from fedfmd.data.images import Dataset
+from fedfmd.data.plot import plot_partition
+from fedfmd.data.schemes import PARTITIONS, Split
+
+if TYPE_CHECKING:
+    import datasets
+    from flwr_datasets.partitioner import Partitioner
+
+DRAWS = 100
+
+
+@dataclass(frozen=True, eq=False)
+class Partition:
+    """Which images each client has: `indices[c]` are client c's, sorted int64. Every image has one client.
+
+    `parameters` are the settings that shaped the split, such as `{"alpha": 0.5}`.
+    """
+
+    scheme: str
+    seed: int
+    indices: tuple[np.ndarray, ...]
+    parameters: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        """The scheme with its parameters in words."""
+        parameters = (f"{name.replace('_', ' ')} {value:g}" for name, value in self.parameters.items())
+        return ", ".join([self.scheme, *parameters, f"seed {self.seed}"])
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Images per client."""
+        return np.array([len(own) for own in self.indices])
+
+    def label_counts(self, labels: Tensor | np.ndarray, classes: int) -> np.ndarray:
+        """Images per client and class: integers, clients x classes."""
+        labels = np.asarray(labels)
+        return np.stack([np.bincount(labels[own], minlength=classes) for own in self.indices])
+
+
+def make_partition(
+    labels: Tensor | np.ndarray,
+    scheme: str,
+    clients: int,
+    *,
+    alpha: float = 0.5,
+    classes_per_client: int = 2,
+    min_images: int = 1,
+    seed: int = 0,
+) -> Partition:
+    """Split images with these labels (integers N) over the clients; the same arguments give the same split.
+
+    Args:
+        labels: one class per image.
+        scheme: a name of the registry `PARTITIONS`.
+        clients: how many shares to make.
+        alpha: concentration of `dirichlet` (of each class) and `quantity` (of the sizes); small is uneven.
+        classes_per_client: of `pathological`.
+        min_images: what every client has at least.
+        seed: of all draws.
+
+    Raises:
+        ValueError: the split can't be made; one line that names the setting, its value and the fix.
+    """
+    labels = np.asarray(labels)
+    split = Split(
+        len(labels), len(np.unique(labels)), scheme, clients, alpha, classes_per_client, min_images, seed
+    )
+    split.check()
+    return _make(labels, split)
+
+
+def cached_partition(
+    dataset: Dataset,
+    scheme: str,
+    clients: int,
+    *,
+    alpha: float = 0.5,
+    classes_per_client: int = 2,
+    min_images: int = 1,
+    seed: int = 0,
+    cache_dir: Path,
+) -> Partition:
+    """`make_partition` of the training set, computed once and kept in `cache_dir`.
+
+    It is found again by the dataset's content, the scheme with its parameters, and the seed. A damaged file
+    is replaced; a folder that can't be written only costs computing the split again.
+    """
+    labels = dataset.train.labels.numpy()
+    split = Split(
+        len(labels), len(np.unique(labels)), scheme, clients, alpha, classes_per_client, min_images, seed
+    )
+    split.check()
+    key = json.dumps([dataset.fingerprint, scheme, clients, split.parameters, min_images, seed])
+    path = cache_dir / f"{scheme}-{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}.npz"
+    with suppress(ValueError):
+        cached = load_partition(path)
+        if _is_complete(cached.indices, split):
+            return cached
+    partition = _make(labels, split)
+    with suppress(OSError):
+        _write(path, partition, partition.label_counts(labels, dataset.classes))
+    return partition
+
+
+def save_partition(
+    partition: Partition,
+    labels: Tensor | np.ndarray,
+    classes: int,
+    folder: Path,
+    class_names: Sequence[str] | None = None,
+) -> None:
+    """Write `partition.npz` and `partition.png` (see `plot_partition`) into the folder, each of them whole.
+
+    The npz file holds `indices` int64 (client after client), `sizes`, `label_counts` (clients x classes),
+    `scheme`, `seed` and `parameters` (JSON). `load_partition` reads it.
+    """
+    counts = partition.label_counts(labels, classes)
+    _write(folder / "partition.npz", partition, counts)
+    figure = plot_partition(counts, class_names or [str(c) for c in range(classes)], title=partition.title)
+    with replacing(folder / "partition.png") as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def load_partition(path: Path) -> Partition:
+    """Read a partition that `save_partition` wrote.
+
+    Raises:
+        ValueError: the file is missing or damaged.
+    """
+    names = ("scheme", "seed", "parameters", "indices", "sizes")
+    scheme, seed, parameters, indices, sizes = read_npz(path, *names)
+    shares = np.split(indices, np.cumsum(sizes)[:-1])
+    return Partition(str(scheme), int(seed), tuple(shares), json.loads(str(parameters)))
+
+
+def _write(path: Path, partition: Partition, label_counts: np.ndarray) -> None:
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez(
+            file,
+            indices=np.concatenate(partition.indices),
+            sizes=partition.sizes,
+            label_counts=label_counts,
+            scheme=partition.scheme,
+            seed=partition.seed,
+            parameters=json.dumps(dict(partition.parameters)),
+        )
+
+
+def _make(labels: np.ndarray, split: Split) -> Partition:
+    """Draw until every image has a client and every client `min_images`; give up after `DRAWS`."""
+    import datasets
+
+    rng = np.random.default_rng(split.seed)
+    order = rng.permutation(len(labels))
+    # as arrow, because the other formats make a Python object of every label
+    table = datasets.Dataset.from_dict({"index": order, "label": labels[order]}).with_format("arrow")
+    scheme = PARTITIONS[split.scheme]
+    for draw_seed in rng.integers(2**32, size=DRAWS).tolist():
+        indices = _draw(scheme.partitioner(split, draw_seed), table)
+        if _is_complete(indices, split):
+            return Partition(split.scheme, split.seed, indices, split.parameters)
+    parameters = "".join(
+        f"partition.{name.replace('_', '-')} = {v}, " for name, v in split.parameters.items()
+    )
+    raise ValueError(
+        f"{parameters}partition.clients = {split.clients}, partition.min-images = {split.min_images}: each "
+        f"of {DRAWS} draws over {split.images} images {scheme.failure}"
+    )
+
+
+def _draw(partitioner: Partitioner, table: datasets.Dataset) -> tuple[np.ndarray, ...]:
+    """The clients' image indices, or nothing where the partitioner warns or fails."""
+    partitioner.dataset = table
+    with warnings.catch_warnings():
+        # It warns before it draws again (up to 10 times), when it leaves a class out, and when a tiny alpha
+        # makes a proportion 0/0. Each of them is a failed draw here.
+        warnings.simplefilter("error", UserWarning)
+        warnings.simplefilter("error", RuntimeWarning)
+        try:
+            clients = range(partitioner.num_partitions)
+        except (ValueError, UserWarning, RuntimeWarning):
+            return ()
+    return tuple(np.sort(partitioner.load_partition(c)["index"].to_numpy()) for c in clients)
+
+
+def _is_complete(indices: Sequence[np.ndarray], split: Split) -> bool:
+    """Whether each image is someone's, once, and each client has enough."""
+    return (
+        len(indices) == split.clients
+        and min(map(len, indices)) >= split.min_images
+        and np.array_equal(np.sort(np.concatenate(indices)), np.arange(split.images))
+    )

@@ -1,0 +1,155 @@
+"""The ways to split a training set over clients, each by one of flwr-datasets' partitioners."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from flwr_datasets.partitioner import Partitioner
+
+MAX_ALPHA = 1e6
+
+
+@dataclass(frozen=True)
+class Split:
+    """What is asked for: the settings `partition.*` and `seed`, over so many images of so many classes."""
+
+    images: int
+    classes: int
+    scheme: str
+    clients: int
+    alpha: float
+    classes_per_client: int
+    min_images: int
+    seed: int
+
+    @property
+    def parameters(self) -> dict[str, float]:
+        """The settings that the scheme heeds besides clients and min_images."""
+        return {name: getattr(self, name) for name in PARTITIONS[self.scheme].parameters}
+
+    def check(self) -> None:
+        """Refuse what no draw can meet.
+
+        Raises:
+            ValueError: one line that names the setting, its value and the fix.
+        """
+        if self.scheme not in PARTITIONS:
+            raise ValueError(f"partition.scheme = '{self.scheme}': must be one of {', '.join(PARTITIONS)}")
+        for setting, value, least in (
+            ("partition.clients", self.clients, 1),
+            ("partition.min-images", self.min_images, 1),
+            ("seed", self.seed, 0),
+        ):
+            if value < least:
+                raise ValueError(f"{setting} = {value}: must be at least {least}")
+        if self.clients * self.min_images > self.images:
+            raise ValueError(
+                f"partition.clients = {self.clients} but the training set has {self.images} images: each "
+                f"client needs partition.min-images = {self.min_images}, so use at most "
+                f"{self.images // self.min_images} clients"
+            )
+        if "alpha" in self.parameters and not 0 < self.alpha <= MAX_ALPHA:
+            raise ValueError(
+                f"partition.alpha = {self.alpha}: must be above 0 (small: a very uneven split) and at most "
+                f"{MAX_ALPHA:g} (an even one)"
+            )
+        if "classes_per_client" in self.parameters:
+            if not 1 <= self.classes_per_client <= self.classes:
+                raise ValueError(
+                    f"partition.classes-per-client = {self.classes_per_client}: must be 1 to {self.classes}, "
+                    "the number of classes"
+                )
+            shares = self.clients * self.classes_per_client
+            if not self.classes <= shares <= self.images:
+                raise ValueError(
+                    f"partition.classes-per-client = {self.classes_per_client} with partition.clients = "
+                    f"{self.clients} makes {shares} shares of one class each: use at least {self.classes} "
+                    f"(the classes) and at most {self.images} (the images)"
+                )
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """Makes the partitioner of one draw from the wanted split and the draw's seed.
+
+    `parameters` names the fields of `Split` that shape it; `failure` says why draws may fail, and the fix.
+    """
+
+    partitioner: Callable[[Split, int], Partitioner]
+    parameters: tuple[str, ...] = ()
+    failure: str = ""
+
+
+def _iid(split: Split, _seed: int) -> Partitioner:
+    """Equal shares of the shuffled images."""
+    from flwr_datasets.partitioner import IidPartitioner
+
+    return IidPartitioner(split.clients)
+
+
+def _dirichlet(split: Split, seed: int) -> Partitioner:
+    """Each class is shared out in proportions drawn from Dirichlet(alpha).
+
+    A client that has its even share of the images gets no further class, as in the original (Yurochkin et al.
+    2019, https://arxiv.org/abs/1905.12022), NIID-Bench and NVFlare.
+    """
+    from flwr_datasets.partitioner import DirichletPartitioner
+
+    return DirichletPartitioner(
+        split.clients,
+        "label",
+        alpha=float(split.alpha),
+        min_partition_size=split.min_images,
+        self_balancing=True,
+        shuffle=False,
+        seed=seed,
+    )
+
+
+def _pathological(split: Split, seed: int) -> Partitioner:
+    """Exactly `classes_per_client` classes for each client (NIID-Bench, https://arxiv.org/abs/2102.02079)."""
+    from flwr_datasets.partitioner import PathologicalPartitioner
+
+    return PathologicalPartitioner(
+        split.clients,
+        "label",
+        num_classes_per_partition=split.classes_per_client,
+        class_assignment_mode="first-deterministic",
+        shuffle=False,
+        seed=seed,
+    )
+
+
+def _quantity(split: Split, seed: int) -> Partitioner:
+    """Labels iid, sizes in proportions drawn from Dirichlet(alpha) (NIID-Bench's quantity skew).
+
+    Every client has min_images beforehand, so that any alpha can be met.
+    """
+    from flwr_datasets.partitioner import SizePartitioner
+
+    proportions = np.random.default_rng(seed).dirichlet([split.alpha] * split.clients)
+    spare = split.images - split.clients * split.min_images
+    edges = np.rint(np.cumsum(proportions) * spare).astype(int)
+    return SizePartitioner((split.min_images + np.diff(edges, prepend=0)).tolist())
+
+
+PARTITIONS: dict[str, Scheme] = {
+    "iid": Scheme(_iid),
+    "dirichlet": Scheme(
+        _dirichlet,
+        ("alpha",),
+        "left some client with too few images: raise partition.alpha or lower partition.clients",
+    ),
+    "pathological": Scheme(
+        _pathological,
+        ("classes_per_client",),
+        "left some class without a client, or gave it to more clients than it has images: change "
+        "partition.classes-per-client or partition.clients",
+    ),
+    "quantity": Scheme(_quantity, ("alpha",)),
+}

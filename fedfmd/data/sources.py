@@ -1,0 +1,183 @@
+"""The datasets that a run can name: `digits`, `cifar10`, `cifar100`, `npz` and `imagefolder`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+from fedfmd.data.images import Dataset, ImageSet, channel_statistics, fit, load_image_set
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a dataset comes from: the settings `data.*`, of which each loader reads those that it needs."""
+
+    dir: Path | None
+    train: Path | None
+    test: Path | None
+    download: bool
+    image_size: int | None
+
+
+def load_dataset(
+    name: str,
+    *,
+    dir: Path | None = None,
+    train: Path | None = None,
+    test: Path | None = None,
+    download: bool = False,
+    image_size: int | None = None,
+) -> Dataset:
+    """Load a dataset of the registry `DATASETS` into memory.
+
+    Args:
+        name: `digits` (comes with scikit-learn), `cifar10`, `cifar100`, `npz` or `imagefolder`.
+        dir: folder of the CIFAR files, or of an image folder's `train/` and `val/` (or `test/`).
+        train: npz file or image folder of the training set.
+        test: npz file or image folder of the test set.
+        download: fetch missing or damaged CIFAR files into `dir`.
+        image_size: height and width in pixels; by default digits have 32, image folders 64, others their own.
+
+    Raises:
+        ValueError: one line that names the setting, its value and the fix.
+    """
+    if name not in DATASETS:
+        raise ValueError(f"data.dataset = '{name}' is unknown: choose one of {', '.join(DATASETS)}")
+    return DATASETS[name](Source(dir, train, test, download, image_size))
+
+
+def _digits(source: Source) -> Dataset:
+    """1797 handwritten digits of 8 x 8 grey levels 0..16, split 80:20 with a fixed seed (scikit-learn's)."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    size = source.image_size or 32
+    digits = load_digits()
+    grey = torch.from_numpy(digits.images).float()[:, None] * (255 / 16)
+    grey = F.interpolate(grey, size=(size, size), mode="bilinear").round().byte()
+    everything = ImageSet(grey.expand(-1, 3, -1, -1), torch.from_numpy(digits.target).long())
+    train, test = train_test_split(
+        torch.arange(len(everything)).numpy(), test_size=0.2, stratify=digits.target, random_state=0
+    )
+    names = [str(digit) for digit in digits.target_names]
+    return _dataset("digits", everything.subset(train), everything.subset(test), names, augment=False)
+
+
+def _cifar(name: str, source: Source) -> Dataset:
+    """CIFAR-10 and CIFAR-100 (Krizhevsky, 2009), read, fetched and verified by torchvision."""
+    from torchvision import datasets
+
+    kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+    if source.dir is None:
+        raise ValueError(
+            f"data.dir is not set: data.dataset = '{name}' needs the folder that holds {kind.base_folder}/; "
+            "with data.download = true the files are fetched into it"
+        )
+    if source.download:
+        try:
+            kind(source.dir, download=True)
+        except (OSError, RuntimeError) as error:
+            raise ValueError(
+                f"data.download = true: fetching {name} failed ({error}); check the network, or put "
+                f"{kind.base_folder}/ into data.dir = {source.dir} by other means"
+            ) from None
+    _check_cifar(kind, source.dir)
+    parts = [kind(source.dir, train=train) for train in (True, False)]
+    train, test = (
+        ImageSet(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets))
+        for part in parts
+    )
+    if source.image_size is not None:
+        train, test = (ImageSet(fit(part.images, source.image_size), part.labels) for part in (train, test))
+    return _dataset(name, train, test, parts[0].classes, augment=True)
+
+
+def _check_cifar(kind: type, folder: Path) -> None:
+    """Tell a missing file from a damaged one, which torchvision reports alike."""
+    from torchvision.datasets.utils import check_integrity
+
+    for file, checksum in [*kind.train_list, *kind.test_list, (kind.meta["filename"], kind.meta["md5"])]:
+        path = folder / kind.base_folder / file
+        if not path.is_file():
+            raise ValueError(
+                f"data.dir = {folder}: has no {kind.base_folder}/{file}; set data.dir to the folder that "
+                f"holds {kind.base_folder}/, or data.download = true to fetch it"
+            )
+        if not check_integrity(path, checksum):
+            raise ValueError(
+                f"data.dir = {folder}: {kind.base_folder}/{file} is damaged (its checksum differs); "
+                "set data.download = true to fetch it anew"
+            )
+
+
+def _npz(source: Source) -> Dataset:
+    """Two npz files (see `load_image_set`); the training set's labels tell how many classes there are."""
+    for setting, path in (("data.train", source.train), ("data.test", source.test)):
+        if path is None:
+            raise ValueError(f"{setting} is not set: data.dataset = 'npz' needs data.train and data.test")
+    train = _load("data.train", source.train, source.image_size, None)
+    names = [str(label) for label in range(int(train.labels.max()) + 1)]
+    test = _load("data.test", source.test, source.image_size, names)
+    return _dataset("npz", train, test, names, augment=True)
+
+
+def _imagefolder(source: Source) -> Dataset:
+    """Folders with one sub-folder of images per class (see `load_image_set`)."""
+    train_path = _folder("data.train", source.train, source.dir, ("train",))
+    test_path = _folder("data.test", source.test, source.dir, ("val", "test"))
+    names, test_names = (sorted(e.name for e in p.iterdir() if e.is_dir()) for p in (train_path, test_path))
+    if names != test_names:
+        differing = ", ".join(sorted(set(names) ^ set(test_names)))
+        raise ValueError(f"data.test = {test_path}: must have data.train's classes, but {differing} differ")
+    train = _load("data.train", train_path, source.image_size, names)
+    test = _load("data.test", test_path, source.image_size, names)
+    return _dataset("imagefolder", train, test, names, augment=True)
+
+
+def _folder(setting: str, path: Path | None, root: Path | None, names: Sequence[str]) -> Path:
+    """The folder that the setting names, or else the first of the sub-folders that `data.dir` has."""
+    if path is not None:
+        if not path.is_dir():
+            raise ValueError(
+                f"{setting} = {path}: no such folder; it needs one sub-folder of images per class"
+            )
+        return path
+    if root is None:
+        raise ValueError(
+            f"{setting} is not set: data.dataset = 'imagefolder' needs data.dir, or data.train and data.test"
+        )
+    for name in names:
+        if (root / name).is_dir():
+            return root / name
+    raise ValueError(f"data.dir = {root}: has no folder {' or '.join(names)}; make one, or set {setting}")
+
+
+def _load(setting: str, path: Path, image_size: int | None, class_names: Sequence[str] | None) -> ImageSet:
+    try:
+        return load_image_set(path, image_size, class_names)
+    except ValueError as error:  # its text starts with the path
+        raise ValueError(f"{setting} = {error}") from None
+
+
+def _dataset(name: str, train: ImageSet, test: ImageSet, names: Sequence[str], *, augment: bool) -> Dataset:
+    sizes = [images.images.shape[-1] for images in (train, test)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"data.train has images of {sizes[0]} pixels but data.test of {sizes[1]}; set data.image-size"
+        )
+    mean, std = channel_statistics(train.images)
+    return Dataset(name, train, test, len(names), tuple(names), mean, std, augment)
+
+
+DATASETS: dict[str, Callable[[Source], Dataset]] = {
+    "digits": _digits,
+    "cifar10": partial(_cifar, "cifar10"),
+    "cifar100": partial(_cifar, "cifar100"),
+    "npz": _npz,
+    "imagefolder": _imagefolder,
+}
