@@ -1,0 +1,145 @@
+"""The Flower ClientApp: a node trains the clients that the server deals out to it.
+
+In a simulation a node hosts any client: it holds the data set and the partition. A real box hosts its
+own client, named in its ``--node-config`` (``client=3 data="/srv/images.npz" device="pi-4"``), and its
+images never leave it.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+from torch import nn
+
+from fedfmd.averaging import WeightedMean
+from fedfmd.conv import set_temperature
+from fedfmd.data import Dataset, ImageSet, load_image_set
+from fedfmd.federation import build_dataset, build_model, build_partition, torch_device
+from fedfmd.seeds import derive_seed
+from fedfmd.settings import Settings
+from fedfmd.training import LocalSGD, train
+from fedfmd.wire import (
+    CONFIG,
+    Arrays,
+    Assignment,
+    ClientResult,
+    Instruction,
+    Reply,
+    first_non_finite,
+    load,
+    read_instruction,
+    wire_views,
+    write_reply,
+)
+
+app = ClientApp()
+logger = logging.getLogger("fedfmd.client")
+
+
+@dataclass(frozen=True)
+class Host:
+    """What a node keeps between messages: its images and one model instance for all its clients."""
+
+    settings: Settings
+    dataset: Dataset
+    images_of: Callable[[int], ImageSet]
+    model: nn.Module
+    device: torch.device
+
+
+@app.query()
+def query(message: Message, context: Context) -> Message:
+    """Tell the server which client this node hosts (-1: any) and with what."""
+    box = context.node_config
+    hosted: dict[str, int | str] = {
+        "client": int(box.get("client", -1)),
+        "rank": int(box.get("partition-id", box.get("client", 0))),
+        "nodes": int(box.get("num-partitions", 0)),
+        "device": str(box.get("device", "")),
+        "images": 0,
+        "error": "",
+    }
+    try:
+        if "client" in box:
+            hosted["images"] = len(_host_of(context).images_of(int(box["client"])))
+    except Exception as error:  # the server decides what a refusing node means for the run
+        hosted["error"] = f"{error}"
+    return Message(RecordDict({CONFIG: ConfigRecord(hosted)}), reply_to=message)
+
+
+@app.train()
+def train_clients(message: Message, context: Context) -> Message:
+    """Train the assigned clients one after another and answer once, with their weighted mean."""
+    instruction, arrays = read_instruction(message.content)
+    reply = run_assignments(_host_of(context), instruction, arrays)
+    return Message(write_reply(reply), reply_to=message)
+
+
+def run_assignments(host: Host, instruction: Instruction, arrays: Arrays) -> Reply:
+    """Train each assigned client from the same global arrays; one that fails leaves no trace in the mean."""
+    mean = WeightedMean()
+    results = []
+    for assignment in instruction.assignments:
+        result = _run_client(host, instruction, assignment, arrays)
+        if result.ok:
+            mean.add(wire_views(host.model), result.images)
+        results.append(result)
+        logger.debug("client %d: %s", result.client, result.reason or "ok", extra={"client": result.client})
+    return Reply(mean.arrays(), tuple(results))
+
+
+def _run_client(host: Host, instruction: Instruction, assignment: Assignment, arrays: Arrays) -> ClientResult:
+    started = time.perf_counter()
+    settings, client = host.settings, assignment.client
+    images = 0
+
+    def result(steps: int, examples: int, loss: float, accuracy: float, reason: str = "") -> ClientResult:
+        wall_s = time.perf_counter() - started
+        return ClientResult(client, images, steps, examples, loss, accuracy, wall_s, reason)
+
+    try:
+        shard = host.images_of(client)
+        images = len(shard)
+        load(host.model, arrays)
+        set_temperature(host.model, instruction.temperature)
+        generator = torch.Generator().manual_seed(
+            derive_seed(settings.seed, "client", instruction.round, client)
+        )
+        sgd = LocalSGD(
+            instruction.lr, settings.train.momentum, settings.train.weight_decay, settings.train.batch_size
+        )
+        trained = train(host.model, shard, host.dataset, sgd, assignment.steps, generator, host.device)
+    except Exception as error:  # one client's fault must not cost the others of this node their work
+        return result(0, 0, float("nan"), float("nan"), f"{type(error).__name__}: {error}")
+    broken = first_non_finite(wire_views(host.model))
+    reason = f"the update has NaN or infinite values in {broken}" if broken else ""
+    return result(trained.steps, trained.examples, trained.loss, trained.accuracy, reason)
+
+
+def _host_of(context: Context) -> Host:
+    data = context.node_config.get("data")
+    return _load_host(tuple(sorted(context.run_config.items())), None if data is None else str(data))
+
+
+@lru_cache(maxsize=1)
+def _load_host(run_config: tuple[tuple[str, bool | int | float | str], ...], data: str | None) -> Host:
+    """Load what a node needs, once per process and run."""
+    settings = Settings.from_mapping(dict(run_config))
+    device = torch_device(settings)
+    dataset = build_dataset(settings)
+    if data is None:
+        partition = build_partition(settings, dataset)
+        images_of = lru_cache(maxsize=None)(lambda client: dataset.train.subset(partition.indices[client]))
+    else:
+        own = load_image_set(Path(data), image_size=dataset.image_size, class_names=dataset.class_names)
+        images_of = lambda _client: own  # noqa: E731
+    model = build_model(settings, dataset.classes).to(device)
+    return Host(settings, dataset, images_of, model, device)

@@ -1,0 +1,219 @@
+"""A ``flwr run`` of our own: private SuperLink, caller's folder, streamed log, true result, no leftovers.
+
+Plain ``flwr run`` shares a background SuperLink between all runs of the machine, writes relative paths
+below the folder where that was first started, and exits 0 when the ServerApp failed. Here the SuperLink
+lives as long as the run, and whatever it leaves behind is adopted by this process and ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import psutil
+import tomli_w
+
+import fedfmd
+from fedfmd.errors import RunError
+
+PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
+STARTUP_S = 60.0
+POLL_S = 0.5
+GRACE_S = 5.0
+TAIL_LINES = 25
+
+
+def run_flower(
+    run_config: Mapping[str, bool | int | float | str],
+    workers: int,
+    folder: Path,
+    on_line: Callable[[str], None],
+) -> None:
+    """Run the apps through Flower's simulation on `workers` Ray actors, one CPU each.
+
+    Logs go line by line to `on_line`; the SuperLink's own log is kept as ``superlink.log`` in `folder`.
+
+    Raises:
+        RunError: Flower can't start, or the ServerApp failed.
+    """
+    before = _descendants()
+    _adopt_orphans()
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="fedfmd-flwr-") as scratch:
+        home, app = Path(scratch) / "home", Path(scratch) / "fedfmd"
+        port = _free_port()
+        environment = _environment(home)
+        _write_connection(home, port)
+        _stage_app(app, run_config)
+        try:
+            superlink = _start_superlink(port, folder / "superlink.log", environment)
+            _wait_until_healthy(superlink, port, folder / "superlink.log")
+            run_id = _submit(app, workers, environment)
+            _stream(run_id, environment, on_line)
+            _check_status(run_id, environment)
+        finally:
+            _end_processes(before)
+
+
+def _environment(home: Path) -> dict[str, str]:
+    """Environment of every process of the run; Flower's programs are looked up next to this Python."""
+    return os.environ | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+        "FLWR_HOME": str(home),
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "RAY_DEDUP_LOGS": "0",
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def _write_connection(home: Path, port: int) -> None:
+    home.mkdir(parents=True)
+    connection = {"address": f"127.0.0.1:{port}", "insecure": True}
+    config = {"superlink": {"default": "fedfmd", "fedfmd": connection}}
+    (home / "config.toml").write_text(tomli_w.dumps(config))
+
+
+def _stage_app(app: Path, run_config: Mapping[str, bool | int | float | str]) -> None:
+    """Write the app that Flower bundles: our two packages and a manifest, wherever they are installed."""
+    import strategies
+
+    for package in (fedfmd, strategies):
+        source = Path(package.__file__).parent
+        shutil.copytree(source, app / source.name, ignore=shutil.ignore_patterns("__pycache__"))
+    manifest = {
+        "project": {"name": "fedfmd", "version": fedfmd.__version__, "license": "Apache-2.0"},
+        "tool": {
+            "flwr": {
+                "app": {
+                    "publisher": "fedfmd",
+                    "fab-include": ["fedfmd/**/*.py", "fedfmd/**/*.yaml", "strategies/**/*.py"],
+                    "components": {
+                        "serverapp": "fedfmd.server_app:app",
+                        "clientapp": "fedfmd.client_app:app",
+                    },
+                    "config": dict(run_config),
+                }
+            }
+        },
+    }
+    (app / "pyproject.toml").write_text(tomli_w.dumps(manifest))
+
+
+def _start_superlink(port: int, log: Path, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    command = ["flower-superlink", "--insecure", "--simulation", "--host", "127.0.0.1", "--port", str(port)]
+    with log.open("wb") as stream:
+        # A session of its own: Ctrl-C reaches us alone, and we end the rest in order.
+        return subprocess.Popen(
+            [*command, "--disable-runtime-dependency-installation"],
+            env=dict(environment),
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def _wait_until_healthy(superlink: subprocess.Popen[bytes], port: int, log: Path) -> None:
+    deadline = time.monotonic() + STARTUP_S
+    while time.monotonic() < deadline:
+        if superlink.poll() is not None:
+            raise RunError(f"the SuperLink ended at once: {_tail(log.read_text(errors='replace'))}")
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(POLL_S)
+    raise RunError(f"the SuperLink did not answer within {STARTUP_S:g} s; see {log}")
+
+
+def _submit(app: Path, workers: int, environment: Mapping[str, str]) -> str:
+    simulation = f"num-supernodes={workers} client-resources-num-cpus=1 init-args-num-cpus={workers}"
+    command = ["flwr", "run", str(app), "fedfmd", "--format", "json", "--federation-config", simulation]
+    answer = _flwr_json(command, environment)
+    if not answer.get("success"):
+        raise RunError(f"flwr run was refused: {answer.get('error-message', answer)}")
+    return str(answer["run-id"])
+
+
+def _stream(run_id: str, environment: Mapping[str, str], on_line: Callable[[str], None]) -> None:
+    """Pass the run's log on until the run has ended."""
+    process = subprocess.Popen(
+        ["flwr", "log", run_id, "fedfmd", "--stream"],
+        env=dict(environment),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        on_line(line.rstrip("\n"))
+    process.wait()
+
+
+def _check_status(run_id: str, environment: Mapping[str, str]) -> None:
+    """Raise unless the run finished; Flower's own exit status doesn't tell."""
+    while True:
+        answer = _flwr_json(["flwr", "ls", "fedfmd", "--run-id", run_id, "--format", "json"], environment)
+        run = answer["runs"][0]
+        if run["status"].startswith("finished"):
+            break
+        time.sleep(POLL_S)
+    if run["status"] != "finished:completed":
+        raise RunError(f"Flower says {run['status']}: {run.get('status-details') or 'see the log above'}")
+
+
+def _flwr_json(command: list[str], environment: Mapping[str, str]) -> dict:
+    done = subprocess.run(
+        command, env=dict(environment), stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    )
+    try:
+        return json.loads(done.stdout)
+    except json.JSONDecodeError:
+        raise RunError(f"{' '.join(command[:2])} failed: {_tail(done.stdout + done.stderr)}") from None
+
+
+def _adopt_orphans() -> None:
+    """Become the parent of descendants whose parent ends first (Linux), as Ray's helpers' do."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def _end_processes(before: set[psutil.Process]) -> None:
+    """Terminate, then kill, every process below this one that was not there before."""
+    for act in (psutil.Process.terminate, psutil.Process.kill, psutil.Process.kill):
+        started = _descendants() - before
+        for process in started:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                act(process)
+        psutil.wait_procs(started, timeout=GRACE_S)
+
+
+def _descendants() -> set[psutil.Process]:
+    return set(psutil.Process().children(recursive=True))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _tail(text: str) -> str:
+    return "\n".join(text.strip().splitlines()[-TAIL_LINES:])

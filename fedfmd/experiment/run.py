@@ -1,0 +1,57 @@
+"""Runs the cells of an experiment, one folder each, and shows how far they are."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+
+from fedfmd.client_app import app as client_app
+from fedfmd.engines import run_flower, run_inline
+from fedfmd.experiment.display import RunDisplay
+from fedfmd.experiment.files import Cell, Experiment
+from fedfmd.federation import build_federation
+from fedfmd.server_app import app as server_app
+from fedfmd.settings import Settings
+
+Engine = Literal["inline", "flwr"]
+
+
+def run_experiment(
+    experiment: Experiment, out: Path | None, engine: Engine, workers: int, console: Console
+) -> list[Path]:
+    """Run every cell, going on where it was stopped; returns the run folders.
+
+    Without `out`, folders are named by experiment and settings below ``runs/`` of the current folder, so
+    that runs with other settings never meet. All cells are checked before the first one starts.
+
+    Raises:
+        FedfmdError: a setting can't be used, or a run can't go on.
+    """
+    cells = [(cell, cell.settings.in_folder(_folder(experiment, cell, out))) for cell in experiment.cells]
+    for _, settings in cells:
+        build_federation(settings)
+    return [_run_cell(cell, settings, engine, workers, console) for cell, settings in cells]
+
+
+def _run_cell(cell: Cell, settings: Settings, engine: Engine, workers: int, console: Console) -> Path:
+    folder = Path(settings.run_dir)
+    with RunDisplay(console, settings.server.rounds, cell.name) as display:
+        if engine == "flwr":
+            run_flower(settings.flat(), workers, folder, display.line)
+        else:
+            with display.handling(logging.getLogger("fedfmd")):
+                run_inline(server_app, client_app, settings.flat(), workers)
+    return folder
+
+
+def _folder(experiment: Experiment, cell: Cell, out: Path | None) -> Path:
+    """Where a cell is kept: a single run in `out` itself, the cells of a matrix below it."""
+    if out is not None:
+        return (out / cell.name).resolve()
+    unique = cell.settings.digest()
+    if not cell.name:
+        return Path("runs", f"{experiment.name}-{unique}").resolve()
+    return Path("runs", experiment.name, f"{cell.name}-{unique}").resolve()

@@ -1,0 +1,187 @@
+"""From settings to the things that a run works with: data, partition, model, fleet, costs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from fedfmd.conv import TemperatureSchedule
+from fedfmd.cost import Cost, count, training_memory
+from fedfmd.data import Dataset, Partition, cached_partition, load_dataset
+from fedfmd.edge import LINKS, Budget, Fleet, Workload, load_devices, make_fleet
+from fedfmd.errors import SettingsError
+from fedfmd.models import make_model
+from fedfmd.seeds import derive_seed
+from fedfmd.settings import Settings
+from fedfmd.wire import pack, payload_bytes
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Federation:
+    """Everything that is fixed during a run, on the server's side."""
+
+    settings: Settings
+    dataset: Dataset
+    partition: Partition
+    fleet: Fleet
+    model: nn.Module
+    cost: Cost
+    budget: Budget
+    temperature: TemperatureSchedule
+    device: torch.device
+    payload_bytes: int
+
+    def workload(self, client: int, images: int) -> Workload:
+        """Full work of a round for a client with that many images."""
+        train = self.settings.train
+        return Workload(
+            images=images,
+            batch_size=train.batch_size,
+            epochs=train.local_epochs,
+            train_flops_per_image=self.cost.train_flops,
+            infer_flops_per_image=self.cost.flops,
+            down_bytes=self.payload_bytes,
+            up_bytes=self.payload_bytes,
+            memory_bytes=training_memory(self.cost, min(train.batch_size, images)),
+        )
+
+    @property
+    def mean_latency_s(self) -> float:
+        """Modelled seconds of inference for one image, mean over the fleet's clients."""
+        return fmean(self.cost.flops / (c.device.infer_gflops * 1e9) for c in self.fleet.clients)
+
+    @property
+    def trained_kernels(self) -> int:
+        """Kernels of each bank that a client trains."""
+        return 1 if self.settings.model.conv == "static" else self.settings.model.kernels
+
+
+def build_federation(settings: Settings) -> Federation:
+    """Assemble a run before any work is done.
+
+    Raises:
+        SettingsError: anything that cannot be built, in one line.
+    """
+    device = torch_device(settings)
+    dataset = build_dataset(settings)
+    partition = build_partition(settings, dataset)
+    fleet = _checked(partial(build_fleet, settings))
+    model = build_model(settings, dataset.classes).to(device)
+    schedule = settings.temperature
+    return Federation(
+        settings=settings,
+        dataset=dataset,
+        partition=partition,
+        fleet=fleet,
+        model=model,
+        cost=count(model, dataset.image_size),
+        budget=Budget(deadline_s=settings.budget.deadline_s or None, policy=settings.budget.policy),
+        temperature=TemperatureSchedule(schedule.initial, schedule.final, schedule.rounds, schedule.shape),
+        device=device,
+        payload_bytes=payload_bytes(pack(model)),
+    )
+
+
+def build_dataset(settings: Settings) -> Dataset:
+    """Load the data set that the settings name."""
+    data = settings.data
+    return _checked(
+        partial(
+            load_dataset,
+            data.dataset,
+            dir=_path(data.dir),
+            train=_path(data.train),
+            test=_path(data.test),
+            download=data.download,
+            image_size=data.image_size or None,
+        )
+    )
+
+
+def build_partition(settings: Settings, dataset: Dataset) -> Partition:
+    """Split the training images; the split is computed once and cached for all processes."""
+    partition = settings.partition
+    return _checked(
+        partial(
+            cached_partition,
+            dataset,
+            partition.scheme,
+            partition.clients,
+            alpha=partition.alpha,
+            classes_per_client=partition.classes_per_client,
+            min_images=partition.min_images,
+            seed=settings.seed,
+            cache_dir=cache_dir(),
+        )
+    )
+
+
+def build_fleet(settings: Settings) -> Fleet:
+    """Assign devices and links to the clients."""
+    fleet = settings.fleet
+    devices = load_devices(_path(fleet.devices_file))
+    return make_fleet(fleet.devices, settings.partition.clients, LINKS[fleet.link], settings.seed, devices)
+
+
+def build_model(settings: Settings, classes: int) -> nn.Module:
+    """Make the model; its initial weights depend on the seed alone."""
+    model = settings.model
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(settings.seed, "model"))
+        return _checked(
+            partial(
+                make_model,
+                model.arch,
+                model.conv,
+                classes,
+                kernels=model.kernels,
+                attentions=model.attentions,
+                stem=model.stem,
+                norm=model.norm,
+                width=model.width,
+                reduction=model.reduction,
+                mixing=model.mixing,
+                temperature=settings.temperature.initial,
+            )
+        )
+
+
+def torch_device(settings: Settings) -> torch.device:
+    """Return the device to compute on; "auto" takes a GPU where there is one."""
+    name = settings.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise SettingsError(f"device = {settings.device!r}: must be auto, cpu, cuda or cuda:N")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise SettingsError(
+            f"device = {settings.device!r} but PyTorch sees no GPU here: use device=cpu or auto"
+        )
+    return torch.device(name)
+
+
+def cache_dir() -> Path:
+    """Where partitions are kept between runs (follows the XDG base directory specification)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedfmd"
+
+
+def _path(value: str) -> Path | None:
+    return Path(value).expanduser() if value else None
+
+
+def _checked(build: Callable[[], T]) -> T:
+    """Turn what a room says of bad input into a settings error."""
+    try:
+        return build()
+    except (ValueError, OSError) as error:
+        raise SettingsError(str(error)) from error

@@ -1,0 +1,121 @@
+"""The Flower ServerApp: checks the settings, opens the run folder and lets the strategy run."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import yaml
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from fedfmd.data import save_partition
+from fedfmd.errors import SettingsError
+from fedfmd.federation import build_federation
+from fedfmd.settings import Settings
+from fedfmd.tracking import RunFolder, round_line
+from strategies import make_strategy
+
+app = ServerApp()
+logger = logging.getLogger("fedfmd")
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run one federation from its start, or from its newest checkpoint, to its last round.
+
+    Raises:
+        SettingsError: the settings can't be used; nothing was started.
+        RunError: the run can't go on; finished rounds are kept.
+    """
+    settings = Settings.from_mapping(context.run_config)
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    federation = build_federation(settings)
+    folder = open_run_folder(settings)
+    with _logging_to(folder):
+        strategy = make_strategy(federation, folder)
+        dataset = federation.dataset
+        save_partition(
+            federation.partition, dataset.train.labels, dataset.classes, folder.path, dataset.class_names
+        )
+        strategy.summary()
+        progress = strategy.run(grid)
+        logger.info("%d rounds done, best accuracy %.4f", progress.round, progress.best_accuracy)
+        logger.info("results: %s", folder.path)
+
+
+def open_run_folder(settings: Settings) -> RunFolder:
+    """Open the folder ``run-dir``, or a new one below ``runs/`` if that is empty.
+
+    Raises:
+        SettingsError: the folder holds a run that has other settings, or that is not to be resumed.
+    """
+    path = Path(settings.run_dir).expanduser() if settings.run_dir else _new_path(settings)
+    known = path / "settings.yaml"
+    if known.exists():
+        _check_same(settings, Settings.from_mapping(yaml.safe_load(known.read_text(encoding="utf-8"))), path)
+    folder = RunFolder(path)
+    folder.write_settings(settings.flat())
+    folder.write_environment()
+    return folder
+
+
+def _new_path(settings: Settings) -> Path:
+    name = f"{settings.data.dataset}-{settings.model.arch}-{settings.model.conv}-{settings.digest()}"
+    candidates = (Path("runs") / f"{name}{suffix}" for suffix in itertools.chain([""], _suffixes()))
+    return next(path for path in candidates if settings.resume or not path.exists())
+
+
+def _suffixes() -> Iterator[str]:
+    return (f"-{number}" for number in itertools.count(2))
+
+
+def _check_same(settings: Settings, earlier: Settings, path: Path) -> None:
+    if not settings.resume:
+        raise SettingsError(f"run-dir = {path} holds a run: set resume=true to go on, or name another folder")
+    if settings.digest() != earlier.digest():
+        now, before = settings.flat(), earlier.flat()
+        changed = ", ".join(
+            f"{key} was {before[key]!r}, is {value!r}"
+            for key, value in now.items()
+            if before[key] != value and key not in Settings.NEUTRAL
+        )
+        raise SettingsError(
+            f"run-dir = {path} holds a run with other settings ({changed}): name another folder"
+        )
+
+
+@contextmanager
+def _logging_to(folder: RunFolder) -> Iterator[None]:
+    """Write the log to the folder, and to the console unless somebody shows it already."""
+    handlers: list[logging.Handler] = [folder.log_handler()]
+    if not logger.handlers:
+        handlers.append(_ConsoleHandler(sys.stdout))
+    level = logger.level
+    logger.setLevel(min(level or logging.INFO, logging.INFO))
+    for handler in handlers:
+        handler.setLevel(logging.INFO)
+        logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            logger.removeHandler(handler)
+            handler.flush()
+        handlers[0].close()
+        logger.setLevel(level)
+
+
+class _ConsoleHandler(logging.StreamHandler):
+    """Lines for a person, and one that programs can read (``flwr log``) after each round."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        row = getattr(record, "round_row", None)
+        return text if row is None else f"{text}\n{round_line(row)}"

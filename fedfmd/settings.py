@@ -1,0 +1,257 @@
+"""The settings of a run: one typed model for YAML files, ``flwr run`` and Python.
+
+A setting is named by a dotted key (``partition.alpha``). Values are scalars, because Flower's run
+config holds nothing else; 0 and "" stand for "not set" where a setting may be left out.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from fedfmd.conv import CONVS, MIXINGS
+from fedfmd.data import DATASETS, PARTITIONS
+from fedfmd.edge import LINKS, POLICIES
+from fedfmd.errors import SettingsError
+from fedfmd.models import MODELS
+
+Scalar = bool | int | float | str
+
+
+def _one_of(allowed: Iterable[str]) -> BeforeValidator:
+    """Accept only registered names and suggest the nearest one."""
+    names = tuple(allowed)
+
+    def check(value: object) -> object:
+        if value in names:
+            return value
+        nearest = difflib.get_close_matches(str(value), names, n=1, cutoff=0.0)[0]
+        raise ValueError(f"must be one of {', '.join(names)}; did you mean {nearest!r}?")
+
+    return BeforeValidator(check)
+
+
+def _split_list(value: object) -> object:
+    """Read a list given as a YAML list, a JSON string or comma-separated words."""
+    if isinstance(value, str):
+        text = value.strip()
+        try:
+            return (
+                json.loads(text)
+                if text.startswith("[")
+                else [w.strip() for w in text.split(",") if w.strip()]
+            )
+        except json.JSONDecodeError as error:
+            raise ValueError(f"is not a JSON list ({error.msg})") from None
+    return value
+
+
+def _kebab(name: str) -> str:
+    return name.replace("_", "-")
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, alias_generator=_kebab, populate_by_name=True
+    )
+
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False, strict=False)]
+Share = Annotated[float, Field(ge=0, le=1, strict=False)]
+Count = Annotated[int, Field(ge=1)]
+Words = Annotated[tuple[str, ...], BeforeValidator(_split_list), Field(strict=False)]
+
+
+class ModelSettings(_Section):
+    """Which network is trained."""
+
+    arch: Annotated[str, _one_of(MODELS)] = "resnet8"
+    conv: Annotated[str, _one_of(CONVS)] = "fmdconv"
+    kernels: Count = 4
+    attentions: Words = ("input", "kernel", "output")
+    stem: Literal["cifar", "imagenet"] = "cifar"
+    norm: Literal["batch", "group"] = "group"
+    width: Positive = 1.0
+    reduction: Positive = 0.0625
+    mixing: Annotated[str, _one_of(("auto", *MIXINGS))] = "auto"
+
+
+class DataSettings(_Section):
+    """Which images are used. `dir`, `train` and `test` are paths; `image_size` 0 keeps the source's own."""
+
+    dataset: Annotated[str, _one_of(DATASETS)] = "digits"
+    dir: str = ""
+    train: str = ""
+    test: str = ""
+    download: bool = False
+    image_size: Annotated[int, Field(ge=0)] = 0
+
+
+class PartitionSettings(_Section):
+    """How the training images are split over the clients."""
+
+    scheme: Annotated[str, _one_of(PARTITIONS)] = "dirichlet"
+    alpha: Positive = 0.5
+    clients: Count = 10
+    classes_per_client: Count = 2
+    min_images: Count = 1
+
+
+class TrainSettings(_Section):
+    """Local SGD on a client; the learning rate follows `schedule` over the server's rounds."""
+
+    lr: Positive = 0.1
+    batch_size: Count = 32
+    local_epochs: Count = 2
+    momentum: Annotated[float, Field(ge=0, lt=1, strict=False)] = 0.9
+    weight_decay: NonNegative = 5e-4
+    schedule: Literal["constant", "cosine", "step"] = "cosine"
+
+
+class TemperatureSettings(_Section):
+    """Temperature of the kernel attention, over the server's rounds."""
+
+    initial: Positive = 30.0
+    final: Positive = 1.0
+    rounds: Annotated[int, Field(ge=0)] = 10
+    shape: Literal["linear", "cosine", "constant"] = "linear"
+
+
+class ServerSettings(_Section):
+    """The server's loop. `clients_per_round` 0 asks every client."""
+
+    rounds: Count = 20
+    clients_per_round: Annotated[int, Field(ge=0)] = 0
+    strategy: str = "fedavg"
+    checkpoint_every: Count = 1
+    keep_checkpoints: Count = 2
+    max_failed_share: Share = 0.5
+    round_timeout_s: Positive = 3600.0
+    node_timeout_s: Positive = 120.0
+
+
+class FleetSettings(_Section):
+    """Devices (`name:count` or `name:share%`, comma-separated) and their network; a YAML file may add devices."""
+
+    devices: str = "pi-4:4, pi-5:3, jetson-nano:3"
+    link: Annotated[str, _one_of(LINKS)] = "wifi"
+    devices_file: str = ""
+
+
+class BudgetSettings(_Section):
+    """What a client may spend in a round; a deadline of 0 means none."""
+
+    deadline_s: NonNegative = 0.0
+    policy: Annotated[str, _one_of(POLICIES)] = "partial"
+
+
+class Settings(_Section):
+    """All settings of one run."""
+
+    NEUTRAL: ClassVar = frozenset(
+        {"run-dir", "resume", "threads", "server.node-timeout-s", "server.round-timeout-s"}
+    )
+    """Settings that a run's results don't depend on."""
+
+    model: ModelSettings = ModelSettings()
+    data: DataSettings = DataSettings()
+    partition: PartitionSettings = PartitionSettings()
+    train: TrainSettings = TrainSettings()
+    temperature: TemperatureSettings = TemperatureSettings()
+    server: ServerSettings = ServerSettings()
+    fleet: FleetSettings = FleetSettings()
+    budget: BudgetSettings = BudgetSettings()
+    seed: Annotated[int, Field(ge=0)] = 0
+    device: str = "cpu"
+    threads: Annotated[int, Field(ge=0)] = 0
+    run_dir: str = ""
+    resume: bool = False
+
+    @model_validator(mode="after")
+    def _check_combinations(self) -> Settings:
+        if self.server.clients_per_round > self.partition.clients:
+            raise SettingsError(
+                f"server.clients-per-round = {self.server.clients_per_round} but partition.clients = "
+                f"{self.partition.clients}: ask for at most that many, or 0 for all"
+            )
+        return self
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> Settings:
+        """Build settings from nested or dotted keys; what is not named keeps its default.
+
+        Raises:
+            SettingsError: unknown key, wrong type or impossible value, in one line.
+        """
+        flat = flatten(values)
+        known = cls().flat()
+        for key, value in flat.items():
+            if key not in known:
+                nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+                raise SettingsError(f"unknown setting {key} = {value!r}; the nearest one is {nearest}")
+        try:
+            return cls.model_validate(_nest(flat))
+        except ValidationError as error:
+            raise SettingsError("; ".join(_explain(e) for e in error.errors())) from None
+
+    def flat(self) -> dict[str, Scalar]:
+        """Dotted keys and scalar values, in a fixed order: what Flower's run config can carry."""
+        nested = self.model_dump(by_alias=True)
+        return {
+            key: ",".join(value) if isinstance(value, tuple) else value for key, value in _walk(nested, "")
+        }
+
+    def in_folder(self, run_dir: Path) -> Settings:
+        """The same run in this folder, going on where it was stopped."""
+        return self.model_copy(update={"run_dir": str(run_dir), "resume": True})
+
+    def digest(self) -> str:
+        """Short hash of every setting that a run's results depend on."""
+        kept = {key: value for key, value in self.flat().items() if key not in self.NEUTRAL}
+        return hashlib.sha256(json.dumps(kept).encode()).hexdigest()[:8]
+
+
+def flatten(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn nested mappings into dotted keys; a key that is given twice is an error."""
+    flat: dict[str, Any] = {}
+    for key, value in _walk(values, ""):
+        if key in flat:
+            raise SettingsError(f"setting {key} is given twice")
+        flat[key] = value
+    return flat
+
+
+def _walk(values: Mapping[str, Any], prefix: str) -> Iterable[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _walk(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for key, value in flat.items():
+        section, _, name = key.rpartition(".")
+        (nested.setdefault(section, {}) if section else nested)[name] = value
+    return nested
+
+
+def _explain(error: Mapping[str, Any]) -> str:
+    """One clause of pydantic's findings: key, value, what is allowed."""
+    cause = error.get("ctx", {}).get("error")
+    if isinstance(cause, SettingsError):
+        return str(cause)
+    message = str(cause) if cause else error["msg"][0].lower() + error["msg"][1:]
+    key = ".".join(str(part) for part in error["loc"] if not isinstance(part, int))
+    value = error["input"]
+    shown = "nan" if isinstance(value, float) and math.isnan(value) else repr(value)
+    return f"{key} = {shown}: {message}"

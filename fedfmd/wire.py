@@ -1,0 +1,195 @@
+"""What travels between the server and its nodes: named arrays, instructions and replies.
+
+A dynamic layer's bank travels as one array per kernel (``layer1.0.conv1.bank.2``), so that a plan can
+name kernels and bytes can be counted from what was really sent. One message per node and round carries
+the plans of all clients that the node hosts; one reply brings back their weighted mean and, per client,
+one entry in every list of metrics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from torch import Tensor, nn
+
+ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
+WEIGHT = "num-examples"
+BANKS = ("bank", "bias_bank")
+
+Arrays = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What one client is asked to do: `steps` batches of local SGD."""
+
+    client: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """A node's part of a round."""
+
+    round: int
+    lr: float
+    temperature: float
+    assignments: tuple[Assignment, ...]
+
+
+@dataclass(frozen=True)
+class ClientResult:
+    """What became of one client: `images` is the size of its shard, `examples` the images processed.
+
+    An empty `reason` means that the update was sent; loss and accuracy are those met while training.
+    """
+
+    client: int
+    images: int
+    steps: int
+    examples: int
+    loss: float
+    accuracy: float
+    wall_s: float
+    reason: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """Whether the client's update is part of the reply."""
+        return not self.reason
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A node's answer: the mean of its clients' states, weighted by images; None if no client succeeded."""
+
+    arrays: Arrays | None
+    results: tuple[ClientResult, ...]
+
+    @property
+    def weight(self) -> int:
+        """Images behind the mean."""
+        return sum(result.images for result in self.results if result.ok)
+
+
+def wire_views(module: nn.Module) -> dict[str, Tensor]:
+    """Return the module's state under its names on the wire, as tensors that share its memory."""
+    views: dict[str, Tensor] = {}
+    for name, tensor in module.state_dict().items():
+        if name.rpartition(".")[2] in BANKS:
+            views |= {f"{name}.{k}": kernel for k, kernel in enumerate(tensor.unbind())}
+        else:
+            views[name] = tensor
+    return views
+
+
+def pack(module: nn.Module) -> Arrays:
+    """Copy the module's state into arrays named as on the wire."""
+    return {name: view.numpy(force=True).copy() for name, view in wire_views(module).items()}
+
+
+def load(module: nn.Module, arrays: Mapping[str, np.ndarray]) -> None:
+    """Copy arrays into the module.
+
+    Raises:
+        ValueError: names or shapes differ from the module's.
+    """
+    views = wire_views(module)
+    check_layout(arrays, {name: tuple(view.shape) for name, view in views.items()})
+    with torch.no_grad():
+        for name, view in views.items():
+            view.copy_(torch.as_tensor(arrays[name]))
+
+
+def check_layout(arrays: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Compare names and shapes with what is expected.
+
+    Raises:
+        ValueError: names the first missing, unexpected or misshapen array.
+    """
+    if missing := shapes.keys() - arrays.keys():
+        raise ValueError(f"array {min(missing)} is missing")
+    if unexpected := arrays.keys() - shapes.keys():
+        raise ValueError(f"array {min(unexpected)} is not part of the model")
+    for name, shape in shapes.items():
+        if arrays[name].shape != shape:
+            raise ValueError(f"array {name} has shape {arrays[name].shape}, the model's has {shape}")
+
+
+def first_non_finite(arrays: Mapping[str, np.ndarray | Tensor]) -> str | None:
+    """Return the name of the first array with a NaN or an infinity."""
+    for name, array in arrays.items():
+        if not bool(torch.isfinite(torch.as_tensor(array)).all()):
+            return name
+    return None
+
+
+def payload_bytes(arrays: Mapping[str, np.ndarray]) -> int:
+    """Bytes of the arrays' values."""
+    return sum(array.nbytes for array in arrays.values())
+
+
+def to_record(arrays: Mapping[str, np.ndarray]) -> ArrayRecord:
+    """Wrap arrays for Flower, keeping 0-dim shapes and dtypes."""
+    return ArrayRecord({name: Array(np.asarray(array)) for name, array in arrays.items()})
+
+
+def from_record(record: ArrayRecord) -> Arrays:
+    """Unwrap Flower's arrays."""
+    return {name: array.numpy() for name, array in record.items()}
+
+
+def write_instruction(instruction: Instruction, arrays: ArrayRecord) -> RecordDict:
+    """Pack a node's part of a round; `arrays` (the global state) may be shared between messages."""
+    config = ConfigRecord(
+        {
+            "round": instruction.round,
+            "lr": instruction.lr,
+            "temperature": instruction.temperature,
+            **_columns(instruction.assignments, Assignment),
+        }
+    )
+    return RecordDict({ARRAYS: arrays, CONFIG: config})
+
+
+def read_instruction(content: RecordDict) -> tuple[Instruction, Arrays]:
+    """Unpack a node's part of a round and the global arrays."""
+    config = content[CONFIG]
+    instruction = Instruction(
+        round=int(config["round"]),
+        lr=float(config["lr"]),
+        temperature=float(config["temperature"]),
+        assignments=tuple(_rows(config, Assignment)),
+    )
+    return instruction, from_record(content[ARRAYS])
+
+
+def write_reply(reply: Reply) -> RecordDict:
+    """Pack a node's answer: arrays, one list per metric, and the reasons of failures."""
+    columns = _columns(reply.results, ClientResult)
+    reasons = ConfigRecord({"reason": columns.pop("reason")})
+    content = RecordDict({METRICS: MetricRecord({WEIGHT: reply.weight, **columns}), CONFIG: reasons})
+    if reply.arrays is not None:
+        content[ARRAYS] = to_record(reply.arrays)
+    return content
+
+
+def read_reply(content: RecordDict) -> Reply:
+    """Unpack a node's answer."""
+    columns = dict(content[METRICS]) | dict(content[CONFIG])
+    arrays = from_record(content[ARRAYS]) if ARRAYS in content else None
+    return Reply(arrays, tuple(_rows(columns, ClientResult)))
+
+
+def _columns(rows: Sequence[object], cls: type) -> dict[str, list]:
+    """One list per field, since records hold flat lists only."""
+    return {field.name: [getattr(row, field.name) for row in rows] for field in fields(cls)}
+
+
+def _rows(columns: Mapping[str, list], cls: type) -> list:
+    names = [field.name for field in fields(cls)]
+    return [cls(*values) for values in zip(*(columns[name] for name in names), strict=True)]

@@ -1,0 +1,36 @@
+"""What a person reads of a run: a short header and one line per round."""
+
+from __future__ import annotations
+
+import fedfmd
+from fedfmd.federation import Federation
+from fedfmd.tracking import RoundRow
+
+
+def header_lines(federation: Federation) -> list[str]:
+    """What runs, on which data and fleet, and how."""
+    settings = federation.settings
+    model, server, partition = settings.model, settings.server, settings.partition
+    kernels = "" if model.conv == "static" else f" (K={model.kernels})"
+    sizes = federation.partition.sizes
+    fleet = ", ".join(f"{count} {name}" for name, count in federation.fleet.counts.items())
+    asked = f"{server.clients_per_round} clients" if server.clients_per_round else "all clients"
+    deadline = f"deadline {settings.budget.deadline_s:g} s" if settings.budget.deadline_s else "no deadline"
+    size = federation.dataset.image_size
+    return [
+        f"fedfmd {fedfmd.__version__}: {model.arch} with {model.conv}{kernels}, {federation.cost.params:,} parameters, "
+        f"{federation.cost.macs / 1e6:.1f} M MACs per image, on {settings.data.dataset} at {size}×{size}",
+        f"{partition.clients} clients ({partition.scheme}, {min(sizes)} to {max(sizes)} images each) on {fleet} "
+        f"over {settings.fleet.link}",
+        f"{server.rounds} rounds of {server.strategy} with {asked}, {settings.train.local_epochs} local epochs of "
+        f"batch {settings.train.batch_size}; policy {settings.budget.policy}, {deadline}; seed {settings.seed}",
+    ]
+
+
+def round_text(row: RoundRow, rounds: int) -> str:
+    """One round in one line."""
+    return (
+        f"round {row.round:>{len(str(rounds))}}/{rounds}  virtual {row.virtual_s:9.1f} s  "
+        f"accuracy {row.accuracy:.4f}  loss {row.loss:7.4f}  IES {row.ies_train:8.2f} s  "
+        f"RCS {row.rcs_train:8.5f} /s  clients {row.clients_ok} ok {row.clients_late} late {row.clients_failed} failed"
+    )

@@ -1,0 +1,92 @@
+"""The nodes of a run: who is there, which clients each can host, and which it is given in a round."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from flwr.app import Message, RecordDict
+from flwr.app.message_type import MessageType
+from flwr.serverapp import Grid
+
+from fedfmd.edge import WorkPlan, deal_out
+from fedfmd.errors import RunError
+from fedfmd.wire import CONFIG
+
+POLL_S = 0.2
+
+
+@dataclass(frozen=True)
+class Node:
+    """A Flower node. `client` is the only client that it hosts, or None if it hosts any (simulation)."""
+
+    id: int
+    rank: int
+    client: int | None
+    images: int
+    device: str
+
+
+def meet_nodes(grid: Grid, clients: int, timeout_s: float) -> tuple[Node, ...]:
+    """Ask every node what it hosts, in an order that does not depend on Flower's random node ids.
+
+    Waits until a simulation's nodes are all there, or until all `clients` have a box of their own.
+
+    Raises:
+        RunError: nodes are missing after `timeout_s`, refuse, or claim the same client.
+    """
+    met: dict[int, tuple[Node, int]] = {}
+    deadline = time.monotonic() + timeout_s
+    while True:
+        unknown = [node_id for node_id in grid.get_node_ids() if node_id not in met]
+        met |= _query(grid, unknown, timeout_s)
+        nodes = sorted((node for node, _ in met.values()), key=lambda node: (node.rank, node.id))
+        if _complete(nodes, max((peers for _, peers in met.values()), default=0), clients):
+            return tuple(nodes)
+        if time.monotonic() > deadline:
+            raise RunError(
+                f"{len(nodes)} of the nodes for partition.clients = {clients} came within "
+                f"server.node-timeout-s = {timeout_s:g}: start the missing ones or wait longer"
+            )
+        time.sleep(POLL_S)
+
+
+def assign(nodes: Sequence[Node], plans: Sequence[WorkPlan]) -> dict[int, list[WorkPlan]]:
+    """Give each client of the round to a node: node id → plans, only for nodes that have work.
+
+    Boxes get their own client; workers are dealt clients so that all are busy equally long.
+    """
+    if any(node.client is None for node in nodes):
+        workers = [node.id for node in nodes if node.client is None]
+        hands = dict(zip(workers, deal_out(plans, len(workers)), strict=True))
+    else:
+        hands = {node.id: [plan for plan in plans if plan.client.id == node.client] for node in nodes}
+    return {node: hand for node, hand in hands.items() if hand}
+
+
+def _query(grid: Grid, node_ids: Sequence[int], timeout_s: float) -> dict[int, tuple[Node, int]]:
+    """What the nodes say of themselves, and how many peers each knows of."""
+    messages = [Message(RecordDict(), node_id, MessageType.QUERY) for node_id in node_ids]
+    if not messages:
+        return {}
+    met = {}
+    for reply in grid.send_and_receive(messages, timeout=timeout_s):
+        if reply.has_error():
+            raise RunError(f"a node could not start: {reply.error.reason.strip().splitlines()[-1]}")
+        config, node_id = reply.content[CONFIG], reply.metadata.src_node_id
+        if config["error"]:
+            raise RunError(f"the box of client {config['client']} refuses: {config['error']}")
+        client = None if config["client"] < 0 else config["client"]
+        node = Node(node_id, config["rank"], client, config["images"], config["device"])
+        met[node_id] = node, config["nodes"]
+    return met
+
+
+def _complete(nodes: Sequence[Node], peers: int, clients: int) -> bool:
+    hosted = [node.client for node in nodes if node.client is not None]
+    if len(set(hosted)) < len(hosted):
+        raise RunError(f"two boxes say that they are client {max(hosted, key=hosted.count)}")
+    if any(client not in range(clients) for client in hosted):
+        raise RunError(f"a box says that it is client {max(hosted)}, but partition.clients = {clients}")
+    return len(hosted) == clients if hosted else bool(nodes) and len(nodes) >= peers

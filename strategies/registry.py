@@ -1,0 +1,37 @@
+"""The strategies by name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+
+from flwr.serverapp.strategy import FedAvg
+
+from fedfmd.errors import SettingsError
+from fedfmd.federation import Federation
+from fedfmd.tracking import RunFolder
+from fedfmd.wire import ARRAYS, CONFIG, WEIGHT
+from strategies.tracked import TrackedStrategy
+
+
+def _fedavg() -> FedAvg:
+    """FedAvg (McMahan et al., 2017): the mean of the clients' models, weighted by their images."""
+    return FedAvg(weighted_by_key=WEIGHT, arrayrecord_key=ARRAYS, configrecord_key=CONFIG)
+
+
+STRATEGIES: dict[str, Callable[[], FedAvg]] = {"fedavg": _fedavg}
+
+
+def make_strategy(federation: Federation, folder: RunFolder) -> TrackedStrategy:
+    """Wrap the Flower strategy that ``server.strategy`` names.
+
+    Raises:
+        SettingsError: unknown name.
+    """
+    name = federation.settings.server.strategy
+    if name not in STRATEGIES:
+        nearest = difflib.get_close_matches(name, STRATEGIES, n=1, cutoff=0.0)[0]
+        raise SettingsError(
+            f"server.strategy = {name!r}: must be one of {', '.join(STRATEGIES)}; did you mean {nearest!r}?"
+        )
+    return TrackedStrategy(STRATEGIES[name](), federation, folder)

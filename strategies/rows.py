@@ -1,0 +1,126 @@
+"""The rows of a round for ``rounds.csv`` and ``clients.csv``: modelled costs beside measured results."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from fedfmd.cost import ies, rcs
+from fedfmd.edge import WorkPlan, round_seconds
+from fedfmd.federation import Federation
+from fedfmd.tracking import ClientRow, RoundRow
+from fedfmd.training import Evaluation
+from fedfmd.wire import ClientResult
+
+
+def client_rows(
+    server_round: int,
+    plans: Sequence[WorkPlan],
+    results: Mapping[int, ClientResult],
+    ranks: Mapping[int, int],
+    client_flops: Sequence[int],
+    federation: Federation,
+) -> list[ClientRow]:
+    """One row per client of the round, in the order of `plans`.
+
+    `results` holds the clients that were asked to train, `ranks` the node of each. A client that was never
+    asked because its update would come too late, or because its device can't hold the model, has no result.
+    """
+    return [
+        _client_row(
+            server_round,
+            plan,
+            results.get(plan.client.id),
+            ranks.get(plan.client.id),
+            client_flops[plan.client.id],
+            federation,
+        )
+        for plan in plans
+    ]
+
+
+def round_row(
+    server_round: int,
+    plans: Sequence[WorkPlan],
+    clients: Sequence[ClientRow],
+    evaluation: Evaluation,
+    federation: Federation,
+    *,
+    temperature: float,
+    virtual_s: float,
+    best_accuracy: float,
+    cum_train_flops: int,
+    wall_s: float,
+) -> RoundRow:
+    """The round's row; `virtual_s`, `best_accuracy` and `cum_train_flops` are those before it."""
+    round_s = round_seconds(plans, federation.budget)
+    train_flops = sum(client.train_flops for client in clients)
+    latency_s = federation.mean_latency_s
+    return RoundRow(
+        round=server_round,
+        virtual_s=virtual_s + round_s,
+        round_s=round_s,
+        wall_s=wall_s,
+        loss=evaluation.loss,
+        accuracy=evaluation.accuracy,
+        best_accuracy=max(best_accuracy, evaluation.accuracy),
+        temperature=temperature,
+        kernel_entropy=evaluation.kernel_entropy,
+        clients_ok=_count(clients, "ok"),
+        clients_late=_count(clients, "late"),
+        clients_failed=_count(clients, "failed") + _count(clients, "unfit"),
+        train_flops=train_flops,
+        cum_train_flops=cum_train_flops + train_flops,
+        up_bytes=sum(client.up_bytes for client in clients),
+        down_bytes=sum(client.down_bytes for client in clients),
+        energy_j=math.fsum(client.energy_j for client in clients),
+        latency_s=latency_s,
+        ies_train=ies(round_s, evaluation.accuracy),
+        rcs_train=rcs(evaluation.accuracy, round_s),
+        ies_infer=ies(latency_s, evaluation.accuracy),
+        rcs_infer=rcs(evaluation.accuracy, latency_s),
+    )
+
+
+def _client_row(
+    server_round: int,
+    plan: WorkPlan,
+    result: ClientResult | None,
+    rank: int | None,
+    flops_before: int,
+    federation: Federation,
+) -> ClientRow:
+    trained = result is not None and result.ok
+    failed = result is not None and not result.ok
+    works = plan.status != "unfit"
+    accuracy = result.accuracy if trained else None
+    return ClientRow(
+        round=server_round,
+        client=plan.client.id,
+        node=rank,
+        device=plan.client.device.name,
+        status="failed" if failed else plan.status,
+        reason=result.reason if failed else plan.reason,
+        examples=plan.examples,
+        steps=plan.steps,
+        kernels=federation.trained_kernels,
+        train_flops=plan.train_flops,
+        cum_train_flops=flops_before + plan.train_flops,
+        compute_s=plan.compute_s,
+        down_s=plan.down_s,
+        up_s=plan.up_s,
+        total_s=plan.total_s,
+        wall_s=result.wall_s if result is not None else None,
+        up_bytes=federation.payload_bytes if works else 0,
+        down_bytes=federation.payload_bytes if works else 0,
+        energy_j=plan.energy_j,
+        loss=result.loss if trained else None,
+        accuracy=accuracy,
+        latency_s=plan.latency_s,
+        ies=ies(plan.latency_s, accuracy) if trained else None,
+        rcs=rcs(accuracy, plan.latency_s) if trained else None,
+    )
+
+
+def _count(clients: Sequence[ClientRow], status: str) -> int:
+    return sum(client.status == status for client in clients)
