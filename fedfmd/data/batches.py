@@ -32,12 +32,17 @@ def batches(
     Args:
         images: the images to pass over.
         batch_size: images per batch.
-        generator: draws the order and the augmentation; None keeps the order.
+        generator: a CPU generator that draws the order and the augmentation; None keeps the order.
         augment: random crop after zero padding (4 pixels at 32 x 32) and random horizontal flip.
         mean: per channel, of pixels scaled to 0..1; becomes 0.
         std: per channel, of pixels scaled to 0..1; becomes 1.
         device: where the batches are made.
+
+    Raises:
+        ValueError: augmentation without a generator.
     """
+    if augment and generator is None:
+        raise ValueError("augment = True draws crops and flips: it needs a generator")
     pixels, labels = images.images.to(device), images.labels.to(device)
     std_255 = torch.tensor(std, device=device).view(-1, 1, 1) * 255
     mean_255 = torch.tensor(mean, device=device).view(-1, 1, 1) * 255
@@ -52,7 +57,7 @@ def batches(
 def _random_crops(pixels: Tensor, generator: torch.Generator) -> Callable[[Tensor], Tensor]:
     """Draw a crop and flip per image (N x 3 x S x S); the result maps indices B to crops B x 3 x S x S.
 
-    All are drawn at once where the generator lives, so that every device and batch size sees the same ones.
+    All are drawn at once and on the CPU, so that every device and batch size sees the same ones.
     """
     count, size = len(pixels), pixels.shape[-1]
     padding = size // 8

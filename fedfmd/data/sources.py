@@ -78,7 +78,9 @@ def _cifar(name: str, source: Source) -> Dataset:
             f"data.dir is not set: data.dataset = '{name}' needs the folder that holds {kind.base_folder}/; "
             "with data.download = true the files are fetched into it"
         )
-    if source.download:
+    if fault := _cifar_fault(kind, source.dir):
+        if not source.download:
+            raise ValueError(f"data.dir = {source.dir}: {fault}")
         try:
             kind(source.dir, download=True)
         except (OSError, RuntimeError) as error:
@@ -86,7 +88,6 @@ def _cifar(name: str, source: Source) -> Dataset:
                 f"data.download = true: fetching {name} failed ({error}); check the network, or put "
                 f"{kind.base_folder}/ into data.dir = {source.dir} by other means"
             ) from None
-    _check_cifar(kind, source.dir)
     parts = [kind(source.dir, train=train) for train in (True, False)]
     train, test = (
         ImageSet(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets))
@@ -97,22 +98,24 @@ def _cifar(name: str, source: Source) -> Dataset:
     return _dataset(name, train, test, parts[0].classes, augment=True)
 
 
-def _check_cifar(kind: type, folder: Path) -> None:
-    """Tell a missing file from a damaged one, which torchvision reports alike."""
+def _cifar_fault(kind: type, folder: Path) -> str:
+    """What is wrong with the files and how to mend it, or nothing; torchvision reports all faults alike."""
     from torchvision.datasets.utils import check_integrity
 
+    base = kind.base_folder
     for file, checksum in [*kind.train_list, *kind.test_list, (kind.meta["filename"], kind.meta["md5"])]:
-        path = folder / kind.base_folder / file
+        path = folder / base / file
         if not path.is_file():
-            raise ValueError(
-                f"data.dir = {folder}: has no {kind.base_folder}/{file}; set data.dir to the folder that "
-                f"holds {kind.base_folder}/, or data.download = true to fetch it"
+            return (
+                f"has no {base}/{file}; set data.dir to the folder that holds {base}/, or data.download = "
+                "true to fetch it"
             )
         if not check_integrity(path, checksum):
-            raise ValueError(
-                f"data.dir = {folder}: {kind.base_folder}/{file} is damaged (its checksum differs); "
-                "set data.download = true to fetch it anew"
+            return (
+                f"{base}/{file} is damaged (its checksum differs); delete {base}/ and set data.download = "
+                "true to fetch it anew"
             )
+    return ""
 
 
 def _npz(source: Source) -> Dataset:

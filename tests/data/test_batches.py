@@ -84,3 +84,8 @@ def test_each_image_has_a_crop_of_its_own():
     copies = ImageSet(image.expand(32, -1, -1, -1), torch.zeros(32, dtype=torch.int64))
     inputs, _ = pixels_and_labels(copies, 32, generator=seeded(), augment=True)
     assert len(inputs.flatten(1).unique(dim=0)) > 20
+
+
+def test_augmentation_without_a_generator_is_refused(images):
+    with pytest.raises(ValueError, match="needs a generator"):
+        pixels_and_labels(images, 4, augment=True)

@@ -126,12 +126,10 @@ def test_damaged_cifar_is_found_by_its_checksum(tmp_path, monkeypatch, file):
         load_dataset("cifar10", dir=tmp_path)
 
 
-def test_cifar_is_fetched_when_asked(tmp_path, monkeypatch):
-    def fetch(self):
-        if not (tmp_path / self.base_folder).exists():
-            make_cifar(tmp_path, "cifar10", monkeypatch)
-
-    monkeypatch.setattr(CIFAR10, "download", fetch)
+def test_cifar_is_fetched_once_when_asked(tmp_path, monkeypatch):
+    monkeypatch.setattr(CIFAR10, "download", lambda self: make_cifar(tmp_path, "cifar10", monkeypatch))
+    assert len(load_dataset("cifar10", dir=tmp_path, download=True).train) == 60
+    monkeypatch.setattr(CIFAR10, "download", None)
     assert len(load_dataset("cifar10", dir=tmp_path, download=True).train) == 60
 
 
