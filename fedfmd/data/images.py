@@ -111,7 +111,7 @@ def load_image_set(
         return _read_folder(path, image_size or FOLDER_IMAGE_SIZE, class_names)
     if path.is_file():
         return _read_npz(path, image_size, class_names)
-    raise ValueError(f"{path}: no such file or folder")
+    raise ValueError(f"{path}: no such file or folder; give an npz file or a folder of class folders")
 
 
 def _read_npz(path: Path, image_size: int | None, class_names: Sequence[str] | None) -> ImageSet:
