@@ -49,19 +49,17 @@ def run(
     engine: Annotated[
         EngineName, typer.Option(help="inline: in this process. flwr: Flower's simulation on Ray.")
     ] = EngineName.inline,
-    workers: Annotated[int, typer.Option(min=1, help="Nodes that train at the same time (flwr).")] = 1,
+    workers: Annotated[int, typer.Option(min=0, help="Nodes that train at once; 0: one per core.")] = 0,
 ) -> None:
     """Run an experiment; run it again to go on where it was stopped."""
     from rich.console import Console
 
-    from fedfmd.experiment import load_experiment, run_experiment
+    from fedfmd.experiment import available_cores, load_experiment, run_experiment
 
     logging.getLogger("flwr").setLevel(logging.WARNING)  # only now: importing flwr sets its own
-    if engine is EngineName.inline and workers > 1:
-        raise SettingsError(
-            f"--workers {workers}: the inline engine has one worker, use --engine flwr for more"
-        )
-    run_experiment(load_experiment(file, overrides), out, engine.value, workers, Console())
+    run_experiment(
+        load_experiment(file, overrides), out, engine.value, workers or available_cores(), Console()
+    )
 
 
 def main() -> None:

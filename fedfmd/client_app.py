@@ -8,6 +8,7 @@ images never leave it.
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -42,17 +43,26 @@ from fedfmd.wire import (
 
 app = ClientApp()
 logger = logging.getLogger("fedfmd.client")
+_thread = threading.local()
+_loading = threading.Lock()
 
 
 @dataclass(frozen=True)
 class Host:
-    """What a node keeps between messages: its images and one model instance for all its clients."""
+    """What the nodes of a process keep between messages."""
 
     settings: Settings
     dataset: Dataset
     images_of: Callable[[int], ImageSet]
-    model: nn.Module
     device: torch.device
+
+    @property
+    def model(self) -> nn.Module:
+        """The calling thread's model, for all clients that it trains: nodes of one process are threads."""
+        if getattr(_thread, "host", None) is not self:
+            _thread.host = self
+            _thread.model = build_model(self.settings, self.dataset.classes).to(self.device)
+        return _thread.model
 
 
 @app.query()
@@ -126,7 +136,8 @@ def _run_client(host: Host, instruction: Instruction, assignment: Assignment, ar
 
 def _host_of(context: Context) -> Host:
     data = context.node_config.get("data")
-    return _load_host(tuple(sorted(context.run_config.items())), None if data is None else str(data))
+    with _loading:
+        return _load_host(tuple(sorted(context.run_config.items())), None if data is None else str(data))
 
 
 @lru_cache(maxsize=1)
@@ -141,5 +152,4 @@ def _load_host(run_config: tuple[tuple[str, bool | int | float | str], ...], dat
     else:
         own = load_image_set(Path(data), image_size=dataset.image_size, class_names=dataset.class_names)
         images_of = lambda _client: own  # noqa: E731
-    model = build_model(settings, dataset.classes).to(device)
-    return Host(settings, dataset, images_of, model, device)
+    return Host(settings, dataset, images_of, device)

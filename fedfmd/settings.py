@@ -109,8 +109,8 @@ class TrainSettings(_Section):
     """Local SGD on a client; the learning rate follows `schedule` over the server's rounds."""
 
     lr: Positive = 0.1
-    batch_size: Count = 32
-    local_epochs: Count = 2
+    batch_size: Count = 16
+    local_epochs: Count = 3
     momentum: Annotated[float, Field(ge=0, lt=1, strict=False)] = 0.9
     weight_decay: NonNegative = 5e-4
     schedule: Literal["constant", "cosine", "step"] = "cosine"
@@ -128,7 +128,7 @@ class TemperatureSettings(_Section):
 class ServerSettings(_Section):
     """The server's loop. `clients_per_round` 0 asks every client."""
 
-    rounds: Count = 20
+    rounds: Count = 15
     clients_per_round: Annotated[int, Field(ge=0)] = 0
     strategy: str = "fedavg"
     checkpoint_every: Count = 1

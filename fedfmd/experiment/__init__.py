@@ -1,6 +1,6 @@
 """Experiments: from YAML files to finished runs."""
 
 from fedfmd.experiment.files import Cell, Experiment, load_experiment
-from fedfmd.experiment.run import run_experiment
+from fedfmd.experiment.run import available_cores, run_experiment
 
-__all__ = ["Cell", "Experiment", "load_experiment", "run_experiment"]
+__all__ = ["Cell", "Experiment", "available_cores", "load_experiment", "run_experiment"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -36,6 +37,11 @@ def run_experiment(
     return [_run_cell(cell, settings, engine, workers, console) for cell, settings in cells]
 
 
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _run_cell(cell: Cell, settings: Settings, engine: Engine, workers: int, console: Console) -> Path:
     folder = Path(settings.run_dir)
     with RunDisplay(console, settings.server.rounds, cell.name) as display:
@@ -43,7 +49,8 @@ def _run_cell(cell: Cell, settings: Settings, engine: Engine, workers: int, cons
             run_flower(settings.flat(), workers, folder, display.line)
         else:
             with display.handling(logging.getLogger("fedfmd")):
-                run_inline(server_app, client_app, settings.flat(), workers)
+                threads = settings.threads or max(1, available_cores() // workers)
+                run_inline(server_app, client_app, settings.flat(), workers, threads)
     return folder
 
 
