@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +17,7 @@ from torch import nn
 from fedfmd.conv import TemperatureSchedule
 from fedfmd.cost import Cost, count, training_memory
 from fedfmd.data import Dataset, Partition, cached_partition, load_dataset
-from fedfmd.edge import LINKS, Budget, Fleet, Workload, load_devices, make_fleet
+from fedfmd.edge import LINKS, Budget, Device, Fleet, Workload, load_devices, make_fleet
 from fedfmd.errors import SettingsError
 from fedfmd.models import make_model
 from fedfmd.seeds import derive_seed
@@ -28,11 +29,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Federation:
-    """Everything that is fixed during a run, on the server's side."""
+    """Everything that is fixed during a run, on the server's side; `sizes` counts each client's images."""
 
     settings: Settings
     dataset: Dataset
     partition: Partition
+    sizes: tuple[int, ...]
     fleet: Fleet
     model: nn.Module
     cost: Cost
@@ -41,9 +43,9 @@ class Federation:
     device: torch.device
     payload_bytes: int
 
-    def workload(self, client: int, images: int) -> Workload:
-        """Full work of a round for a client with that many images."""
-        train = self.settings.train
+    def workload(self, client: int) -> Workload:
+        """Full work of a round for a client."""
+        train, images = self.settings.train, self.sizes[client]
         return Workload(
             images=images,
             batch_size=train.batch_size,
@@ -82,6 +84,7 @@ def build_federation(settings: Settings) -> Federation:
         settings=settings,
         dataset=dataset,
         partition=partition,
+        sizes=tuple(partition.sizes.tolist()),
         fleet=fleet,
         model=model,
         cost=count(model, dataset.image_size),
@@ -129,8 +132,14 @@ def build_partition(settings: Settings, dataset: Dataset) -> Partition:
 def build_fleet(settings: Settings) -> Fleet:
     """Assign devices and links to the clients."""
     fleet = settings.fleet
-    devices = load_devices(_path(fleet.devices_file))
-    return make_fleet(fleet.devices, settings.partition.clients, LINKS[fleet.link], settings.seed, devices)
+    return make_fleet(
+        fleet.devices, settings.partition.clients, LINKS[fleet.link], settings.seed, known_devices(settings)
+    )
+
+
+def known_devices(settings: Settings) -> dict[str, Device]:
+    """Return the devices that a client may have, by name."""
+    return load_devices(_path(settings.fleet.devices_file))
 
 
 def build_model(settings: Settings, classes: int) -> nn.Module:
@@ -161,13 +170,14 @@ def torch_device(settings: Settings) -> torch.device:
     name = settings.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.partition(":")[0] not in ("cpu", "cuda"):
-        raise SettingsError(f"device = {settings.device!r}: must be auto, cpu, cuda or cuda:N")
-    if name.startswith("cuda") and not torch.cuda.is_available():
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise SettingsError(f"device = {name!r}: must be auto, cpu, cuda or cuda:N")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise SettingsError(
-            f"device = {settings.device!r} but PyTorch sees no GPU here: use device=cpu or auto"
+            f"device = {name!r} but PyTorch sees {torch.cuda.device_count()} GPUs here: use device=cpu or auto"
         )
-    return torch.device(name)
+    return device
 
 
 def cache_dir() -> Path:

@@ -10,16 +10,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import yaml
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedfmd.data import save_partition
-from fedfmd.errors import SettingsError
-from fedfmd.federation import build_federation
-from fedfmd.settings import Settings
+from fedfmd.errors import SettingsError, not_one_of
+from fedfmd.federation import Federation, build_federation
+from fedfmd.settings import Settings, read_yaml
 from fedfmd.tracking import RunFolder, round_line
-from strategies import make_strategy
+from strategies import STRATEGIES, make_strategy
 
 app = ServerApp()
 logger = logging.getLogger("fedfmd")
@@ -36,7 +35,7 @@ def main(grid: Grid, context: Context) -> None:
     settings = Settings.from_mapping(context.run_config)
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    federation = build_federation(settings)
+    federation = prepare(settings)
     folder = open_run_folder(settings)
     with _logging_to(folder):
         strategy = make_strategy(federation, folder)
@@ -44,26 +43,47 @@ def main(grid: Grid, context: Context) -> None:
         save_partition(
             federation.partition, dataset.train.labels, dataset.classes, folder.path, dataset.class_names
         )
-        strategy.summary()
         progress = strategy.run(grid)
         logger.info("%d rounds done, best accuracy %.4f", progress.round, progress.best_accuracy)
         logger.info("results: %s", folder.path)
+
+
+def prepare(settings: Settings) -> Federation:
+    """Assemble a run, with all the checks that can be made before anything is written.
+
+    Raises:
+        SettingsError: the settings can't be used, or their run folder holds another run.
+    """
+    name = settings.server.strategy
+    if name not in STRATEGIES:
+        raise SettingsError(f"server.strategy = {name!r}: {not_one_of(name, STRATEGIES)}")
+    _run_path(settings)
+    return build_federation(settings)
 
 
 def open_run_folder(settings: Settings) -> RunFolder:
     """Open the folder ``run-dir``, or a new one below ``runs/`` if that is empty.
 
     Raises:
-        SettingsError: the folder holds a run that has other settings, or that is not to be resumed.
+        SettingsError: the folder holds a run that has other settings, or that is not to be resumed, or it
+            can't be made.
     """
-    path = Path(settings.run_dir).expanduser() if settings.run_dir else _new_path(settings)
-    known = path / "settings.yaml"
-    if known.exists():
-        _check_same(settings, Settings.from_mapping(yaml.safe_load(known.read_text(encoding="utf-8"))), path)
-    folder = RunFolder(path)
+    try:
+        folder = RunFolder(_run_path(settings))
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
     folder.write_settings(settings.flat())
     folder.write_environment()
     return folder
+
+
+def _run_path(settings: Settings) -> Path:
+    """The run's folder, once it is clear that no other run is kept there."""
+    path = Path(settings.run_dir).expanduser() if settings.run_dir else _new_path(settings)
+    known = path / "settings.yaml"
+    if known.exists():
+        _check_same(settings, Settings.from_mapping(read_yaml(known)), path)
+    return path
 
 
 def _new_path(settings: Settings) -> Path:

@@ -7,12 +7,13 @@ from fedfmd.federation import Federation
 from fedfmd.tracking import RoundRow
 
 
-def header_lines(federation: Federation) -> list[str]:
-    """What runs, on which data and fleet, and how."""
+def header_lines(federation: Federation, own_data: bool = False) -> list[str]:
+    """What runs, on which data and fleet, and how; `own_data` if the clients are boxes with images of their own."""
     settings = federation.settings
     model, server, partition = settings.model, settings.server, settings.partition
     kernels = "" if model.conv == "static" else f" (K={model.kernels})"
-    sizes = federation.partition.sizes
+    sizes = federation.sizes
+    split = "own data" if own_data else partition.scheme
     fleet = ", ".join(f"{count} {name}" for name, count in federation.fleet.counts.items())
     asked = f"{server.clients_per_round} clients" if server.clients_per_round else "all clients"
     deadline = f"deadline {settings.budget.deadline_s:g} s" if settings.budget.deadline_s else "no deadline"
@@ -20,7 +21,7 @@ def header_lines(federation: Federation) -> list[str]:
     return [
         f"fedfmd {fedfmd.__version__}: {model.arch} with {model.conv}{kernels}, {federation.cost.params:,} parameters, "
         f"{federation.cost.macs / 1e6:.1f} M MACs per image, on {settings.data.dataset} at {size}×{size}",
-        f"{partition.clients} clients ({partition.scheme}, {min(sizes)} to {max(sizes)} images each) on {fleet} "
+        f"{partition.clients} clients ({split}, {min(sizes)} to {max(sizes)} images each) on {fleet} "
         f"over {settings.fleet.link}",
         f"{server.rounds} rounds of {server.strategy} with {asked}, {settings.train.local_epochs} local epochs of "
         f"batch {settings.train.batch_size}; policy {settings.budget.policy}, {deadline}; seed {settings.seed}",

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from flwr.app import Message, RecordDict
 from flwr.app.message_type import MessageType
 from flwr.serverapp import Grid
 
-from fedfmd.edge import WorkPlan, deal_out
+from fedfmd.edge import Fleet, WorkPlan, deal_out
 from fedfmd.errors import RunError
+from fedfmd.federation import Federation, known_devices
 from fedfmd.wire import CONFIG
 
 POLL_S = 0.2
@@ -19,7 +20,10 @@ POLL_S = 0.2
 
 @dataclass(frozen=True)
 class Node:
-    """A Flower node. `client` is the only client that it hosts, or None if it hosts any (simulation)."""
+    """A Flower node: a worker of a simulation hosts any client, a real box its own `client` alone.
+
+    `images` and `device` (which may be "") are what a box says of itself.
+    """
 
     id: int
     rank: int
@@ -52,17 +56,45 @@ def meet_nodes(grid: Grid, clients: int, timeout_s: float) -> tuple[Node, ...]:
         time.sleep(POLL_S)
 
 
+def on_boxes(federation: Federation, nodes: Sequence[Node]) -> Federation:
+    """Put the boxes' own numbers of images and devices in the place of the simulated ones.
+
+    A box that names no device keeps the one that the fleet gives its client; links stay modelled.
+
+    Raises:
+        RunError: a box names an unknown device.
+    """
+    sizes, clients = list(federation.sizes), list(federation.fleet.clients)
+    devices = known_devices(federation.settings)
+    for node in nodes:
+        if node.client is None:
+            continue
+        sizes[node.client] = node.images
+        if node.device:
+            if node.device not in devices:
+                raise RunError(
+                    f"the box of client {node.client} has the unknown device {node.device!r}: give its "
+                    f"--node-config one of {', '.join(devices)}, or add it to fleet.devices-file"
+                )
+            clients[node.client] = replace(clients[node.client], device=devices[node.device])
+    return replace(federation, sizes=tuple(sizes), fleet=Fleet(tuple(clients)))
+
+
 def assign(nodes: Sequence[Node], plans: Sequence[WorkPlan]) -> dict[int, list[WorkPlan]]:
     """Give each client of the round to a node: node id → plans, only for nodes that have work.
 
     Boxes get their own client; workers are dealt clients so that all are busy equally long.
     """
-    if any(node.client is None for node in nodes):
-        workers = [node.id for node in nodes if node.client is None]
-        hands = dict(zip(workers, deal_out(plans, len(workers)), strict=True))
-    else:
+    if has_boxes(nodes):
         hands = {node.id: [plan for plan in plans if plan.client.id == node.client] for node in nodes}
+    else:
+        hands = dict(zip((node.id for node in nodes), deal_out(plans, len(nodes)), strict=True))
     return {node: hand for node, hand in hands.items() if hand}
+
+
+def has_boxes(nodes: Iterable[Node]) -> bool:
+    """Whether the nodes are real boxes, each with its own client."""
+    return any(node.client is not None for node in nodes)
 
 
 def _query(grid: Grid, node_ids: Sequence[int], timeout_s: float) -> dict[int, tuple[Node, int]]:
@@ -85,6 +117,10 @@ def _query(grid: Grid, node_ids: Sequence[int], timeout_s: float) -> dict[int, t
 
 def _complete(nodes: Sequence[Node], peers: int, clients: int) -> bool:
     hosted = [node.client for node in nodes if node.client is not None]
+    if 0 < len(hosted) < len(nodes):
+        raise RunError(
+            "some nodes are boxes and some host any client: give all a client=N in --node-config, or none"
+        )
     if len(set(hosted)) < len(hosted):
         raise RunError(f"two boxes say that they are client {max(hosted, key=hosted.count)}")
     if any(client not in range(clients) for client in hosted):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -71,9 +72,14 @@ def _check(reply: Reply, clients: Sequence[int], shapes: Mapping[str, tuple[int,
     answered = [result.client for result in reply.results]
     if sorted(answered) != sorted(clients):
         raise ValueError(f"it speaks of clients {sorted(answered)}, asked were {sorted(clients)}")
+    for result in reply.results:
+        if result.ok and not (result.images > 0 and math.isfinite(result.loss) and 0 <= result.accuracy <= 1):
+            raise ValueError(
+                f"client {result.client} has {result.images} images, loss {result.loss} and accuracy {result.accuracy}"
+            )
+    if (reply.arrays is None) == any(result.ok for result in reply.results):
+        raise ValueError("it must have arrays if, and only if, a client succeeded")
     if reply.arrays is None:
-        if reply.weight:
-            raise ValueError("it has no arrays")
         return
     check_layout(reply.arrays, shapes)
     if broken := first_non_finite(reply.arrays):

@@ -46,13 +46,16 @@ def round_row(
     evaluation: Evaluation,
     federation: Federation,
     *,
-    temperature: float,
+    temperature: float | None,
     virtual_s: float,
     best_accuracy: float,
     cum_train_flops: int,
     wall_s: float,
 ) -> RoundRow:
-    """The round's row; `virtual_s`, `best_accuracy` and `cum_train_flops` are those before it."""
+    """The round's row; `virtual_s`, `best_accuracy` and `cum_train_flops` are those before it.
+
+    A model without a mixture of kernels has neither temperature (None) nor kernel entropy (NaN).
+    """
     round_s = round_seconds(plans, federation.budget)
     train_flops = sum(client.train_flops for client in clients)
     latency_s = federation.mean_latency_s
@@ -65,7 +68,7 @@ def round_row(
         accuracy=evaluation.accuracy,
         best_accuracy=max(best_accuracy, evaluation.accuracy),
         temperature=temperature,
-        kernel_entropy=evaluation.kernel_entropy,
+        kernel_entropy=None if math.isnan(evaluation.kernel_entropy) else evaluation.kernel_entropy,
         clients_ok=_count(clients, "ok"),
         clients_late=_count(clients, "late"),
         clients_failed=_count(clients, "failed") + _count(clients, "unfit"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -18,7 +18,7 @@ from fedfmd.edge import WorkPlan, plan_work
 from fedfmd.errors import RunError
 from fedfmd.federation import Federation
 from fedfmd.seeds import derive_seed
-from fedfmd.tracking import RunFolder, latest_checkpoint, save_checkpoint
+from fedfmd.tracking import ClientRow, RunFolder, latest_checkpoint, save_checkpoint
 from fedfmd.training import Evaluation, evaluate, learning_rate
 from fedfmd.wire import (
     Assignment,
@@ -33,7 +33,7 @@ from fedfmd.wire import (
 )
 from strategies.aggregation import aggregate
 from strategies.lines import header_lines, round_text
-from strategies.nodes import Node, assign, meet_nodes
+from strategies.nodes import Node, assign, has_boxes, meet_nodes, on_boxes
 from strategies.replies import client_results, read_replies
 from strategies.rows import client_rows, round_row
 
@@ -74,10 +74,11 @@ class TrackedStrategy(Strategy):
         views = wire_views(federation.model)
         self._shapes = {name: tuple(view.shape) for name, view in views.items()}
         self._parameters = _parameter_names(federation)
+        self._annealed = any(name.endswith(".temperature") for name in views)
 
     def summary(self) -> None:
         """Log what runs, on which fleet."""
-        for line in header_lines(self.federation):
+        for line in header_lines(self.federation, own_data=has_boxes(self.nodes)):
             logger.info(line)
 
     def run(self, grid: Grid) -> Progress:
@@ -90,6 +91,8 @@ class TrackedStrategy(Strategy):
         progress = self._resume()
         if progress.round < settings.server.rounds:
             self.nodes = meet_nodes(grid, settings.partition.clients, settings.server.node_timeout_s)
+            self.federation = on_boxes(self.federation, self.nodes)
+        self.summary()
         for server_round in range(progress.round + 1, settings.server.rounds + 1):
             progress = self._run_round(grid, server_round, progress)
         return progress
@@ -176,7 +179,7 @@ class TrackedStrategy(Strategy):
             clients,
             evaluation,
             federation,
-            temperature=temperature,
+            temperature=temperature if self._annealed else None,
             virtual_s=progress.virtual_s,
             best_accuracy=progress.best_accuracy,
             cum_train_flops=sum(progress.client_flops),
@@ -192,7 +195,7 @@ class TrackedStrategy(Strategy):
         logger.info(round_text(row, settings.server.rounds), extra={"round_row": row})
         for failed in (client for client in clients if client.status == "failed"):
             logger.warning("round %d: client %d failed: %s", server_round, failed.client, failed.reason)
-        self._stop_if_hopeless(server_round, row.clients_failed, len(clients))
+        self._stop_if_hopeless(server_round, clients)
         return progress
 
     def _sample(self, server_round: int) -> list[int]:
@@ -205,10 +208,7 @@ class TrackedStrategy(Strategy):
 
     def _plan(self, client: int) -> WorkPlan:
         federation = self.federation
-        images = int(federation.partition.sizes[client])
-        return plan_work(
-            federation.fleet.clients[client], federation.workload(client, images), federation.budget
-        )
+        return plan_work(federation.fleet.clients[client], federation.workload(client), federation.budget)
 
     def _evaluate(self) -> Evaluation:
         federation = self.federation
@@ -239,18 +239,18 @@ class TrackedStrategy(Strategy):
         saved = {name: checkpoint.state[name] for name in asdict(start)}
         return Progress(**saved | {"client_flops": tuple(saved["client_flops"])})
 
-    def _stop_if_hopeless(self, server_round: int, failed: int, asked: int) -> None:
+    def _stop_if_hopeless(self, server_round: int, clients: Sequence[ClientRow]) -> None:
         limit = self.federation.settings.server.max_failed_share
-        reasons = [result.reason for result in self.results.values() if not result.ok]
+        reasons = [client.reason for client in clients if client.status in ("failed", "unfit")]
         if any("ActorDiedError" in reason for reason in reasons):
             raise RunError(
                 f"round {server_round}: a Ray worker died and Flower does not replace it; the run stops here. "
                 "Give the workers more memory or start fewer, then run again to go on after this round"
             )
-        if failed > limit * asked:
+        if len(reasons) > limit * len(clients):
             raise RunError(
-                f"round {server_round}: {failed} of {asked} clients failed, more than server.max-failed-share = "
-                f"{limit:g}; the last reason: {reasons[-1]}"
+                f"round {server_round}: {len(reasons)} of {len(clients)} clients failed, more than "
+                f"server.max-failed-share = {limit:g}; the last reason: {reasons[-1]}"
             )
 
 
