@@ -7,7 +7,7 @@ import os
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -57,9 +57,11 @@ def run(
     from fedfmd.experiment import available_cores, load_experiment, run_experiment
 
     logging.getLogger("flwr").setLevel(logging.WARNING)  # only now: importing flwr sets its own
-    run_experiment(
-        load_experiment(file, overrides), out, engine.value, workers or available_cores(), Console()
-    )
+    experiment = load_experiment(file, overrides)
+    try:
+        run_experiment(experiment, out, engine.value, workers or available_cores(), Console())
+    except KeyboardInterrupt:
+        _fail("stopped; finished rounds are kept, run the same command again to go on", 130)
 
 
 def main() -> None:
@@ -68,14 +70,12 @@ def main() -> None:
     os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
     try:
         cli()
-    except KeyboardInterrupt:
-        _fail("stopped; finished rounds are kept, run the same command again to go on", 130)
     except SettingsError as error:
         _fail(str(error), 2)
     except (FedfmdError, OSError) as error:
         _fail(str(error), 1)
 
 
-def _fail(message: str, status: int) -> None:
+def _fail(message: str, status: int) -> NoReturn:
     print(f"fedfmd: {message}", file=sys.stderr)
     sys.exit(status)

@@ -1,0 +1,90 @@
+"""The flwr engine starts real Flower and Ray processes, so these tests take tens of seconds each."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from fedfmd.engines import run_flower, run_inline
+from fedfmd.errors import RunError
+from fedfmd.settings import Settings
+from fedfmd.tracking import read_clients, read_rounds
+
+pytestmark = pytest.mark.slow
+
+TINY = {
+    "data.image-size": 8,
+    "model.width": 0.25,
+    "partition.clients": 3,
+    "partition.scheme": "iid",
+    "fleet.devices": "pi-4:2, phone:1",
+    "train.local-epochs": 1,
+    "server.rounds": 2,
+}
+
+
+def children() -> set[psutil.Process]:
+    return set(psutil.Process().children(recursive=True))
+
+
+def test_run_equals_the_inline_engine(tmp_path):
+    from fedfmd.client_app import app as client_app
+    from fedfmd.server_app import app as server_app
+
+    before = children()
+    lines: list[str] = []
+    flower = Settings.from_mapping(TINY | {"run-dir": str(tmp_path / "flwr")})
+    inline = Settings.from_mapping(TINY | {"run-dir": str(tmp_path / "inline")})
+
+    run_flower(flower.flat(), 2, tmp_path / "flwr", lines.append)
+    run_inline(server_app, client_app, inline.flat(), workers=2)
+
+    assert any(line.startswith("results:") for line in lines)
+    assert children() == before
+    ours, theirs = (read_clients(tmp_path / name / "clients.csv") for name in ("inline", "flwr"))
+    keys = ("round", "client", "node", "device", "status", "steps", "total_s", "energy_j")
+    assert [[getattr(row, key) for key in keys] for row in ours] == [
+        [getattr(row, key) for key in keys] for row in theirs
+    ]
+    accuracies = [
+        [row.accuracy for row in read_rounds(tmp_path / name / "rounds.csv")] for name in ("inline", "flwr")
+    ]
+    assert accuracies[0] == pytest.approx(accuracies[1], abs=0.02)
+
+
+def test_failing_server_app_is_an_error_with_its_reason(tmp_path):
+    before = children()
+    broken = Settings().flat() | {"model.conv": "fmdcnv"}
+    with pytest.raises(RunError, match="model.conv = 'fmdcnv'.*did you mean 'fmdconv'"):
+        run_flower(broken, 1, tmp_path, lambda line: None)
+    assert children() == before
+
+
+def test_interrupt_leaves_no_process(tmp_path):
+    file = tmp_path / "long.yaml"
+    file.write_text(yaml.safe_dump({"base": TINY | {"server.rounds": 10_000}}))
+    command = [Path(sys.executable).with_name("fedfmd"), "run", file, "--engine", "flwr", "--workers", "1"]
+    run = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert run.stdout is not None
+    assert any(re.match(r"round +1/", line) for line in run.stdout), "it ended before its first round"
+    started = psutil.Process(run.pid).children(recursive=True)
+    assert any("raylet" in process.name() for process in started)
+
+    run.send_signal(signal.SIGINT)
+    _, error = run.communicate(timeout=60)
+
+    assert run.returncode == 130
+    assert "run the same command again" in error
+    time.sleep(1)
+    assert not [process for process in started if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+    assert len(read_rounds(next(tmp_path.glob("runs/*/rounds.csv")))) >= 1
