@@ -1,0 +1,65 @@
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fedfmd.averaging import WeightedMean
+
+
+def mean_of(*states_and_weights):
+    mean = WeightedMean()
+    for state, weight in states_and_weights:
+        mean.add(state, weight)
+    return mean.arrays()
+
+
+def test_states_count_by_their_weight():
+    states = [np.array([0.0, 4.0]), np.array([3.0, 0.0]), np.array([6.0, 8.0])]
+    arrays = mean_of(*(({"w": state}, weight) for state, weight in zip(states, (1, 2, 3), strict=True)))
+    np.testing.assert_allclose(arrays["w"], [(0 + 6 + 18) / 6, (4 + 0 + 24) / 6])
+
+
+def test_batch_statistics_are_averaged():
+    clients = [nn.BatchNorm2d(2) for _ in range(2)]
+    for client, value, seen in zip(clients, (0.0, 10.0), (3, 5), strict=True):
+        client.running_mean.fill_(value)
+        client.num_batches_tracked.fill_(seen)
+    arrays = mean_of(*((client.state_dict(), 50) for client in clients))
+    assert arrays["running_mean"].tolist() == [5, 5]
+    assert arrays["num_batches_tracked"] == 4
+
+
+@pytest.mark.parametrize(("counters", "mean"), [((3, 3, 4), 3), ((3, 4, 4), 4), ((2**40, 2**40, 2**40), 2**40)])
+def test_counters_stay_integers(counters, mean):
+    arrays = mean_of(*(({"n": torch.tensor(counter)}, 1) for counter in counters))
+    assert arrays["n"].dtype == np.int64
+    assert arrays["n"].shape == ()
+    assert arrays["n"] == mean
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_floats_keep_their_precision(dtype):
+    arrays = mean_of(({"w": torch.ones(2, dtype=dtype)}, 1), ({"w": torch.zeros(2, dtype=dtype)}, 3))
+    assert torch.as_tensor(arrays["w"]).dtype == dtype
+    assert arrays["w"].tolist() == [0.25, 0.25]
+
+
+def test_equal_states_are_kept_bit_for_bit():
+    state = {"w": torch.rand(100)}
+    arrays = mean_of((state, 3), (state, 7), (state, 11))
+    assert np.array_equal(arrays["w"], state["w"].numpy())
+
+
+def test_what_is_added_is_left_alone():
+    model = nn.Linear(2, 1)
+    mean = WeightedMean()
+    mean.add(model.state_dict(), 1)
+    first = model.weight.detach().clone()
+    nn.init.zeros_(model.weight)  # the next client trains in the same memory
+    mean.add(model.state_dict(), 1)
+    np.testing.assert_allclose(mean.arrays()["weight"], first / 2)
+    assert not model.weight.any()
+
+
+def test_nothing_has_no_mean():
+    assert mean_of() is None

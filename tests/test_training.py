@@ -1,0 +1,131 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from fedfmd.data import Dataset, ImageSet
+from fedfmd.edge import Workload
+from fedfmd.models import make_model
+from fedfmd.training import LocalSGD, evaluate, learning_rate, train
+
+
+@pytest.fixture
+def dataset():
+    """20 images of 8 x 8 pixels in 3 classes that differ in brightness: 7, 7 and 6 of them."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(20) % 3
+    noise = torch.randint(60, (20, 3, 8, 8), generator=generator)
+    images = ImageSet((noise + 90 * labels.view(-1, 1, 1, 1)).to(torch.uint8), labels)
+    return Dataset("shades", images, images, 3, ("dark", "grey", "light"), (0.5,) * 3, (0.25,) * 3, False)
+
+
+def network(conv="static", norm="group"):
+    torch.manual_seed(0)
+    return make_model("resnet8", conv, 3, width=0.25, norm=norm)
+
+
+def linear():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
+
+
+def run(model, dataset, steps, sgd=None, images=None, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return train(model, images or dataset.train, dataset, sgd or LocalSGD(0.05, batch_size=8), steps, generator)
+
+
+@pytest.mark.parametrize(("steps", "examples"), [(1, 8), (2, 16), (3, 20), (5, 36), (7, 48)])
+def test_as_many_steps_are_done_as_planned(dataset, steps, examples):
+    plan = Workload(20, 8, 3, 1, 1, 1, 1, 1)
+    result = run(linear(), dataset, steps)
+    assert (result.steps, result.examples) == (steps, examples)
+    assert plan.examples(steps) == examples
+
+
+@pytest.mark.parametrize("conv", ["static", "fmdconv"])
+def test_training_lowers_the_loss(dataset, conv):
+    model = network(conv)
+    before = evaluate(model, dataset.test, dataset)
+    run(model, dataset, steps=30)
+    after = evaluate(model, dataset.test, dataset)
+    assert after.loss < 0.5 * before.loss
+    assert after.accuracy > before.accuracy
+
+
+def test_a_step_is_sgd_with_weight_decay(dataset):
+    model = linear()
+    weight, bias = (parameter.detach().clone() for parameter in model.parameters())
+    run(model, dataset, steps=1, sgd=LocalSGD(0.1, weight_decay=0.01, batch_size=20))
+    inputs = ((dataset.train.images.float() / 255 - 0.5) / 0.25).flatten(1)
+    wrong = torch.softmax(inputs @ weight.T + bias, 1) - nn.functional.one_hot(dataset.train.labels)
+    expected = weight - 0.1 * (wrong.T @ inputs / 20 + 0.01 * weight)
+    torch.testing.assert_close(model[1].weight.detach(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_loss_and_accuracy_are_means_over_images(dataset):
+    model = linear()
+    still = LocalSGD(0.0, batch_size=8)  # batches of 8, 8 and 4
+    trained, evaluated = run(model, dataset, 3, still), evaluate(model, dataset.train, dataset, batch_size=7)
+    assert trained.loss == pytest.approx(evaluated.loss, rel=1e-5)
+    assert trained.accuracy == pytest.approx(evaluated.accuracy)
+
+
+def test_evaluation_by_hand(dataset):
+    model = linear()
+    for parameter in model.parameters():
+        nn.init.zeros_(parameter)
+    result = evaluate(model, dataset.test, dataset)
+    assert result.loss == pytest.approx(math.log(3), rel=1e-6)
+    assert result.accuracy == pytest.approx(7 / 20)  # argmax of equal logits is class 0
+    assert math.isnan(result.kernel_entropy)
+
+
+def test_evaluation_changes_nothing_and_leaves_no_gradients(dataset):
+    model = network("fmdconv", norm="batch")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    evaluation = evaluate(model, dataset.test, dataset)
+    assert 0 <= evaluation.kernel_entropy <= 1
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    run(model, dataset, steps=1)  # and the model can still be trained
+
+
+@pytest.mark.parametrize("norm", ["batch", "group"])
+@pytest.mark.parametrize("conv", ["static", "fmdconv"])
+def test_a_single_image_can_be_trained_on(dataset, conv, norm):
+    model = network(conv, norm)
+    before = model.fc.weight.detach().clone()
+    result = run(model, dataset, steps=2, images=dataset.train.subset(torch.tensor([4])))
+    assert (result.steps, result.examples) == (2, 2)
+    assert math.isfinite(result.loss)
+    assert not torch.equal(model.fc.weight, before)
+    assert all(torch.isfinite(tensor).all() for tensor in model.state_dict().values())
+
+
+def test_the_generator_decides_the_order(dataset):
+    weights = []
+    for seed in (0, 0, 1):
+        model = linear()
+        run(model, dataset, steps=3, seed=seed)
+        weights.append(model[1].weight.detach())
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rates"),
+    [
+        ("constant", [0.2, 0.2, 0.2, 0.2, 0.2]),
+        ("cosine", [0.2, 0.2 * (2 + math.sqrt(2)) / 4, 0.1, 0.2 * (2 - math.sqrt(2)) / 4, 0.0]),
+        ("step", [0.2, 0.2, 0.02, 0.002, 0.0002]),
+    ],
+)
+def test_learning_rate_over_the_rounds(schedule, rates):
+    progress = (0, 0.25, 0.5, 0.75, 1)
+    assert [learning_rate(0.2, schedule, p) for p in progress] == pytest.approx(rates)
+
+
+def test_an_unknown_schedule_is_named():
+    with pytest.raises(ValueError, match=r"train\.schedule = 'cosin': must be one of constant, cosine, step"):
+        learning_rate(0.1, "cosin", 0)
