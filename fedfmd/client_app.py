@@ -128,7 +128,8 @@ def _run_client(host: Host, instruction: Instruction, assignment: Assignment, ar
         )
         trained = train(host.model, shard, host.dataset, sgd, assignment.steps, generator, host.device)
     except Exception as error:  # one client's fault must not cost the others of this node their work
-        return result(0, 0, float("nan"), float("nan"), f"{type(error).__name__}: {error}")
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        return result(0, 0, float("nan"), float("nan"), reason)
     broken = first_non_finite(wire_views(host.model))
     reason = f"the update has NaN or infinite values in {broken}" if broken else ""
     return result(trained.steps, trained.examples, trained.loss, trained.accuracy, reason)

@@ -29,7 +29,9 @@ def test_batch_statistics_are_averaged():
     assert arrays["num_batches_tracked"] == 4
 
 
-@pytest.mark.parametrize(("counters", "mean"), [((3, 3, 4), 3), ((3, 4, 4), 4), ((2**40, 2**40, 2**40), 2**40)])
+@pytest.mark.parametrize(
+    ("counters", "mean"), [((3, 3, 4), 3), ((3, 4, 4), 4), ((2**40, 2**40, 2**40), 2**40)]
+)
 def test_counters_stay_integers(counters, mean):
     arrays = mean_of(*(({"n": torch.tensor(counter)}, 1) for counter in counters))
     assert arrays["n"].dtype == np.int64

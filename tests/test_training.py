@@ -32,7 +32,9 @@ def linear():
 
 def run(model, dataset, steps, sgd=None, images=None, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return train(model, images or dataset.train, dataset, sgd or LocalSGD(0.05, batch_size=8), steps, generator)
+    return train(
+        model, images or dataset.train, dataset, sgd or LocalSGD(0.05, batch_size=8), steps, generator
+    )
 
 
 @pytest.mark.parametrize(("steps", "examples"), [(1, 8), (2, 16), (3, 20), (5, 36), (7, 48)])

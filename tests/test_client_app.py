@@ -1,0 +1,199 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Message, RecordDict
+from flwr.app.message_type import MessageType
+
+from fedfmd.averaging import WeightedMean
+from fedfmd.client_app import Host, app, run_assignments
+from fedfmd.data import Dataset, ImageSet
+from fedfmd.engines.inline import InlineGrid
+from fedfmd.federation import build_model
+from fedfmd.settings import Settings
+from fedfmd.wire import (
+    CONFIG,
+    Assignment,
+    Instruction,
+    load,
+    pack,
+    read_reply,
+    to_record,
+    write_instruction,
+)
+
+BROKEN, POISONED = 8, 9
+
+
+@pytest.fixture
+def make_host():
+    """Makes nodes that host clients 0 to 3 with 1, 11, 12 and 13 images, and two whose data is no good."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(40) % 3
+    pixels = (torch.randint(60, (40, 3, 8, 8), generator=generator) + 90 * labels.view(-1, 1, 1, 1)).to(
+        torch.uint8
+    )
+    images = ImageSet(pixels, labels)
+    dataset = Dataset("shades", images, images, 3, ("a", "b", "c"), (0.5,) * 3, (0.25,) * 3, False)
+
+    def images_of(client):
+        if client == BROKEN:
+            raise OSError("the disk\nis gone")
+        if client == POISONED:
+            return ImageSet(torch.full((4, 3, 8, 8), math.nan), labels[:4])
+        first, count = ((0, 1), (1, 11), (12, 12), (24, 13))[client]
+        return images.subset(torch.arange(first, first + count))
+
+    def make(conv="fmdconv", norm="batch"):
+        settings = Settings.from_mapping(
+            {"model.conv": conv, "model.norm": norm, "model.width": 0.25, "train.batch-size": 8, "seed": 3}
+        )
+        return Host(settings, dataset, images_of, torch.device("cpu"))
+
+    return make
+
+
+def instruction(*clients, round=1, steps=3):
+    return Instruction(round, 0.05, 20.0, tuple(Assignment(client, steps) for client in clients))
+
+
+def global_arrays(host):
+    return pack(build_model(host.settings, host.dataset.classes))
+
+
+def equal(arrays, others):
+    return arrays.keys() == others.keys() and all(
+        np.array_equal(arrays[name], others[name]) for name in arrays
+    )
+
+
+@pytest.mark.parametrize("norm", ["batch", "group"])
+@pytest.mark.parametrize("conv", ["static", "fmdconv", "odconv"])
+def test_a_client_does_not_notice_who_was_trained_before_it(make_host, conv, norm):
+    fresh, used = make_host(conv, norm), make_host(conv, norm)
+    arrays = global_arrays(fresh)
+    run_assignments(used, instruction(1, 3), arrays)
+    run_assignments(used, instruction(POISONED), arrays)
+    after_others = run_assignments(used, instruction(2), arrays)
+    alone = run_assignments(fresh, instruction(2), arrays)
+    assert equal(after_others.arrays, alone.arrays)
+    assert after_others.results[0].loss == alone.results[0].loss
+
+
+def test_the_reply_is_the_mean_of_the_clients_by_images(make_host):
+    host = make_host()
+    arrays = global_arrays(host)
+    reply = run_assignments(host, instruction(1, 2, 3), arrays)
+    mean = WeightedMean()
+    for client in (1, 2, 3):
+        alone = run_assignments(host, instruction(client), arrays)
+        mean.add(alone.arrays, alone.weight)
+    assert equal(reply.arrays, mean.arrays())
+    assert [result.images for result in reply.results] == [11, 12, 13]
+    assert reply.weight == 36
+
+
+def test_failed_clients_are_reported_and_leave_no_trace_in_the_mean(make_host):
+    host = make_host()
+    arrays = global_arrays(host)
+    reply = run_assignments(host, instruction(POISONED, 1, BROKEN, 2), arrays)
+    assert equal(reply.arrays, run_assignments(host, instruction(1, 2), arrays).arrays)
+    assert [result.ok for result in reply.results] == [False, True, False, True]
+    poisoned, broken = reply.results[0], reply.results[2]
+    assert poisoned.reason.startswith("the update has NaN or infinite values in conv1.weight")
+    assert broken.reason == "OSError: the disk is gone"
+    assert reply.weight == 23
+
+
+def test_a_node_whose_clients_all_fail_sends_no_arrays(make_host):
+    host = make_host()
+    reply = run_assignments(host, instruction(BROKEN, POISONED), global_arrays(host))
+    assert reply.arrays is None
+    assert reply.weight == 0
+    assert not any(result.ok for result in reply.results)
+
+
+@pytest.mark.parametrize("norm", ["batch", "group"])
+@pytest.mark.parametrize("conv", ["static", "fmdconv", "odconv"])
+def test_a_client_with_a_single_image_trains(make_host, conv, norm):
+    host = make_host(conv, norm)
+    arrays = global_arrays(host)
+    reply = run_assignments(host, instruction(0, steps=2), arrays)
+    (result,) = reply.results
+    assert result.ok
+    assert (result.images, result.steps, result.examples) == (1, 2, 2)
+    assert not np.array_equal(reply.arrays["fc.weight"], arrays["fc.weight"])
+
+
+def test_every_round_has_its_own_order(make_host):
+    host = make_host()
+    arrays = global_arrays(host)
+    rounds = [run_assignments(host, instruction(1, round=r), arrays).arrays for r in (1, 2, 1)]
+    assert equal(rounds[0], rounds[2])
+    assert not equal(rounds[0], rounds[1])
+
+
+def test_the_round_sets_the_temperature(make_host):
+    host = make_host()
+    reply = run_assignments(host, instruction(1), global_arrays(host))
+    assert {float(a) for name, a in reply.arrays.items() if name.endswith(".temperature")} == {20.0}
+
+
+def test_arrays_of_another_model_are_named(make_host):
+    host = make_host("static")
+    (result,) = run_assignments(host, instruction(1), global_arrays(make_host("fmdconv"))).results
+    assert result.reason.startswith("ValueError: array layer1.0.conv1.")
+
+
+@pytest.fixture
+def settings(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return Settings.from_mapping(
+        {
+            "data.image-size": 8,
+            "model.width": 0.25,
+            "model.conv": "static",
+            "partition.clients": 3,
+            "fleet.devices": "pi-4",
+        }
+    )
+
+
+@pytest.fixture
+def box(tmp_path):
+    path = tmp_path / "box.npz"
+    np.savez(path, images=np.zeros((7, 8, 8, 3), np.uint8), labels=np.arange(7))
+    return str(path)
+
+
+def ask(settings, node_config, content=None, kind=MessageType.QUERY):
+    with InlineGrid(app, settings.flat(), [node_config]) as grid:
+        message = Message(content or RecordDict(), grid.get_node_ids()[0], kind)
+        (reply,) = grid.send_and_receive([message])
+        assert not reply.has_error()
+        return reply.content
+
+
+def test_a_worker_says_that_it_hosts_any_client(settings):
+    told = ask(settings, {"partition-id": 1, "num-partitions": 4})[CONFIG]
+    assert dict(told) == {"client": -1, "rank": 1, "nodes": 4, "device": "", "images": 0, "error": ""}
+
+
+def test_a_box_tells_its_client_images_and_device(settings, box):
+    told = ask(settings, {"client": 2, "data": box, "device": "pi-5"})[CONFIG]
+    assert dict(told) == {"client": 2, "rank": 2, "nodes": 0, "device": "pi-5", "images": 7, "error": ""}
+
+
+def test_a_box_without_data_says_why_it_refuses(settings):
+    told = ask(settings, {"client": 0, "data": "nowhere.npz"})[CONFIG]
+    assert told["images"] == 0
+    assert told["error"].startswith("nowhere.npz: no such file")
+
+
+def test_a_box_trains_on_its_own_images(settings, box):
+    model = build_model(settings, classes=10)
+    work = write_instruction(instruction(1, steps=1), to_record(pack(model)))
+    reply = read_reply(ask(settings, {"client": 1, "data": box}, work, MessageType.TRAIN))
+    assert [(r.client, r.images, r.reason) for r in reply.results] == [(1, 7, "")]
+    load(model, reply.arrays)
