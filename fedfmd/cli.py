@@ -26,11 +26,21 @@ Overrides = Annotated[
 ]
 
 
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
 class EngineName(StrEnum):
     """Ways to run on this machine."""
 
     inline = "inline"
     flwr = "flwr"
+
+
+class ExportFormat(StrEnum):
+    """What a model can be exported to."""
+
+    onnx = "onnx"
+    torch_export = "torch-export"
 
 
 @cli.callback()
@@ -62,6 +72,78 @@ def run(
         run_experiment(experiment, out, engine.value, workers or available_cores(), Console())
     except KeyboardInterrupt:
         _fail("stopped; finished rounds are kept, run the same command again to go on", 130)
+
+
+@cli.command(epilog="Example: fedfmd cost --model resnet18 --image-size 224 --classes 1000 --stem imagenet")
+def cost(
+    model: Annotated[str, typer.Option(help="Architecture, as model.arch.")] = "resnet18",
+    image_size: Annotated[int, typer.Option(min=1, help="Height and width in pixels.")] = 32,
+    classes: Annotated[int, typer.Option(min=2, help="Number of classes.")] = 10,
+    kernels: Annotated[int, typer.Option(min=1, help="Kernels per bank.")] = 4,
+    stem: Annotated[str, typer.Option(help="cifar or imagenet.")] = "cifar",
+    norm: Annotated[str, typer.Option(help="batch or group.")] = "batch",
+    width: Annotated[float, typer.Option(help="Factor on every channel count.")] = 1.0,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Time inference of one image on this machine.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compare what a network costs with each convolution: parameters, MACs, FLOPs and bytes for one image."""
+    from rich.console import Console
+
+    from fedfmd.experiment.tables import cost_rows, cost_table, show
+    from fedfmd.settings import Settings
+
+    chosen = {"arch": model, "kernels": kernels, "stem": stem, "norm": norm, "width": width}
+    rows = cost_rows(Settings.from_mapping({"model": chosen}), classes, image_size, measure)
+    title = (
+        f"{model} (width {width:g}, K={kernels}), {classes} classes, one image of {image_size}×{image_size}"
+    )
+    show(rows, cost_table(rows, title), as_json, Console())
+
+
+@cli.command(
+    epilog="Example: fedfmd partition --set partition.alpha=0.1 --set partition.clients=20 --out split"
+)
+def partition(
+    out: Annotated[Path, typer.Option(file_okay=False, help="Folder for partition.npz and partition.png.")],
+    file: Annotated[
+        Path | None, typer.Argument(help="Experiment file (YAML); by default the defaults.")
+    ] = None,
+    overrides: Overrides = [],  # noqa: B006 - typer copies it
+    as_json: AsJson = False,
+) -> None:
+    """Split a data set over the clients: a table, a picture and the images of each client."""
+    from rich.console import Console
+
+    from fedfmd.data import save_partition
+    from fedfmd.experiment import load_settings
+    from fedfmd.experiment.tables import partition_rows, partition_table, show
+    from fedfmd.federation import build_dataset, build_partition
+
+    settings = load_settings(file, overrides)
+    dataset = build_dataset(settings)
+    split = build_partition(settings, dataset)
+    save_partition(split, dataset.train.labels, dataset.classes, out, dataset.class_names)
+    rows = partition_rows(split, dataset)
+    show(rows, partition_table(rows, f"{dataset.name}: {split.title}"), as_json, Console())
+
+
+@cli.command(
+    epilog="Example: fedfmd export runs/quickstart-0123abcd/checkpoints/round-00015.safetensors --format onnx"
+)
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="A run's checkpoints/round-….safetensors.")],
+    target: Annotated[ExportFormat, typer.Option("--format", help="What to write.")] = ExportFormat.onnx,
+    out: Annotated[Path | None, typer.Option(help="File to write; by default beside the checkpoint.")] = None,
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Height and width in pixels; by default the run's.")
+    ] = None,
+) -> None:
+    """Write a trained model for other runtimes, for batches of any size."""
+    from fedfmd.experiment import export_checkpoint
+
+    typer.echo(export_checkpoint(checkpoint, target.value, out, image_size))
 
 
 def main() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class FedfmdError(Exception):
     """Base of the errors below: shown without a traceback."""
@@ -13,3 +16,10 @@ class SettingsError(FedfmdError, ValueError):
 
 class RunError(FedfmdError, RuntimeError):
     """A run that can't go on; its finished rounds are kept."""
+
+
+def not_one_of(name: object, names: Iterable[str]) -> str:
+    """What to say of a name that isn't among the registered ones, the nearest of which is suggested."""
+    known = tuple(names)
+    nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)[0]
+    return f"must be one of {', '.join(known)}; did you mean {nearest!r}?"

@@ -14,15 +14,20 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
+import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from fedfmd.conv import CONVS, MIXINGS
+from fedfmd.conv.layers import ATTENTIONS
 from fedfmd.data import DATASETS, PARTITIONS
 from fedfmd.edge import LINKS, POLICIES
-from fedfmd.errors import SettingsError
+from fedfmd.errors import SettingsError, not_one_of
 from fedfmd.models import MODELS
 
 Scalar = bool | int | float | str
+
+PAIRS = frozenset({"fleet.devices"})
+"""Settings whose text, `name:amount, …`, may also be given as a mapping."""
 
 
 def _one_of(allowed: Iterable[str]) -> BeforeValidator:
@@ -32,8 +37,7 @@ def _one_of(allowed: Iterable[str]) -> BeforeValidator:
     def check(value: object) -> object:
         if value in names:
             return value
-        nearest = difflib.get_close_matches(str(value), names, n=1, cutoff=0.0)[0]
-        raise ValueError(f"must be one of {', '.join(names)}; did you mean {nearest!r}?")
+        raise ValueError(not_one_of(value, names))
 
     return BeforeValidator(check)
 
@@ -53,6 +57,13 @@ def _split_list(value: object) -> object:
     return value
 
 
+def _no_bool(value: object) -> object:
+    """Refuse what Python takes for 0 and 1; texts stay, because YAML reads 5e-4 as one."""
+    if isinstance(value, bool):
+        raise ValueError("must be a number")
+    return value
+
+
 def _kebab(name: str) -> str:
     return name.replace("_", "-")
 
@@ -63,11 +74,16 @@ class _Section(BaseModel):
     )
 
 
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False, strict=False)]
-Share = Annotated[float, Field(ge=0, le=1, strict=False)]
+Number = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False, strict=False)]
+Positive = Annotated[Number, Field(gt=0)]
+NonNegative = Annotated[Number, Field(ge=0)]
+Share = Annotated[Number, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
-Words = Annotated[tuple[str, ...], BeforeValidator(_split_list), Field(strict=False)]
+Attentions = Annotated[
+    tuple[Annotated[str, _one_of(ATTENTIONS)], ...],
+    BeforeValidator(_split_list),
+    Field(strict=False, min_length=1),
+]
 
 
 class ModelSettings(_Section):
@@ -76,7 +92,7 @@ class ModelSettings(_Section):
     arch: Annotated[str, _one_of(MODELS)] = "resnet8"
     conv: Annotated[str, _one_of(CONVS)] = "fmdconv"
     kernels: Count = 4
-    attentions: Words = ("input", "kernel", "output")
+    attentions: Attentions = ATTENTIONS
     stem: Literal["cifar", "imagenet"] = "cifar"
     norm: Literal["batch", "group"] = "group"
     width: Positive = 1.0
@@ -111,7 +127,7 @@ class TrainSettings(_Section):
     lr: Positive = 0.1
     batch_size: Count = 16
     local_epochs: Count = 3
-    momentum: Annotated[float, Field(ge=0, lt=1, strict=False)] = 0.9
+    momentum: Annotated[Number, Field(ge=0, lt=1)] = 0.9
     weight_decay: NonNegative = 5e-4
     schedule: Literal["constant", "cosine", "step"] = "cosine"
 
@@ -149,7 +165,7 @@ class FleetSettings(_Section):
 class BudgetSettings(_Section):
     """What a client may spend in a round; a deadline of 0 means none."""
 
-    deadline_s: NonNegative = 0.0
+    deadline_s: NonNegative = 6.0
     policy: Annotated[str, _one_of(POLICIES)] = "partial"
 
 
@@ -169,7 +185,7 @@ class Settings(_Section):
     server: ServerSettings = ServerSettings()
     fleet: FleetSettings = FleetSettings()
     budget: BudgetSettings = BudgetSettings()
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     device: str = "cpu"
     threads: Annotated[int, Field(ge=0)] = 0
     run_dir: str = ""
@@ -219,6 +235,23 @@ class Settings(_Section):
         return hashlib.sha256(json.dumps(kept).encode()).hexdigest()[:8]
 
 
+def read_yaml(path: Path) -> Mapping[str, Any]:
+    """Read a YAML file that holds keys and values.
+
+    Raises:
+        SettingsError: no such file, no YAML, or something else in it.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsError(f"cannot read {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, Mapping):
+        raise SettingsError(f"{path} must hold `key: value` pairs, not {content!r}")
+    return content
+
+
 def flatten(values: Mapping[str, Any]) -> dict[str, Any]:
     """Turn nested mappings into dotted keys; a key that is given twice is an error."""
     flat: dict[str, Any] = {}
@@ -230,11 +263,14 @@ def flatten(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _walk(values: Mapping[str, Any], prefix: str) -> Iterable[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _walk(value, f"{prefix}{key}.")
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        if not isinstance(value, Mapping):
+            yield key, value
+        elif key in PAIRS:
+            yield key, ", ".join(f"{left}:{right}" for left, right in value.items())
         else:
-            yield f"{prefix}{key}", value
+            yield from _walk(value, f"{key}.")
 
 
 def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:

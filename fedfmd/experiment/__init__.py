@@ -1,6 +1,16 @@
 """Experiments: from YAML files to finished runs."""
 
-from fedfmd.experiment.files import Cell, Experiment, load_experiment
+from fedfmd.experiment.checkpoints import export_checkpoint, trained_model
+from fedfmd.experiment.files import Cell, Experiment, load_experiment, load_settings
 from fedfmd.experiment.run import available_cores, run_experiment
 
-__all__ = ["Cell", "Experiment", "available_cores", "load_experiment", "run_experiment"]
+__all__ = [
+    "Cell",
+    "Experiment",
+    "available_cores",
+    "export_checkpoint",
+    "load_experiment",
+    "load_settings",
+    "run_experiment",
+    "trained_model",
+]

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from fedfmd.errors import SettingsError
-from fedfmd.settings import Settings, flatten
+from fedfmd.settings import Settings, flatten, read_yaml
 
 PARTS = ("base", "matrix")
 
@@ -33,23 +33,43 @@ class Experiment:
 
 
 def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
-    """Read a YAML file; `overrides` are ``key=value`` texts that win over the file's base.
+    """Read a YAML file; `overrides` are ``key=value`` texts that win over the file's base and matrix.
 
     Raises:
         SettingsError: no such file, no YAML, an unknown part or setting, or a value that can't be used.
     """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SettingsError(f"cannot read the experiment file {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, Mapping) or not content.keys() <= set(PARTS):
-        found = ", ".join(map(str, content)) if isinstance(content, Mapping) else type(content).__name__
+    content = read_yaml(path)
+    if not content.keys() <= set(PARTS):
+        found = ", ".join(map(str, content))
         raise SettingsError(f"{path} must hold `base:` and may hold `matrix:`, found {found}")
-    base = flatten(_mapping(path, content, "base")) | dict(map(_override, overrides))
+    fixed = parse_overrides(overrides)
+    base = flatten(_mapping(path, content, "base")) | fixed
     matrix = flatten(_mapping(path, content, "matrix"))
-    return Experiment(path.stem, tuple(_expand(base, matrix)))
+    varied = {key: values for key, values in matrix.items() if key not in fixed}
+    return Experiment(path.stem, tuple(_expand(base, varied)))
+
+
+def load_settings(path: Path | None, overrides: Sequence[str] = ()) -> Settings:
+    """The settings of a single run: those of a YAML file, or the defaults, changed by `overrides`.
+
+    Raises:
+        SettingsError: as in `load_experiment`, or the file describes several runs.
+    """
+    if path is None:
+        return Settings.from_mapping(parse_overrides(overrides))
+    cells = load_experiment(path, overrides).cells
+    if len(cells) > 1:
+        raise SettingsError(f"{path} describes {len(cells)} runs: choose one by --set of its matrix's keys")
+    return cells[0].settings
+
+
+def parse_overrides(texts: Sequence[str]) -> dict[str, Any]:
+    """Read ``key=value`` texts as dotted keys and YAML values; the last one of a key wins.
+
+    Raises:
+        SettingsError: a text has no "=" or no key.
+    """
+    return flatten(dict(map(_override, texts)))
 
 
 def _expand(base: Mapping[str, Any], matrix: Mapping[str, Any]) -> list[Cell]:
@@ -59,9 +79,11 @@ def _expand(base: Mapping[str, Any], matrix: Mapping[str, Any]) -> list[Cell]:
             raise SettingsError(f"matrix: {key} = {values!r} must be a list of at least one value")
     cells = []
     for values in itertools.product(*matrix.values()):
-        varied = dict(zip(matrix, values, strict=True))
-        name = ",".join(f"{key.rpartition('.')[2]}={value}" for key, value in varied.items())
-        cells.append(Cell(name, Settings.from_mapping(dict(base) | varied)))
+        varied = flatten(dict(zip(matrix, values, strict=True)))
+        settings = Settings.from_mapping(dict(base) | varied)
+        flat = settings.flat()
+        name = ",".join(f"{key.rpartition('.')[2]}={flat[key]}" for key in varied)
+        cells.append(Cell(name.replace("/", "-"), settings))  # the name of a folder
     return cells
 
 

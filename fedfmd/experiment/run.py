@@ -13,8 +13,8 @@ from fedfmd.client_app import app as client_app
 from fedfmd.engines import run_flower, run_inline
 from fedfmd.experiment.display import RunDisplay
 from fedfmd.experiment.files import Cell, Experiment
-from fedfmd.federation import build_federation
 from fedfmd.server_app import app as server_app
+from fedfmd.server_app import prepare
 from fedfmd.settings import Settings
 
 Engine = Literal["inline", "flwr"]
@@ -25,15 +25,15 @@ def run_experiment(
 ) -> list[Path]:
     """Run every cell, going on where it was stopped; returns the run folders.
 
-    Without `out`, folders are named by experiment and settings below ``runs/`` of the current folder, so
-    that runs with other settings never meet. All cells are checked before the first one starts.
+    Without `out` and ``run-dir``, folders are named by experiment and settings below ``runs/`` of the current
+    folder, so that runs with other settings never meet. All cells are checked before the first one starts.
 
     Raises:
         FedfmdError: a setting can't be used, or a run can't go on.
     """
     cells = [(cell, cell.settings.in_folder(_folder(experiment, cell, out))) for cell in experiment.cells]
     for _, settings in cells:
-        build_federation(settings)
+        prepare(settings)
     return [_run_cell(cell, settings, engine, workers, console) for cell, settings in cells]
 
 
@@ -55,9 +55,9 @@ def _run_cell(cell: Cell, settings: Settings, engine: Engine, workers: int, cons
 
 
 def _folder(experiment: Experiment, cell: Cell, out: Path | None) -> Path:
-    """Where a cell is kept: a single run in `out` itself, the cells of a matrix below it."""
-    if out is not None:
-        return (out / cell.name).resolve()
+    """Where a cell is kept: a single run in `out` or ``run-dir`` itself, the cells of a matrix below it."""
+    if out is not None or cell.settings.run_dir:
+        return ((out or Path(cell.settings.run_dir).expanduser()) / cell.name).resolve()
     unique = cell.settings.digest()
     if not cell.name:
         return Path("runs", f"{experiment.name}-{unique}").resolve()
