@@ -14,6 +14,7 @@ from fedfmd.edge import Fleet, WorkPlan, deal_out
 from fedfmd.errors import RunError
 from fedfmd.federation import Federation, known_devices
 from fedfmd.wire import CONFIG
+from strategies.replies import error_text
 
 POLL_S = 0.2
 
@@ -105,7 +106,7 @@ def _query(grid: Grid, node_ids: Sequence[int], timeout_s: float) -> dict[int, t
     met = {}
     for reply in grid.send_and_receive(messages, timeout=timeout_s):
         if reply.has_error():
-            raise RunError(f"a node could not start: {reply.error.reason.strip().splitlines()[-1]}")
+            raise RunError(f"a node could not start: {error_text(reply)}")
         config, node_id = reply.content[CONFIG], reply.metadata.src_node_id
         if config["error"]:
             raise RunError(f"the box of client {config['client']} refuses: {config['error']}")

@@ -33,7 +33,7 @@ def read_replies(
     answers = {message.metadata.src_node_id: message for message in messages}
     # Flower answers for a vanished node in its own name, so such an error has no node of ours as source.
     strays = [message for node, message in answers.items() if node not in asked]
-    unheard = _error_text(strays[0]) if strays else "no reply within server.round-timeout-s"
+    unheard = error_text(strays[0]) if strays else "no reply within server.round-timeout-s"
     return [
         _read(node, answers[node], clients, shapes) if node in answers else NodeReply(node, None, unheard)
         for node, clients in asked.items()
@@ -59,7 +59,7 @@ def _read(
     node: int, message: Message, clients: Sequence[int], shapes: Mapping[str, tuple[int, ...]]
 ) -> NodeReply:
     if message.has_error():
-        return NodeReply(node, None, _error_text(message))
+        return NodeReply(node, None, error_text(message))
     try:
         reply = read_reply(message.content)
         _check(reply, clients, shapes)
@@ -86,7 +86,7 @@ def _check(reply: Reply, clients: Sequence[int], shapes: Mapping[str, tuple[int,
         raise ValueError(f"NaN or infinite values in {broken}")
 
 
-def _error_text(message: Message) -> str:
+def error_text(message: Message) -> str:
     """The last line of an error's reason: Ray and Flower put whole tracebacks there."""
     lines = message.error.reason.strip().splitlines()
     return lines[-1].strip() if lines else f"error code {message.error.code}"

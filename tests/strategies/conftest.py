@@ -1,0 +1,85 @@
+import numpy as np
+import pytest
+from flwr.app import ConfigRecord, Error, Message, RecordDict
+from flwr.app.message_type import MessageType
+from flwr.clientapp import ClientApp
+
+from fedfmd.averaging import WeightedMean
+from fedfmd.engines.inline import InlineGrid
+from fedfmd.federation import build_federation
+from fedfmd.settings import Settings
+from fedfmd.wire import CONFIG, ClientResult, Reply, read_instruction, write_reply
+
+TINY = {
+    "data.image-size": 8,
+    "model.conv": "static",
+    "model.width": 0.25,
+    "partition.clients": 3,
+    "fleet.devices": "pi-4",
+    "train.batch-size": 128,
+    "train.local-epochs": 1,
+    "server.rounds": 2,
+    "server.node-timeout-s": 5,
+}
+
+
+@pytest.fixture
+def make_federation(tmp_path_factory, monkeypatch):
+    """Builds the federation of three pi-4 on tiny digits, changed by dotted settings."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+    return lambda changes={}: build_federation(Settings.from_mapping(TINY | changes))
+
+
+@pytest.fixture
+def make_grid():
+    """Makes a grid of nodes that need no data: `node_configs` say what they host.
+
+    Their clients don't train: client c has 10 (c + 1) images and adds c + 1 to every array. What
+    `behave(client, round)` returns is the reason for which the client fails; if it raises, its node does.
+    """
+    grids = []
+
+    def make(node_configs=({},), behave=lambda client, server_round: ""):
+        grids.append(InlineGrid(stub_app(behave), {}, node_configs))
+        return grids[-1]
+
+    yield make
+    for grid in grids:
+        grid.close()
+
+
+def stub_app(behave):
+    app = ClientApp()
+
+    @app.query()
+    def query(message, context):
+        nobody = {"client": -1, "rank": 0, "nodes": 0, "device": "", "images": 0, "error": ""}
+        told = nobody | context.node_config
+        told["client"] = int(told["client"])
+        return Message(RecordDict({CONFIG: ConfigRecord(told)}), reply_to=message)
+
+    @app.train()
+    def train(message, context):
+        instruction, arrays = read_instruction(message.content)
+        mean, results = WeightedMean(), []
+        for client, steps in ((a.client, a.steps) for a in instruction.assignments):
+            reason = behave(client, instruction.round)
+            images = 10 * (client + 1)
+            results.append(ClientResult(client, images, steps, images, 1.0, 0.5, 0.1, reason))
+            if not reason:
+                mean.add({name: array + np.float32(client + 1) for name, array in arrays.items()}, images)
+        return Message(write_reply(Reply(mean.arrays(), tuple(results))), reply_to=message)
+
+    return app
+
+
+@pytest.fixture
+def reply_of(make_grid):
+    """Makes the message that node `node` answers with `content`, a record or an error."""
+    make_grid([])  # Messages need an identity of the process, which a grid gives it
+
+    def make(node, content):
+        return Message(content, reply_to=Message(RecordDict(), node, MessageType.TRAIN))
+
+    make.error = lambda node, reason: make(node, Error(2, reason))
+    return make

@@ -1,0 +1,126 @@
+from dataclasses import replace
+
+import pytest
+
+import strategies.nodes
+from fedfmd.edge import plan_work
+from fedfmd.engines.inline import InlineGrid
+from fedfmd.errors import RunError
+from strategies.nodes import Node, assign, meet_nodes, on_boxes
+
+
+@pytest.fixture(autouse=True)
+def _poll_fast(monkeypatch):
+    monkeypatch.setattr(strategies.nodes, "POLL_S", 0.01)
+
+
+def worker(rank, nodes):
+    return {"rank": rank, "nodes": nodes}
+
+
+def box(client, **told):
+    return {"client": client, "rank": client, "images": 10} | told
+
+
+def test_nodes_come_in_the_order_of_their_ranks(make_grid):
+    nodes = meet_nodes(make_grid([worker(2, 3), worker(0, 3), worker(1, 3)]), clients=10, timeout_s=1)
+    assert [(node.rank, node.client) for node in nodes] == [(0, None), (1, None), (2, None)]
+    assert [node.id for node in nodes] == [1001, 1002, 1000]
+
+
+def test_boxes_tell_what_they_have(make_grid):
+    nodes = meet_nodes(make_grid([box(1, device="pi-5", images=7), box(0)]), clients=2, timeout_s=1)
+    assert nodes == (Node(1001, 0, 0, 10, ""), Node(1000, 1, 1, 7, "pi-5"))
+
+
+@pytest.mark.parametrize("configs", [[worker(0, 3), worker(1, 3), worker(2, 3)], [box(0), box(1), box(2)]])
+def test_nodes_that_come_late_are_waited_for(make_grid, monkeypatch, configs):
+    grid = make_grid(configs)
+    looks = iter(range(10))
+    monkeypatch.setattr(grid, "get_node_ids", lambda: InlineGrid.get_node_ids(grid)[: next(looks)])
+    assert len(meet_nodes(grid, clients=3, timeout_s=5)) == 3
+    assert next(looks) == 4
+
+
+@pytest.mark.parametrize(
+    ("configs", "came"),
+    [([], 0), ([worker(0, 2)], 1), ([box(0), box(1)], 2)],
+    ids=["none", "worker", "boxes"],
+)
+def test_missing_nodes_are_an_error_after_the_wait(make_grid, configs, came):
+    with pytest.raises(
+        RunError, match=rf"^{came} of the nodes for partition\.clients = 3 .*node-timeout-s = 0\.05"
+    ):
+        meet_nodes(make_grid(configs), clients=3, timeout_s=0.05)
+
+
+@pytest.mark.parametrize(
+    ("configs", "message"),
+    [
+        ([box(0), box(1, error="no file x.npz")], "the box of client 1 refuses: no file x.npz"),
+        ([box(0), box(2), box(2)], "two boxes say that they are client 2"),
+        ([box(0), box(3)], "a box says that it is client 3, but partition.clients = 3"),
+        ([box(0), worker(0, 1)], "some nodes are boxes and some host any client"),
+        ([{"client": "first"}], "a node could not start: .*first"),
+    ],
+)
+def test_nodes_that_cannot_be_used_are_named(make_grid, configs, message):
+    with pytest.raises(RunError, match=message):
+        meet_nodes(make_grid(configs), clients=3, timeout_s=1)
+
+
+def test_boxes_bring_their_own_images_and_devices(make_federation):
+    simulated = make_federation()
+    boxes = (Node(5, 0, 0, 7, "pi-5"), Node(6, 1, 1, 8, ""), Node(7, 2, 2, 9, "jetson-nano"))
+    federation = on_boxes(simulated, boxes)
+    assert federation.sizes == (7, 8, 9)
+    assert federation.fleet.counts == {"jetson-nano": 1, "pi-4": 1, "pi-5": 1}
+    assert federation.fleet.clients[1] == simulated.fleet.clients[1]
+    assert [federation.workload(client).images for client in range(3)] == [7, 8, 9]
+    for ours, theirs in zip(federation.fleet.clients, simulated.fleet.clients, strict=True):
+        assert ours.bandwidth == theirs.bandwidth
+
+
+def test_workers_change_nothing(make_federation):
+    federation = make_federation()
+    assert on_boxes(federation, (Node(5, 0, None, 0, ""),)) == federation
+
+
+def test_a_box_may_have_a_device_of_the_devices_file(make_federation, tmp_path):
+    file = tmp_path / "devices.yaml"
+    file.write_text("toaster: {train_gflops: 1, infer_gflops: 2, memory_gb: 3, power_w: 4, source: me}")
+    federation = on_boxes(make_federation({"fleet.devices-file": str(file)}), (Node(5, 0, 0, 7, "toaster"),))
+    assert federation.fleet.clients[0].device.power_w == 4
+
+
+def test_a_box_with_an_unknown_device_is_named(make_federation):
+    with pytest.raises(
+        RunError, match=r"client 2 has the unknown device 'toaster': .*pi-4.*fleet\.devices-file"
+    ):
+        on_boxes(make_federation(), (Node(5, 2, 2, 7, "toaster"),))
+
+
+@pytest.fixture
+def plans(make_federation):
+    """Plans of three clients with 30, 20 and 10 images."""
+    federation = replace(make_federation({"train.batch-size": 10}), sizes=(30, 20, 10))
+    return [
+        plan_work(federation.fleet.clients[c], federation.workload(c), federation.budget) for c in range(3)
+    ]
+
+
+def hands(nodes, plans):
+    return {node: [plan.client.id for plan in hand] for node, hand in assign(nodes, plans).items()}
+
+
+def test_workers_are_busy_equally_long(plans):
+    assert hands([Node(5, 0, None, 0, ""), Node(6, 1, None, 0, "")], plans) == {5: [0], 6: [1, 2]}
+
+
+def test_workers_without_work_get_no_message(plans):
+    assert hands([Node(5, 0, None, 0, ""), Node(6, 1, None, 0, "")], plans[1:2]) == {5: [1]}
+
+
+def test_boxes_get_their_own_client_if_it_was_picked(plans):
+    boxes = [Node(5, 0, 2, 10, ""), Node(6, 1, 1, 20, ""), Node(7, 2, 0, 30, "")]
+    assert hands(boxes, plans[1:]) == {5: [2], 6: [1]}

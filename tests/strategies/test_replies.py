@@ -1,0 +1,122 @@
+import math
+
+import numpy as np
+import pytest
+
+from fedfmd.wire import ClientResult, Reply, write_reply
+from strategies.replies import client_results, read_replies
+
+SHAPES = {"w": (2,), "n": ()}
+ASKED = {5: [0, 3], 6: [1]}
+
+
+def arrays(**changes):
+    return {"w": np.array([1.0, 2.0], np.float32), "n": np.array(3)} | changes
+
+
+def trained(client, **changes):
+    values = {"images": 10, "steps": 1, "examples": 10, "loss": 1.0, "accuracy": 0.5, "wall_s": 0.1} | changes
+    return ClientResult(client, **values)
+
+
+def fine():
+    return write_reply(Reply(arrays(), (trained(1),)))
+
+
+def node_5(sent, *results):
+    return write_reply(Reply(sent, results or (trained(0), trained(3))))
+
+
+def test_good_replies_come_back_in_the_order_of_the_nodes(reply_of):
+    answers = read_replies([reply_of(6, fine()), reply_of(5, node_5(arrays()))], ASKED, SHAPES)
+    assert [answer.node for answer in answers] == [5, 6]
+    assert [answer.reply.weight for answer in answers] == [20, 10]
+    assert all(result.ok for result in client_results(answers, ASKED).values())
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (lambda: node_5({"w": np.zeros(2)}), "unusable reply: array n is missing"),
+        (lambda: node_5(arrays(x=np.zeros(2))), "unusable reply: array x is not part of the model"),
+        (
+            lambda: node_5(arrays(w=np.zeros(3))),
+            "unusable reply: array w has shape (3,), the model's has (2,)",
+        ),
+        (lambda: node_5(arrays(w=np.array([0, math.nan]))), "unusable reply: NaN or infinite values in w"),
+        (lambda: node_5(arrays(w=np.array([0, math.inf]))), "unusable reply: NaN or infinite values in w"),
+        (
+            lambda: node_5(arrays(), trained(0)),
+            "unusable reply: it speaks of clients [0], asked were [0, 3]",
+        ),
+        (
+            lambda: node_5(arrays(), trained(0), trained(0)),
+            "unusable reply: it speaks of clients [0, 0], asked were [0, 3]",
+        ),
+        (
+            lambda: node_5(None),
+            "unusable reply: it must have arrays if, and only if, a client succeeded",
+        ),
+        (
+            lambda: node_5(arrays(), trained(0, reason="no data"), trained(3, reason="no data")),
+            "unusable reply: it must have arrays if, and only if, a client succeeded",
+        ),
+        (
+            lambda: node_5(arrays(), trained(0, images=-5), trained(3)),
+            "unusable reply: client 0 has -5 images, loss 1.0 and accuracy 0.5",
+        ),
+        (
+            lambda: node_5(arrays(), trained(0), trained(3, accuracy=1.5)),
+            "unusable reply: client 3 has 10 images, loss 1.0 and accuracy 1.5",
+        ),
+        (
+            lambda: node_5(arrays(), trained(0, loss=math.nan), trained(3)),
+            "unusable reply: client 0 has 10 images, loss nan and accuracy 0.5",
+        ),
+    ],
+)
+def test_a_broken_reply_fails_its_clients_and_no_others(reply_of, content, reason):
+    answers = read_replies([reply_of(5, content()), reply_of(6, fine())], ASKED, SHAPES)
+    results = client_results(answers, ASKED)
+    assert answers[0].reply is None
+    assert [results[0].reason, results[3].reason] == [reason, reason]
+    assert results[1] == trained(1)
+
+
+def test_a_reply_without_records_is_broken(reply_of):
+    content = fine()
+    del content["metrics"]
+    (_, answer) = read_replies([reply_of(6, content)], ASKED, SHAPES)
+    assert answer.reason.startswith("unusable reply")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("Traceback:\n  line 3\nRuntimeError: no memory\n", "RuntimeError: no memory"),
+        ("", "error code 2"),
+    ],
+)
+def test_an_error_keeps_its_last_line(reply_of, text, reason):
+    answers = read_replies([reply_of.error(5, text), reply_of(6, fine())], ASKED, SHAPES)
+    results = client_results(answers, ASKED)
+    assert [results[client].reason for client in (0, 3, 1)] == [reason, reason, ""]
+
+
+def test_a_missing_reply_is_a_timeout(reply_of):
+    results = client_results(read_replies([reply_of(6, fine())], ASKED, SHAPES), ASKED)
+    assert results[0].reason == results[3].reason == "no reply within server.round-timeout-s"
+    assert results[1].ok
+
+
+def test_flower_answers_for_a_vanished_node_in_its_own_name(reply_of):
+    flower = reply_of.error(1, "Node Unavailable")
+    results = client_results(read_replies([flower, reply_of(6, fine())], ASKED, SHAPES), ASKED)
+    assert results[0].reason == results[3].reason == "Node Unavailable"
+    assert results[1].ok
+
+
+def test_clients_that_failed_on_their_node_keep_their_reason(reply_of):
+    content = node_5(arrays(), trained(0), trained(3, reason="OSError: no disk", loss=math.nan))
+    results = client_results(read_replies([reply_of(5, content), reply_of(6, fine())], ASKED, SHAPES), ASKED)
+    assert [results[client].reason for client in (0, 3, 1)] == ["", "OSError: no disk", ""]
