@@ -34,6 +34,7 @@ class RunDisplay(logging.Handler):
             TimeRemainingColumn(),
             console=console,
             transient=True,
+            disable=not console.is_terminal,  # in a file it would leave an empty line
         )
         self._task = self._progress.add_task(name or "training", total=rounds, clients="")
         self._trained = 0

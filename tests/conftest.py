@@ -1,0 +1,48 @@
+import pytest
+import yaml
+
+from fedfmd.settings import Settings
+
+TINY = {
+    "data.image-size": 8,
+    "model.width": 0.25,
+    "model.kernels": 2,
+    "partition.scheme": "iid",
+    "partition.clients": 3,
+    "train.batch-size": 64,
+    "train.local-epochs": 1,
+    "server.rounds": 1,
+    "fleet.devices": "pi-4:2, pi-5:1",
+    "budget.deadline-s": 0,
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_home(tmp_path_factory):
+    """A cache of partitions for all tests, so that none reads or fills the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        home = tmp_path_factory.mktemp("cache")
+        patch.setenv("XDG_CACHE_HOME", str(home))
+        yield home
+
+
+@pytest.fixture
+def tiny_settings():
+    """Makes settings of a run of a second: three clients with digits of 8 x 8 pixels; changes as dotted keys."""
+
+    def make(**changes):
+        return Settings.from_mapping(TINY | changes)
+
+    return make
+
+
+@pytest.fixture
+def write_yaml(tmp_path):
+    """Writes an experiment file of the tiny settings; changes are the base's dotted keys, `matrix` apart."""
+
+    def write(name="tiny", matrix=None, **changes):
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump({"base": TINY | changes} | ({"matrix": matrix} if matrix else {})))
+        return path
+
+    return write

@@ -1,0 +1,115 @@
+import pytest
+
+from fedfmd.errors import SettingsError
+from fedfmd.experiment import load_experiment, load_settings
+from fedfmd.experiment.files import parse_overrides
+from fedfmd.settings import Settings
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text):
+        path = tmp_path / "study.yaml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def test_a_base_alone_is_one_run(write):
+    experiment = load_experiment(write("base: {seed: 3, model: {conv: odconv}}"))
+    (cell,) = experiment.cells
+    assert (experiment.name, cell.name) == ("study", "")
+    assert cell.settings == Settings.from_mapping({"seed": 3, "model.conv": "odconv"})
+
+
+def test_a_matrix_is_every_combination_and_its_last_key_varies_fastest(write):
+    experiment = load_experiment(
+        write("base: {seed: 9, train.lr: 0.2}\nmatrix: {model.conv: [static, fmdconv], seed: [0, 1]}")
+    )
+    assert [cell.name for cell in experiment.cells] == [
+        "conv=static,seed=0",
+        "conv=static,seed=1",
+        "conv=fmdconv,seed=0",
+        "conv=fmdconv,seed=1",
+    ]
+    assert [(cell.settings.model.conv, cell.settings.seed) for cell in experiment.cells] == [
+        ("static", 0),
+        ("static", 1),
+        ("fmdconv", 0),
+        ("fmdconv", 1),
+    ]
+    assert {cell.settings.train.lr for cell in experiment.cells} == {0.2}
+
+
+@pytest.mark.parametrize(
+    ("matrix", "names"),
+    [
+        ("{model.attentions: [[kernel], [input, kernel]]}", ["attentions=kernel", "attentions=input,kernel"]),
+        ("{fleet: {devices: [{pi-4: 10}, phone]}}", ["devices=pi-4:10", "devices=phone"]),
+        ("{data.train: [/srv/a.npz]}", ["train=-srv-a.npz"]),
+        ("{model: [{conv: static}, {conv: fmdconv, kernels: 2}]}", ["conv=static", "conv=fmdconv,kernels=2"]),
+    ],
+)
+def test_a_cell_is_named_so_that_it_can_name_a_folder(matrix, names, write):
+    assert [cell.name for cell in load_experiment(write(f"matrix: {matrix}")).cells] == names
+
+
+def test_overrides_win_over_base_and_matrix(write):
+    path = write("base: {train.lr: 0.2}\nmatrix: {model.conv: [static, fmdconv], seed: [0, 1]}")
+    cells = load_experiment(path, ["train.lr=0.3", "model.conv=odconv"]).cells
+    assert [cell.name for cell in cells] == ["seed=0", "seed=1"]
+    assert {(cell.settings.train.lr, cell.settings.model.conv) for cell in cells} == {(0.3, "odconv")}
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("train.lr=5e-4", {"train.lr": "5e-4"}),
+        ("seed = 3", {"seed": 3}),
+        ("resume=true", {"resume": True}),
+        ("data.dir=", {"data.dir": ""}),
+        ("data.dir=a=b", {"data.dir": "a=b"}),
+        ("data.dir=[a", {"data.dir": "[a"}),
+        ("fleet.devices=pi-4:4, phone:2", {"fleet.devices": "pi-4:4, phone:2"}),
+        ("fleet.devices={pi-4: 4, phone: 2}", {"fleet.devices": "pi-4:4, phone:2"}),
+        ("model={conv: static, kernels: 1}", {"model.conv": "static", "model.kernels": 1}),
+        ("model.attentions=[input, kernel]", {"model.attentions": ["input", "kernel"]}),
+    ],
+)
+def test_an_override_holds_a_yaml_value(text, values):
+    assert parse_overrides([text]) == values
+
+
+def test_the_last_override_of_a_key_wins():
+    assert parse_overrides(["seed=1", "seed=2"]) == {"seed": 2}
+
+
+@pytest.mark.parametrize("text", ["seed", "=3", " =3", ""])
+def test_an_override_needs_a_key_and_a_value(text):
+    with pytest.raises(SettingsError, match=f"--set '{text}': write key=value"):
+        parse_overrides([text])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seed: 1", r"study\.yaml must hold `base:` and may hold `matrix:`, found seed"),
+        ("base: 3", r"study\.yaml: `base:` must hold settings, found int"),
+        ("matrix: {seed: 3}", r"matrix: seed = 3 must be a list of at least one value"),
+        ("matrix: {seed: []}", r"matrix: seed = \[\] must be a list"),
+        ("matrix: {sed: [1]}", r"unknown setting sed = 1; the nearest one is seed"),
+        ("matrix: {seed: [0, one]}", r"seed = 'one': .*integer"),
+    ],
+)
+def test_a_file_that_describes_no_experiment_is_one_line(text, message, write):
+    with pytest.raises(SettingsError, match=message):
+        load_experiment(write(text))
+
+
+def test_settings_of_a_single_run(write):
+    assert load_settings(None, ["seed=2"]) == Settings(seed=2)
+    path = write("base: {seed: 1}\nmatrix: {model.conv: [static, fmdconv]}")
+    assert load_settings(path, ["model.conv=static"]).model.conv == "static"
+    with pytest.raises(SettingsError, match=r"study\.yaml describes 2 runs: choose one by --set"):
+        load_settings(path)

@@ -1,0 +1,203 @@
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from fedfmd import cli
+from fedfmd.conv import CONVS
+from fedfmd.errors import RunError
+
+COMMANDS = sorted(command.name or command.callback.__name__ for command in cli.cli.registered_commands)
+
+
+@pytest.fixture
+def fedfmd(tmp_path, monkeypatch, capsys):
+    """Runs the command in an empty folder; gives its exit status, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["fedfmd", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return ended.value.code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def npz(tmp_path):
+    """Two npz files, of which the second has no labels."""
+    images = np.zeros((4, 8, 8, 3), np.uint8)
+    np.savez(tmp_path / "good.npz", images=images, labels=[0, 1, 0, 1])
+    np.savez(tmp_path / "unlabelled.npz", images=images)
+
+
+def test_a_run_ends_with_0_and_says_where_its_results_are(fedfmd, write_yaml, tmp_path):
+    status, out, err = fedfmd("run", write_yaml(), "--out", "results", "--set", "seed=1", "--workers", 1)
+    assert (status, err) == (0, "")
+    assert out.splitlines()[-1] == f"results: {tmp_path / 'results'}"
+    refused, _, err = fedfmd("run", write_yaml(), "--out", "results", "--set", "seed=2")
+    assert refused == 2
+    assert err == (
+        f"fedfmd: run-dir = {tmp_path / 'results'} holds a run with other settings (seed was 1, is 2): "
+        "name another folder\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("train.learning-rates=1", "unknown setting train.learning-rates = 1; the nearest one is "),
+        ("model.conv=fmdcnv", "model.conv = 'fmdcnv': must be one of "),
+        ("model.attentions=kernal", "model.attentions = 'kernal': must be one of "),
+        ("server.strategy=fedagv", "server.strategy = 'fedagv': must be one of "),
+        ("server.rounds=abc", "server.rounds = 'abc': "),
+        ("server.rounds=2.5", "server.rounds = 2.5: "),
+        ("train.lr=nan", "train.lr = 'nan': "),
+        ("train.lr=.nan", "train.lr = nan: "),
+        ("partition.alpha=0", "partition.alpha = 0: "),
+        ("partition.clients=10000", "partition.clients = 10000 but the training set has 1437 images: "),
+        ("budget.deadline-s=-1", "budget.deadline-s = -1: "),
+        ("fleet.devices=pi-44:3", "fleet.devices: unknown device 'pi-44'; "),
+        ("fleet.devices=pi-4:9", "fleet.devices names 9 devices, partition.clients is 3: "),
+        ("device=gpu", "device = 'gpu': must be "),
+        ("data={dataset: npz, train: none.npz, test: good.npz}", "data.train = none.npz: no such file"),
+        (
+            "data={dataset: npz, train: unlabelled.npz, test: good.npz}",
+            "data.train = unlabelled.npz: has no array 'labels'",
+        ),
+        ("data={dataset: npz, train: good.npz, image-size: 0}", "data.test is not set: "),
+        ("data={dataset: cifar10}", "data.dir is not set: "),
+        ("data={dataset: cifar10, dir: images}", "data.dir = images: has no cifar-10-batches-py/"),
+        ("data.dataset=cifar11", "data.dataset = 'cifar11': must be one of "),
+        ("seed", "--set 'seed': write key=value, "),
+    ],
+)
+@pytest.mark.parametrize("engine", ["inline", "flwr"])
+def test_a_bad_setting_is_one_line_and_nothing_is_written(
+    engine, setting, message, fedfmd, write_yaml, npz, tmp_path
+):
+    file = write_yaml()
+    before = set(tmp_path.rglob("*"))
+    status, out, err = fedfmd("run", file, "--engine", engine, "--set", setting)
+    assert (status, out) == (2, "")
+    assert err.startswith(f"fedfmd: {message}")
+    assert err.count("\n") == 1
+    assert set(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot read file.yaml: No such file or directory"),
+        ("base: {seed: [", "file.yaml is not YAML: "),
+        ("seed: 1", "file.yaml must hold `base:` and may hold `matrix:`, found seed"),
+        ("base: {sede: 1}", "unknown setting sede = 1; the nearest one is seed"),
+    ],
+)
+@pytest.mark.parametrize("command", [["run"], ["partition", "--out", "split"]])
+def test_a_bad_file_is_one_line_and_nothing_is_written(command, content, message, fedfmd, tmp_path):
+    if content is not None:
+        (tmp_path / "file.yaml").write_text(content)
+    before = set(tmp_path.iterdir())
+    status, out, err = fedfmd(*command, "file.yaml")
+    assert (status, out) == (2, "")
+    assert err.startswith(f"fedfmd: {message}")
+    assert err.count("\n") == 1
+    assert set(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (RunError("round 3: all clients failed"), 1, "round 3: all clients failed"),
+        (OSError("no space left"), 1, "no space left"),
+        (KeyboardInterrupt(), 130, "stopped; finished rounds are kept"),
+    ],
+)
+def test_a_run_that_cannot_go_on_is_one_line(error, status, message, fedfmd, write_yaml, monkeypatch):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("fedfmd.experiment.run_experiment", fail)
+    ended, out, err = fedfmd("run", write_yaml())
+    assert (ended, out) == (status, "")
+    assert err.startswith(f"fedfmd: {message}")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments", [["run"], ["rnu"], ["cost", "--classes", "1"], ["run", "a.yaml", "--engine", "x"]]
+)
+def test_wrong_usage_ends_with_2(arguments, fedfmd):
+    status, out, err = fedfmd(*arguments)
+    assert (status, out) == (2, "")
+    assert "Error: " in err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example(command, fedfmd):
+    status, out, err = fedfmd(command, "--help")
+    assert (status, err) == (0, "")
+    assert f"Example: fedfmd {command} " in " ".join(out.split())
+
+
+def test_help_is_quick_because_it_imports_no_torch():
+    code = "import sys, fedfmd.cli; sys.exit('torch' in sys.modules or 'flwr' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_cost_prints_a_table_or_json(fedfmd):
+    options = ["cost", "--model", "resnet8", "--width", 0.5, "--classes", 7]
+    status, out, err = fedfmd(*options)
+    assert (status, err) == (0, "")
+    assert "resnet8 (width 0.5, K=4), 7 classes, one image of 32×32" in out
+    status, out, _ = fedfmd(*options, "--json")
+    assert status == 0
+    assert [row["conv"] for row in json.loads(out)] == list(CONVS)
+
+
+def test_cost_of_an_unknown_model_suggests_the_nearest(fedfmd):
+    status, _, err = fedfmd("cost", "--model", "resnt8")
+    assert status == 2
+    assert err.startswith("fedfmd: model.arch = 'resnt8': must be one of ")
+    assert err.endswith("did you mean 'resnet8'?\n")
+
+
+def test_partition_writes_the_split_and_prints_it(fedfmd, write_yaml, tmp_path):
+    status, out, err = fedfmd("partition", write_yaml(), "--set", "seed=4", "--out", "split")
+    assert (status, err) == (0, "")
+    assert "digits: iid, seed 4" in out
+    assert {path.name for path in (tmp_path / "split").iterdir()} == {"partition.npz", "partition.png"}
+    status, out, _ = fedfmd("partition", write_yaml(), "--out", "split", "--json")
+    assert status == 0
+    assert [row["images"] for row in json.loads(out)] == [479, 479, 479]
+
+
+def test_partition_without_a_file_splits_the_default(fedfmd):
+    status, out, _ = fedfmd("partition", "--set", "partition.scheme=iid", "--out", "split", "--json")
+    assert status == 0
+    assert sum(row["images"] for row in json.loads(out)) == 1437
+
+
+def test_export_prints_the_file(fedfmd, monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr("fedfmd.experiment.export_checkpoint", lambda *given: asked.append(given) or given[2])
+    status, out, _ = fedfmd("export", "a.safetensors", "--format", "torch-export", "--out", "a.pt2")
+    assert (status, out) == (0, "a.pt2\n")
+    ((checkpoint, target, path, image_size),) = asked
+    assert (checkpoint.name, target, path.name, image_size) == (
+        "a.safetensors",
+        "torch-export",
+        "a.pt2",
+        None,
+    )
+
+
+def test_export_of_a_missing_checkpoint_is_one_line(fedfmd):
+    status, _, err = fedfmd("export", "none.safetensors")
+    assert status == 2
+    assert err.startswith("fedfmd: cannot read the checkpoint: ")
+    assert err.count("\n") == 1

@@ -1,0 +1,88 @@
+import pytest
+import yaml
+
+from fedfmd.errors import SettingsError
+from fedfmd.server_app import open_run_folder, prepare
+
+
+def kept(folder):
+    return yaml.safe_load((folder / "settings.yaml").read_text())
+
+
+def test_a_run_folder_holds_the_resolved_settings(tiny_settings, tmp_path):
+    settings = tiny_settings(**{"run-dir": str(tmp_path / "deep" / "run")})
+    folder = open_run_folder(settings)
+    assert folder.path == tmp_path / "deep" / "run"
+    assert kept(folder.path) == settings.flat()
+    assert folder.environment.exists()
+
+
+def test_a_run_goes_on_where_its_settings_are_kept(tiny_settings, tmp_path):
+    settings = tiny_settings().in_folder(tmp_path)
+    open_run_folder(settings)
+    again = tiny_settings(threads=1).in_folder(tmp_path)  # threads don't change the results
+    assert open_run_folder(again).path == tmp_path
+    assert kept(tmp_path)["threads"] == 1
+
+
+def test_a_folder_of_a_run_is_not_taken_unasked(tiny_settings, tmp_path):
+    settings = tiny_settings(**{"run-dir": str(tmp_path)})
+    open_run_folder(settings)
+    with pytest.raises(SettingsError, match=r"run-dir = .* holds a run: set resume=true to go on"):
+        open_run_folder(settings)
+
+
+@pytest.mark.parametrize("check", [prepare, open_run_folder])
+def test_a_run_with_other_settings_is_told_which(check, tiny_settings, tmp_path):
+    open_run_folder(tiny_settings().in_folder(tmp_path))
+    before = kept(tmp_path)
+    other = tiny_settings(**{"seed": 1, "train.lr": 0.5, "threads": 1}).in_folder(tmp_path)
+    with pytest.raises(
+        SettingsError, match=r"other settings \(train.lr was 0.1, is 0.5, seed was 0, is 1\): name another"
+    ):
+        check(other)
+    assert kept(tmp_path) == before
+
+
+def test_without_a_name_every_run_gets_a_folder_of_its_own(tiny_settings, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = tiny_settings()
+    name = f"digits-resnet8-fmdconv-{settings.digest()}"
+    assert [open_run_folder(settings).path.name for _ in range(3)] == [name, f"{name}-2", f"{name}-3"]
+
+
+def test_without_a_name_a_resume_finds_the_run_of_its_settings(tiny_settings, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first = open_run_folder(tiny_settings())
+    assert open_run_folder(tiny_settings(resume=True)).path == first.path
+    assert open_run_folder(tiny_settings(resume=True, seed=1)).path != first.path
+
+
+@pytest.mark.parametrize("content", ["model: [", "- a list", "model.cnv: static"])
+def test_a_folder_with_foreign_settings_is_refused(content, tiny_settings, tmp_path):
+    (tmp_path / "settings.yaml").write_text(content)
+    with pytest.raises(SettingsError):
+        open_run_folder(tiny_settings().in_folder(tmp_path))
+    assert (tmp_path / "settings.yaml").read_text() == content
+
+
+def test_a_folder_that_cannot_be_made_names_the_setting(tiny_settings, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(SettingsError, match=r"run-dir = .*file/run can't be made"):
+        open_run_folder(tiny_settings().in_folder(tmp_path / "file" / "run"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"server.strategy": "fedagv"},
+            "server.strategy = 'fedagv': must be one of .*; did you mean 'fedavg'?",
+        ),
+        ({"fleet.devices": "pi-4:9"}, "fleet.devices names 9 devices"),
+    ],
+)
+def test_nothing_is_written_before_the_checks(changes, message, tiny_settings, tmp_path):
+    with pytest.raises(SettingsError, match=message):
+        prepare(tiny_settings(**changes).in_folder(tmp_path / "run"))
+    assert list(tmp_path.iterdir()) == []

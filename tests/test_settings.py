@@ -1,0 +1,142 @@
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from fedfmd.errors import SettingsError
+from fedfmd.experiment import load_experiment
+from fedfmd.settings import Settings, flatten, read_yaml
+
+ROOT = Path(__file__).parents[1]
+
+
+def of_a_run(settings):
+    """The dotted keys and values, apart from those that name a folder."""
+    return {key: value for key, value in settings.flat().items() if key not in ("run-dir", "resume")}
+
+
+def test_defaults_are_the_quickstarts():
+    (cell,) = load_experiment(ROOT / "experiments" / "quickstart.yaml").cells
+    assert of_a_run(cell.settings) == of_a_run(Settings())
+
+
+def test_flwr_run_has_the_same_defaults_of_the_same_types():
+    app = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["flwr"]["app"]
+    config, defaults = flatten(app["config"]), Settings().flat()
+    assert config == defaults
+    assert {key: type(value) for key, value in config.items()} == {
+        key: type(value) for key, value in defaults.items()
+    }
+
+
+def test_keys_are_nested_dotted_or_both():
+    nested = Settings.from_mapping({"train": {"batch-size": 8, "lr": 0.2}, "seed": 3})
+    assert nested == Settings.from_mapping({"train.batch-size": 8, "train": {"lr": 0.2}, "seed": 3})
+    assert (nested.train.batch_size, nested.train.lr, nested.seed) == (8, 0.2, 3)
+    assert nested.model == Settings().model
+
+
+def test_a_run_config_holds_scalars_that_make_the_same_settings():
+    settings = Settings.from_mapping({"model.attentions": ["kernel"], "fleet.devices": {"phone": "100%"}})
+    flat = settings.flat()
+    assert all(isinstance(value, bool | int | float | str) for value in flat.values())
+    assert Settings.from_mapping(flat) == settings
+
+
+@pytest.mark.parametrize(
+    "value", [["input", "kernel"], "input,kernel", " input , kernel ", '["input", "kernel"]']
+)
+def test_a_list_may_be_yaml_json_or_words(value):
+    assert Settings.from_mapping({"model.attentions": value}).model.attentions == ("input", "kernel")
+
+
+@pytest.mark.parametrize(
+    "key", [{"fleet": {"devices": {"pi-4": 4, "phone": 2}}}, {"fleet.devices": {"pi-4": 4, "phone": 2}}]
+)
+def test_a_fleet_may_be_a_mapping(key):
+    assert Settings.from_mapping(key).fleet.devices == "pi-4:4, phone:2"
+
+
+@pytest.mark.parametrize(("value", "number"), [("5e-4", 5e-4), (1, 1.0), ("2", 2.0)])
+def test_a_number_may_be_a_text_because_yaml_reads_5e_4_as_one(value, number):
+    assert Settings.from_mapping({"train.lr": value}).train.lr == number
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"train.momentun": 1}, "unknown setting train.momentun = 1; the nearest one is train.momentum"),
+        (
+            {"train": {"batch_size": 1}},
+            "unknown setting train.batch_size = 1; the nearest one is train.batch-size",
+        ),
+        ({"model": "fmdconv"}, "unknown setting model = 'fmdconv'"),
+        ({"model": {"conv": "odconv"}, "model.conv": "dyconv"}, "setting model.conv is given twice"),
+        (
+            {"model.conv": "fmdcnv"},
+            "model.conv = 'fmdcnv': must be one of static, .*; did you mean 'fmdconv'?",
+        ),
+        ({"model.arch": ["resnet8"]}, r"model.arch = \['resnet8'\]: must be one of"),
+        (
+            {"model.attentions": "input,kernal"},
+            "model.attentions = 'kernal': must be one of .*; did you mean 'kernel'?",
+        ),
+        ({"model.attentions": []}, r"model.attentions = \(?\[?.*: .*at least 1 item"),
+        ({"model.attentions": "[input"}, "model.attentions = .* is not a JSON list"),
+        ({"model.stem": "resnet"}, "model.stem = 'resnet': .*'cifar' or 'imagenet'"),
+        ({"data.download": "yes"}, "data.download = 'yes': .*boolean"),
+        ({"partition.alpha": 0}, "partition.alpha = 0: .*greater than 0"),
+        ({"server.rounds": "abc"}, "server.rounds = 'abc': .*integer"),
+        ({"server.rounds": 2.5}, "server.rounds = 2.5: .*integer"),
+        ({"server.rounds": True}, "server.rounds = True: .*integer"),
+        ({"train.lr": True}, "train.lr = True: must be a number"),
+        ({"train.lr": None}, "train.lr = None: .*number"),
+        ({"train.lr": float("nan")}, "train.lr = nan: .*finite"),
+        ({"train.momentum": float("nan")}, "train.momentum = nan: .*finite"),
+        ({"train.momentum": 1}, "train.momentum = 1: .*less than 1"),
+        ({"budget.deadline-s": -1}, "budget.deadline-s = -1: .*greater than or equal to 0"),
+        ({"seed": 2**63}, "seed = 9223372036854775808: .*less than"),
+        (
+            {"server.clients-per-round": 11},
+            "server.clients-per-round = 11 but partition.clients = 10: ask for at most",
+        ),
+    ],
+)
+def test_bad_input_is_one_line_that_names_key_and_value(values, message):
+    with pytest.raises(SettingsError, match=f"^{message}") as error:
+        Settings.from_mapping(values)
+    assert "\n" not in str(error.value)
+
+
+def test_all_faults_are_told_at_once():
+    with pytest.raises(SettingsError, match=r"train\.lr = 0: .*; server\.rounds = 0: "):
+        Settings.from_mapping({"train.lr": 0, "server.rounds": 0})
+
+
+def test_the_digest_tells_runs_apart_but_not_where_they_are_kept():
+    settings = Settings()
+    assert settings.digest() == Settings.from_mapping({"threads": 2}).in_folder(Path("elsewhere")).digest()
+    assert settings.digest() != Settings.from_mapping({"seed": 1}).digest()
+
+
+def test_neutral_settings_exist():
+    assert Settings().flat().keys() >= Settings.NEUTRAL
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"cannot read .*file\.yaml: No such file"),
+        (b"base: [", r"file\.yaml is not YAML: .*line 1"),
+        (b"\xff\xfe\xfa", r"file\.yaml is not YAML: "),
+        (b"- base", r"file\.yaml must hold `key: value` pairs, not \['base'\]"),
+        (b"", r"file\.yaml must hold `key: value` pairs, not None"),
+    ],
+)
+def test_a_yaml_file_that_holds_no_settings_is_one_line(content, message, tmp_path):
+    path = tmp_path / "file.yaml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(SettingsError, match=message) as error:
+        read_yaml(path)
+    assert "\n" not in str(error.value)
