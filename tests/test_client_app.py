@@ -147,20 +147,6 @@ def test_arrays_of_another_model_are_named(make_host):
 
 
 @pytest.fixture
-def settings(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return Settings.from_mapping(
-        {
-            "data.image-size": 8,
-            "model.width": 0.25,
-            "model.conv": "static",
-            "partition.clients": 3,
-            "fleet.devices": "pi-4",
-        }
-    )
-
-
-@pytest.fixture
 def box(tmp_path):
     path = tmp_path / "box.npz"
     np.savez(path, images=np.zeros((7, 8, 8, 3), np.uint8), labels=np.arange(7))
@@ -175,25 +161,25 @@ def ask(settings, node_config, content=None, kind=MessageType.QUERY):
         return reply.content
 
 
-def test_a_worker_says_that_it_hosts_any_client(settings):
-    told = ask(settings, {"partition-id": 1, "num-partitions": 4})[CONFIG]
+def test_a_worker_says_that_it_hosts_any_client(tiny_settings):
+    told = ask(tiny_settings(), {"partition-id": 1, "num-partitions": 4})[CONFIG]
     assert dict(told) == {"client": -1, "rank": 1, "nodes": 4, "device": "", "images": 0, "error": ""}
 
 
-def test_a_box_tells_its_client_images_and_device(settings, box):
-    told = ask(settings, {"client": 2, "data": box, "device": "pi-5"})[CONFIG]
+def test_a_box_tells_its_client_images_and_device(tiny_settings, box):
+    told = ask(tiny_settings(), {"client": 2, "data": box, "device": "pi-5"})[CONFIG]
     assert dict(told) == {"client": 2, "rank": 2, "nodes": 0, "device": "pi-5", "images": 7, "error": ""}
 
 
-def test_a_box_without_data_says_why_it_refuses(settings):
-    told = ask(settings, {"client": 0, "data": "nowhere.npz"})[CONFIG]
+def test_a_box_without_data_says_why_it_refuses(tiny_settings):
+    told = ask(tiny_settings(), {"client": 0, "data": "nowhere.npz"})[CONFIG]
     assert told["images"] == 0
     assert told["error"].startswith("nowhere.npz: no such file")
 
 
-def test_a_box_trains_on_its_own_images(settings, box):
-    model = build_model(settings, classes=10)
+def test_a_box_trains_on_its_own_images(tiny_settings, box):
+    model = build_model(tiny_settings(), classes=10)
     work = write_instruction(instruction(1, steps=1), to_record(pack(model)))
-    reply = read_reply(ask(settings, {"client": 1, "data": box}, work, MessageType.TRAIN))
+    reply = read_reply(ask(tiny_settings(), {"client": 1, "data": box}, work, MessageType.TRAIN))
     assert [(r.client, r.images, r.reason) for r in reply.results] == [(1, 7, "")]
     load(model, reply.arrays)

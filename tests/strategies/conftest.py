@@ -7,27 +7,15 @@ from flwr.clientapp import ClientApp
 from fedfmd.averaging import WeightedMean
 from fedfmd.engines.inline import InlineGrid
 from fedfmd.federation import build_federation
-from fedfmd.settings import Settings
 from fedfmd.wire import CONFIG, ClientResult, Reply, read_instruction, write_reply
 
-TINY = {
-    "data.image-size": 8,
-    "model.conv": "static",
-    "model.width": 0.25,
-    "partition.clients": 3,
-    "fleet.devices": "pi-4",
-    "train.batch-size": 128,
-    "train.local-epochs": 1,
-    "server.rounds": 2,
-    "server.node-timeout-s": 5,
-}
+TWO_ROUNDS = {"model.conv": "static", "fleet.devices": "pi-4", "server.rounds": 2}
 
 
 @pytest.fixture
-def make_federation(tmp_path_factory, monkeypatch):
+def make_federation(tiny_settings):
     """Builds the federation of three pi-4 on tiny digits, changed by dotted settings."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
-    return lambda changes={}: build_federation(Settings.from_mapping(TINY | changes))
+    return lambda changes={}: build_federation(tiny_settings(**TWO_ROUNDS | changes))
 
 
 @pytest.fixture

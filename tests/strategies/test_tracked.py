@@ -1,0 +1,288 @@
+import json
+import logging
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from flwr.app import ConfigRecord
+
+import strategies.tracked
+from fedfmd.edge import plan_work
+from fedfmd.errors import RunError, SettingsError
+from fedfmd.tracking import RunFolder, latest_checkpoint, read_clients, read_rounds
+from fedfmd.wire import pack, read_instruction, to_record
+from strategies import TrackedStrategy, make_strategy
+from strategies.nodes import Node
+
+
+@pytest.fixture
+def make(tmp_path):
+    return lambda federation: make_strategy(federation, RunFolder(tmp_path))
+
+
+def workers(count):
+    return tuple(Node(100 + rank, rank, None, 0, "") for rank in range(count))
+
+
+def asked(strategy, server_round, nodes):
+    """Node id -> the instruction it gets in the round."""
+    strategy.nodes = nodes
+    arrays = to_record(pack(strategy.federation.model))
+    messages = strategy.configure_train(server_round, arrays, ConfigRecord(), grid=None)
+    return {message.metadata.dst_node_id: read_instruction(message.content)[0] for message in messages}
+
+
+def clients_of(instructions):
+    return sorted(a.client for instruction in instructions.values() for a in instruction.assignments)
+
+
+def rows(strategy):
+    return read_rounds(strategy.folder.rounds), read_clients(strategy.folder.clients)
+
+
+def status(strategy):
+    return {(row.round, row.client): row.status for row in rows(strategy)[1]}
+
+
+def test_the_clients_of_a_round_follow_from_seed_and_round_alone(make, make_federation, make_grid):
+    make_grid([])
+    strategy = make(make_federation({"partition.clients": 20, "server.clients-per-round": 5}))
+    other = make(make_federation({"partition.clients": 20, "server.clients-per-round": 5, "seed": 1}))
+    picked = [clients_of(asked(strategy, server_round, workers(1))) for server_round in range(1, 9)]
+    assert all(len(set(clients)) == 5 for clients in picked)
+    assert [clients_of(asked(strategy, r, workers(3))) for r in range(1, 9)] == picked
+    assert [clients_of(asked(other, r, workers(1))) for r in range(1, 9)] != picked
+    assert len({client for clients in picked for client in clients}) > 10
+
+
+def test_a_node_is_told_its_clients_plans_and_the_round(make, make_federation, make_grid):
+    make_grid([])
+    federation = make_federation({"train.lr": 0.2, "train.batch-size": 32, "temperature.rounds": 2})
+    instructions = asked(make(federation), 2, workers(2))
+    assert instructions.keys() == {100, 101}
+    for instruction in instructions.values():
+        assert instruction.round == 2
+        assert instruction.lr == pytest.approx(0.1)  # cosine, after one of two rounds
+        assert instruction.temperature == 15.5  # half the way from 30 to 1
+        for assignment in instruction.assignments:
+            assert assignment.steps == -(-federation.sizes[assignment.client] // 32)
+
+
+def test_a_run_takes_the_mean_of_its_clients(make, make_federation, make_grid):
+    federation = make_federation()
+    before = pack(federation.model)
+    strategy = make(federation)
+    progress = strategy.run(make_grid([{"rank": 0, "nodes": 2}, {"rank": 1, "nodes": 2}]))
+    # client c has 10 (c + 1) images and adds c + 1: the mean grows by (1 + 4 + 9) / 6 a round
+    for name, array in pack(federation.model).items():
+        np.testing.assert_allclose(array, before[name] + 2 * 14 / 6, rtol=1e-5, atol=1e-5)
+    rounds, clients = rows(strategy)
+    assert [row.round for row in rounds] == [1, 2]
+    assert [(row.clients_ok, row.clients_failed) for row in rounds] == [(3, 0), (3, 0)]
+    assert {row.node for row in clients} == {0, 1}
+    assert progress.round == 2
+    assert progress.virtual_s == pytest.approx(rounds[-1].virtual_s)
+    assert list(progress.client_flops) == [row.cum_train_flops for row in clients[3:]]
+
+
+@pytest.mark.parametrize(("conv", "temperatures"), [("static", [None, None]), ("fmdconv", [30.0, 27.1])])
+def test_the_temperature_is_that_of_the_round(make, make_federation, make_grid, conv, temperatures):
+    strategy = make(make_federation({"model.conv": conv}))
+    strategy.run(make_grid())
+    assert [row.temperature for row in rows(strategy)[0]] == pytest.approx(temperatures)
+
+
+def test_a_failing_client_is_reported_and_the_others_count(make, make_federation, make_grid, caplog):
+    federation = make_federation()
+    before = pack(federation.model)
+    strategy = make(federation)
+    with caplog.at_level(logging.INFO, "fedfmd"):
+        strategy.run(make_grid(behave=lambda client, server_round: "OSError: no disk" if client == 1 else ""))
+    assert status(strategy) == {(r, c): "failed" if c == 1 else "ok" for r in (1, 2) for c in range(3)}
+    np.testing.assert_allclose(
+        pack(federation.model)["fc.bias"], before["fc.bias"] + 2 * (1 + 9) / 4, rtol=1e-5, atol=1e-5
+    )
+    assert "round 1: client 1 failed: OSError: no disk" in caplog.messages
+
+
+def test_a_dead_node_costs_only_its_own_clients(make, make_federation, make_grid):
+    def behave(client, server_round):
+        if client == 0:
+            raise RuntimeError("killed")
+        return ""
+
+    strategy = make(make_federation())
+    strategy.run(make_grid([box(0), box(1), box(2)], behave))
+    _, clients = rows(strategy)
+    assert [(row.client, row.status, row.reason) for row in clients[:3]] == [
+        (0, "failed", "RuntimeError: killed"),
+        (1, "ok", ""),
+        (2, "ok", ""),
+    ]
+
+
+def test_a_round_without_success_keeps_the_model(make, make_federation, make_grid):
+    federation = make_federation({"server.max-failed-share": 1})
+    before = pack(federation.model)
+    strategy = make(federation)
+    strategy.run(make_grid(behave=lambda client, server_round: "no power"))
+    after = pack(federation.model)
+    assert all(np.array_equal(array, before[name]) for name, array in after.items())
+    rounds, _ = rows(strategy)
+    assert [row.clients_failed for row in rounds] == [3, 3]
+    assert rounds[0].accuracy == rounds[1].accuracy
+
+
+def test_too_many_failures_stop_the_run_but_not_its_finished_rounds(make, make_federation, make_grid):
+    strategy = make(make_federation())
+    behave = lambda client, server_round: f"no power in {client}" if server_round == 2 and client else ""  # noqa: E731
+    message = r"^round 2: 2 of 3 clients failed, .*max-failed-share = 0\.5; the last reason: no power in 2$"
+    with pytest.raises(RunError, match=message):
+        strategy.run(make_grid(behave=behave))
+    assert [row.round for row in rows(strategy)[0]] == [1, 2]
+    assert latest_checkpoint(strategy.folder.checkpoints).round == 2
+
+
+def test_a_dead_ray_worker_stops_the_run(make, make_federation, make_grid):
+    behave = lambda client, server_round: "ray.exceptions.ActorDiedError: gone" if client == 0 else ""  # noqa: E731
+    with pytest.raises(RunError, match="round 1: a Ray worker died"):
+        make(make_federation()).run(make_grid(behave=behave))
+
+
+def test_late_clients_are_not_trained(make, make_federation, make_grid):
+    federation = make_federation()
+    seconds = sorted(
+        plan_work(client, federation.workload(client.id), federation.budget).total_s
+        for client in federation.fleet.clients
+    )
+    trained = []
+
+    def behave(client, server_round):
+        trained.append(client)
+        return ""
+
+    deadline = (seconds[0] + seconds[1]) / 2
+    strategy = make(
+        make_federation({"budget.deadline-s": deadline, "budget.policy": "drop", "server.rounds": 1})
+    )
+    strategy.run(make_grid(behave=behave))
+    (row,), clients = rows(strategy)
+    assert (row.clients_ok, row.clients_late) == (1, 2)
+    assert row.round_s == pytest.approx(deadline)
+    late = [client for client in clients if client.status == "late"]
+    assert trained == [client.client for client in clients if client.status == "ok"]
+    assert all(client.loss is None and client.node is None and client.train_flops > 0 for client in late)
+
+
+def test_a_round_in_which_all_are_late_asks_nobody(make, make_federation, make_grid):
+    strategy = make(make_federation({"budget.deadline-s": 1e-6, "budget.policy": "drop"}))
+
+    def behave(client, server_round):
+        raise AssertionError("nobody should be asked")
+
+    strategy.run(make_grid(behave=behave))
+    assert [row.clients_late for row in rows(strategy)[0]] == [3, 3]
+
+
+def test_a_device_that_cannot_hold_the_model_is_unfit(make, make_federation, make_grid):
+    federation = make_federation({"fleet.devices": "pi-zero-2w:1, pi-5:2"})
+    big = replace(
+        federation, cost=replace(federation.cost, params=10**8)
+    )  # 1.2 GB with gradients and momentum
+    strategy = make(big)
+    strategy.run(make_grid())
+    rounds, clients = rows(strategy)
+    unfit = [row for row in clients if row.status == "unfit"]
+    assert {row.device for row in unfit} == {"pi-zero-2w"}
+    assert "(pi-zero-2w, 0.5 GB) can't hold the 1.2" in unfit[0].reason
+    assert (rounds[0].clients_ok, rounds[0].clients_failed) == (2, 1)
+
+
+def test_a_fleet_that_cannot_hold_the_model_stops_with_the_reason(make, make_federation, make_grid):
+    federation = make_federation({"fleet.devices": "pi-zero-2w"})
+    big = replace(federation, cost=replace(federation.cost, params=10**8))
+    with pytest.raises(RunError, match=r"round 1: 3 of 3 clients failed, .* use a smaller model"):
+        make(big).run(make_grid())
+
+
+def box(client, **told):
+    return {"client": client, "rank": client, "images": 10 * (client + 1)} | told
+
+
+def test_boxes_are_planned_by_their_own_images_and_devices(make, make_federation, make_grid, caplog):
+    strategy = make(make_federation({"train.batch-size": 8}))
+    boxes = [box(0, device="pi-5"), box(1), box(2, device="jetson-nano")]
+    with caplog.at_level(logging.INFO, "fedfmd"):
+        strategy.run(make_grid(boxes))
+    _, clients = rows(strategy)
+    assert [(row.device, row.examples, row.steps) for row in clients[:3]] == [
+        ("pi-5", 10, 2),
+        ("pi-4", 20, 3),
+        ("jetson-nano", 30, 4),
+    ]
+    header = "3 clients (own data, 10 to 30 images each) on 1 jetson-nano, 1 pi-4, 1 pi-5 over wifi"
+    assert header in caplog.messages
+
+
+def test_a_box_with_an_unknown_device_stops_the_run_before_training(make, make_federation, make_grid):
+    strategy = make(make_federation())
+    with pytest.raises(RunError, match="client 1 has the unknown device 'pi-9'"):
+        strategy.run(make_grid([box(0), box(1, device="pi-9"), box(2)]))
+    assert not strategy.folder.rounds.exists()
+
+
+def test_the_log_tells_what_runs_and_how_it_goes(make, make_federation, make_grid, caplog):
+    strategy = make(make_federation({"model.conv": "fmdconv", "budget.deadline-s": 6}))
+    with caplog.at_level(logging.INFO, "fedfmd"):
+        strategy.run(make_grid())
+    first, second, third, *rounds = [record.message for record in caplog.records if record.name == "fedfmd"]
+    assert "resnet8 with fmdconv (K=2)" in first
+    assert second.startswith("3 clients (iid, ")
+    assert second.endswith(" on 3 pi-4 over wifi")
+    assert "policy partial, deadline 6 s; seed 0" in third
+    assert [line.split()[1] for line in rounds] == ["1/2", "2/2"]
+    assert rounds[0].endswith("clients 3 ok 0 late 0 failed")
+
+
+def test_checkpoints_are_kept_as_asked(make, make_federation, make_grid):
+    strategy = make(make_federation({"server.rounds": 5, "server.checkpoint-every": 2}))
+    strategy.run(make_grid())
+    marks = sorted(path.name for path in strategy.folder.checkpoints.glob("*.json"))
+    assert marks == ["round-00004.json", "round-00005.json"]
+    state = json.loads((strategy.folder.checkpoints / marks[-1]).read_text())["state"]
+    assert state["round"] == 5
+
+
+def test_a_run_stopped_before_its_first_checkpoint_starts_again(
+    make, make_federation, make_grid, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(strategies.tracked, "save_checkpoint", lambda *args, **kwargs: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            make(make_federation()).run(make_grid())
+    strategy = make(make_federation())
+    assert [row.round for row in rows(strategy)[0]] == [1]  # its row was written, its checkpoint was not
+    strategy.run(make_grid())
+    assert [row.round for row in rows(strategy)[0]] == [1, 2]
+    assert [row.round for row in rows(strategy)[1]] == [1, 1, 1, 2, 2, 2]
+
+
+def test_a_finished_run_asks_no_nodes(make, make_federation, make_grid):
+    federation = make_federation()
+    done = make(federation).run(make_grid())
+    assert make(federation).run(grid=None) == done
+
+
+def test_nobody_is_asked_to_evaluate(make, make_federation):
+    strategy = make(make_federation())
+    assert strategy.configure_evaluate(1, None, None, None) == []
+    assert strategy.aggregate_evaluate(1, []) is None
+
+
+def test_an_unknown_strategy_names_the_nearest(make, make_federation):
+    with pytest.raises(SettingsError, match=r"server\.strategy = 'fedagv'.*did you mean 'fedavg'"):
+        make(make_federation({"server.strategy": "fedagv"}))
+
+
+def test_a_known_strategy_is_tracked(make, make_federation):
+    assert isinstance(make(make_federation({"server.strategy": "fedavg"})), TrackedStrategy)

@@ -1,0 +1,205 @@
+"""Whole runs on tiny digits, in this process: what they leave in their folders."""
+
+import csv
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import fedfmd.client_app
+import strategies.tracked
+from fedfmd.client_app import app as client_app
+from fedfmd.data import ImageSet, load_dataset
+from fedfmd.engines.inline import InlineGrid, run_inline
+from fedfmd.errors import RunError
+from fedfmd.federation import build_federation
+from fedfmd.server_app import app as server_app
+from fedfmd.tracking import RunFolder, latest_checkpoint, read_clients, read_rounds
+from strategies import make_strategy
+
+SKEWED = {
+    "partition.scheme": "dirichlet",
+    "partition.clients": 4,
+    "fleet.devices": "pi-4:2, pi-5:1, jetson-nano:1",
+    "train.batch-size": 128,
+    "server.rounds": 3,
+    "threads": 1,
+}
+
+
+@pytest.fixture
+def run(tiny_settings, tmp_path):
+    """Runs four clients with skewed labels in a folder of this name, which it gives back."""
+
+    def run(name="run", workers=1, **changes):
+        settings = tiny_settings(**SKEWED | changes).in_folder(tmp_path / name)
+        run_inline(server_app, client_app, settings.flat(), workers)
+        return tmp_path / name
+
+    return run
+
+
+def rows_of(folder):
+    """The rows of both files but for the time that this machine needed."""
+    tables = []
+    for name in ("rounds.csv", "clients.csv"):
+        with (folder / name).open(encoding="utf-8", newline="") as file:
+            tables.append([{key: row[key] for key in row if key != "wall_s"} for row in csv.DictReader(file)])
+    return tables
+
+
+def same_arrays(folder, other):
+    arrays, others = (latest_checkpoint(f / "checkpoints").arrays for f in (folder, other))
+    return arrays.keys() == others.keys() and all(torch.equal(arrays[name], others[name]) for name in arrays)
+
+
+def test_a_run_leaves_its_results_and_they_are_the_same_each_time(run):
+    whole = run("whole")
+    assert sorted(path.name for path in whole.iterdir()) == [
+        "checkpoints",
+        "clients.csv",
+        "environment.json",
+        "log.txt",
+        "partition.npz",
+        "partition.png",
+        "rounds.csv",
+        "settings.yaml",
+    ]
+    rounds, clients = read_rounds(whole / "rounds.csv"), read_clients(whole / "clients.csv")
+    assert [row.round for row in rounds] == [1, 2, 3]
+    assert [(row.round, row.client) for row in clients] == [(r, c) for r in (1, 2, 3) for c in range(4)]
+    assert rounds[-1].loss < rounds[0].loss
+    assert f"results: {whole}" in (whole / "log.txt").read_text(encoding="utf-8")
+
+    again = run("again")
+    assert rows_of(again) == rows_of(whole)
+    assert same_arrays(again, whole)
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(run, monkeypatch):
+    save = strategies.tracked.save_checkpoint
+
+    def stop_in_round_2(folder, server_round, *args, **kwargs):
+        if server_round == 2:  # its rows are written by now
+            raise KeyboardInterrupt
+        save(folder, server_round, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(strategies.tracked, "save_checkpoint", stop_in_round_2)
+        with pytest.raises(KeyboardInterrupt):
+            run("stopped")
+    whole, stopped = run("whole"), run("stopped")
+    assert "going on after round 1" in (stopped / "log.txt").read_text(encoding="utf-8")
+    assert rows_of(stopped) == rows_of(whole)
+    assert same_arrays(stopped, whole)
+
+
+def test_the_number_of_workers_changes_rounding_at_most(run):
+    one, two, again = run("one"), run("two", workers=2), run("again", workers=2)
+    assert rows_of(two) == rows_of(again)
+    assert same_arrays(two, again)
+    measured = {"node", "loss", "accuracy", "ies", "rcs"}
+    for ours, theirs in zip(rows_of(one)[1], rows_of(two)[1], strict=True):
+        assert all(ours[name] == theirs[name] for name in ours.keys() - measured)
+        assert float(ours["loss"]) == pytest.approx(float(theirs["loss"]), rel=1e-3)
+    for ours, theirs in zip(read_rounds(one / "rounds.csv"), read_rounds(two / "rounds.csv"), strict=True):
+        assert (ours.virtual_s, ours.energy_j) == (theirs.virtual_s, theirs.energy_j)
+        assert ours.loss == pytest.approx(theirs.loss, rel=1e-3)
+
+
+def poison(images):
+    """NaN in the place of the pixels."""
+    return replace(images, images=torch.full(images.images.shape, math.nan))
+
+
+def fail(images):
+    raise RuntimeError("out of memory")
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (fail, "RuntimeError: out of memory"),
+        (poison, "the update has NaN or infinite values in conv1.weight"),
+    ],
+    ids=["raises", "nan"],
+)
+def test_a_run_with_a_broken_client_finishes(run, tiny_settings, monkeypatch, fault, reason):
+    sizes = build_federation(tiny_settings(**SKEWED)).sizes
+    train = fedfmd.client_app.train
+
+    def train_or_fail(model, images, *args):
+        return train(model, fault(images) if len(images) == sizes[1] else images, *args)
+
+    monkeypatch.setattr(fedfmd.client_app, "train", train_or_fail)
+    folder = run(workers=2, **{"server.rounds": 2})
+    clients = read_clients(folder / "clients.csv")
+    assert [(row.client, row.status) for row in clients] == [
+        (client, "failed" if client == 1 else "ok") for client in range(4)
+    ] * 2
+    assert {row.reason for row in clients if row.client == 1} == {reason}
+    assert [row.clients_failed for row in read_rounds(folder / "rounds.csv")] == [1, 1]
+
+
+def write_npz(path, images):
+    np.savez(path, images=images.images.permute(0, 2, 3, 1).numpy(), labels=images.labels.numpy())
+    return str(path)
+
+
+def test_a_client_with_a_single_image_is_trained(run, tmp_path):
+    digits = load_dataset("digits", image_size=8)
+    five = digits.train.subset(torch.arange(5))
+    data = {
+        "data.dataset": "npz",
+        "data.train": write_npz(tmp_path / "train.npz", ImageSet(five.images, torch.arange(5) % 2)),
+        "data.test": write_npz(tmp_path / "test.npz", ImageSet(five.images, torch.arange(5) % 2)),
+    }
+    folder = run(**data, **{"partition.scheme": "iid", "model.norm": "batch", "server.rounds": 1})
+    clients = read_clients(folder / "clients.csv")
+    assert sorted(row.examples for row in clients) == [1, 1, 1, 2]
+    assert {row.status for row in clients} == {"ok"}
+
+
+@pytest.fixture
+def boxes(tmp_path):
+    """The --node-config of three boxes with 30, 40 and 1 digits."""
+    train = load_dataset("digits", image_size=8).train
+    shares = [train.subset(indices) for indices in torch.arange(71).split([30, 40, 1])]
+    devices = ("pi-5", "jetson-nano", "")
+    return [
+        {"client": client, "data": write_npz(tmp_path / f"box-{client}.npz", share), "device": device}
+        for client, (share, device) in enumerate(zip(shares, devices, strict=True))
+    ]
+
+
+@pytest.fixture
+def run_boxes(tiny_settings, tmp_path):
+    """Runs two rounds on boxes with these node configs; gives the rows of the clients."""
+
+    def run(node_configs):
+        settings = tiny_settings(**{"server.rounds": 2, "train.batch-size": 16, "model.norm": "batch"})
+        folder = RunFolder(tmp_path / "run")
+        with InlineGrid(client_app, settings.flat(), node_configs) as grid:
+            make_strategy(build_federation(settings), folder).run(grid)
+        return read_clients(folder.clients)
+
+    return run
+
+
+def test_boxes_train_on_their_own_images_with_their_own_devices(run_boxes, boxes, tiny_settings):
+    simulated = build_federation(tiny_settings()).fleet.clients[2].device.name
+    clients = run_boxes(list(reversed(boxes)))
+    assert [(row.node, row.client, row.device, row.examples, row.steps, row.status) for row in clients] == [
+        (0, 0, "pi-5", 30, 2, "ok"),
+        (1, 1, "jetson-nano", 40, 3, "ok"),
+        (2, 2, simulated, 1, 1, "ok"),
+    ] * 2
+    assert all(row.loss is not None for row in clients)
+
+
+def test_boxes_whose_data_is_wrong_stop_the_run_before_training(run_boxes, boxes):
+    np.savez(boxes[1]["data"], images=np.zeros((2, 8, 8, 3), np.uint8), labels=np.array([3, 10]))
+    with pytest.raises(RunError, match=r"the box of client 1 refuses: .*box-1\.npz: label 10 is outside"):
+        run_boxes(boxes)
