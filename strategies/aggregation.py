@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
-from flwr.app import Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg
 
 from fedfmd.averaging import WeightedMean
-from fedfmd.wire import ARRAYS, METRICS, WEIGHT, Arrays, Reply, from_record, to_record
+from fedfmd.wire import ARRAYS, METRICS, WEIGHT, Arrays, Reply, from_record
 
 
 def aggregate(
@@ -29,8 +29,8 @@ def aggregate(
     buffers = WeightedMean()
     for message, reply in replies:
         buffers.add(_without(reply.arrays, names), reply.weight)
-        kept = {name: reply.arrays[name] for name in reply.arrays if name in names}
-        message.content = RecordDict({ARRAYS: to_record(kept), METRICS: MetricRecord({WEIGHT: reply.weight})})
+        kept = ArrayRecord({name: array for name, array in message.content[ARRAYS].items() if name in names})
+        message.content = RecordDict({ARRAYS: kept, METRICS: MetricRecord({WEIGHT: reply.weight})})
     record, _ = inner.aggregate_train(server_round, [message for message, _ in replies])
     combined = {
         name: np.asarray(array, dtype=first[name].dtype) for name, array in from_record(record).items()

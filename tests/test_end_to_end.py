@@ -24,7 +24,7 @@ SKEWED = {
     "partition.clients": 4,
     "fleet.devices": "pi-4:2, pi-5:1, jetson-nano:1",
     "train.batch-size": 128,
-    "server.rounds": 3,
+    "server.rounds": 2,
     "threads": 1,
 }
 
@@ -68,8 +68,8 @@ def test_a_run_leaves_its_results_and_they_are_the_same_each_time(run):
         "settings.yaml",
     ]
     rounds, clients = read_rounds(whole / "rounds.csv"), read_clients(whole / "clients.csv")
-    assert [row.round for row in rounds] == [1, 2, 3]
-    assert [(row.round, row.client) for row in clients] == [(r, c) for r in (1, 2, 3) for c in range(4)]
+    assert [row.round for row in rounds] == [1, 2]
+    assert [(row.round, row.client) for row in clients] == [(r, c) for r in (1, 2) for c in range(4)]
     assert rounds[-1].loss < rounds[0].loss
     assert f"results: {whole}" in (whole / "log.txt").read_text(encoding="utf-8")
 
@@ -134,7 +134,7 @@ def test_a_run_with_a_broken_client_finishes(run, tiny_settings, monkeypatch, fa
         return train(model, fault(images) if len(images) == sizes[1] else images, *args)
 
     monkeypatch.setattr(fedfmd.client_app, "train", train_or_fail)
-    folder = run(workers=2, **{"server.rounds": 2})
+    folder = run(workers=2)
     clients = read_clients(folder / "clients.csv")
     assert [(row.client, row.status) for row in clients] == [
         (client, "failed" if client == 1 else "ok") for client in range(4)
