@@ -15,7 +15,7 @@ NORMS = ("batch", "group")
 class AttentionValues(NamedTuple):
     """What a layer's branches say about B samples; `None` where the operator has no such attention.
 
-    input: B × C, output: B × O, spatial: B × kh × kw, kernel: B × K.
+    input: B × C, output: B × O, spatial: B × kh·kw, kernel: B × K.
     """
 
     input: Tensor | None = None
@@ -95,20 +95,26 @@ class KernelAttention(nn.Module):
         return {"kernel": F.softmax(self.head(F.relu(self.squeeze(pooled))) / temperature, dim=1)}
 
 
-class Routing(nn.Linear):
-    """CondConv's routing: r = sigmoid(Linear(GAP(x))), one independent weight per kernel."""
+class Routing(nn.Module):
+    """CondConv's routing: r = sigmoid(Linear(GAP(x))), an independent weight per kernel; no temperature."""
 
-    def forward(self, input: Tensor, temperature: Tensor | None = None) -> dict[str, Tensor]:  # noqa: ARG002
+    def __init__(self, channels: int, kernels: int) -> None:
+        super().__init__()
+        self.head = nn.Linear(channels, kernels)
+
+    def forward(self, pooled: Tensor, _temperature: None) -> dict[str, Tensor]:
         """From the B × C averages, r: B × K."""
-        return {"kernel": torch.sigmoid(super().forward(input))}
+        return {"kernel": torch.sigmoid(self.head(pooled))}
 
 
 class Attention(nn.ModuleDict):
     """The branches of one layer, evaluated together on the average over the pixels."""
 
     def forward(self, x: Tensor, temperature: Tensor | None) -> AttentionValues:
-        """From x: B × C × H × W."""
-        pooled = x.mean((2, 3))
+        """From x: B × C × H × W, pooled in the precision of the parameters."""
+        dtype = next((parameter.dtype for parameter in self.parameters()), None)
+        # A sum, not a mean: its gradient is a view, not another image-sized tensor.
+        pooled = x.sum((2, 3), dtype=dtype) / (x.shape[2] * x.shape[3])
         values: dict[str, Tensor] = {}
         for branch in self.values():
             values |= branch(pooled, temperature)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -9,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
 from fedfmd.conv.attention import Attention, KernelAttention, Routing, SharedAttention, init_attention
-from fedfmd.conv.mixing import AUTO, MIXINGS, Geometry, convolve
+from fedfmd.conv.mixing import AUTO, MIXINGS, convolve
+from fedfmd.conv.plain import Geometry
 from fedfmd.conv.temperature import check_temperature
 
 IntPair = int | tuple[int, int]
@@ -20,8 +22,8 @@ class DynamicConv2d(nn.Module):
     """A convolution whose kernel is Σ_k π_k W_k, with π computed from each sample.
 
     Parameters: `bank` K × O × C/groups × kh × kw and `bias_bank` K × O (`None` without bias).
-    `mixing` names the way the mixture is computed, one of `fedfmd.conv.mixing.MIXINGS` or "auto"; all give the
-    same numbers. Subclasses say by their `attention` module which attentions there are.
+    `mixing` names the way the mixture is computed, one of `fedfmd.conv.mixing.MIXINGS` or "auto"; all give
+    the same numbers. Subclasses add the `attention` module and call `reset_parameters`.
     """
 
     attention: Attention
@@ -40,7 +42,6 @@ class DynamicConv2d(nn.Module):
         *,
         kernels: int,
         mixing: str,
-        attention: Attention,
         temperature: float | None,
     ) -> None:
         super().__init__()
@@ -68,10 +69,8 @@ class DynamicConv2d(nn.Module):
         self.mixing = mixing
         self.bank = nn.Parameter(torch.empty(kernels, out_channels, in_channels // groups, *self.kernel_size))
         self.bias_bank = nn.Parameter(torch.empty(kernels, out_channels)) if bias else None
-        self.attention = attention
         start = None if temperature is None else torch.tensor(check_temperature(temperature))
         self.register_buffer("temperature", start)
-        self.reset_parameters()
 
     @property
     def stride(self) -> tuple[int, int]:
@@ -93,6 +92,11 @@ class DynamicConv2d(nn.Module):
         """As in `nn.Conv2d`."""
         return self.geometry.groups
 
+    @property
+    def depthwise(self) -> bool:
+        """Whether every input channel has its own output channel."""
+        return self.groups == self.in_channels == self.out_channels
+
     def reset_parameters(self) -> None:
         """Kaiming-normal kernels (fan_out, ReLU) and attentions, zero biases."""
         for kernel in self.bank:
@@ -102,7 +106,15 @@ class DynamicConv2d(nn.Module):
         init_attention(self.attention)
 
     def forward(self, x: Tensor) -> Tensor:
-        """From B × C × H × W to B × O × H' × W', with the output size of `nn.Conv2d`."""
+        """From B × C × H × W to B × O × H' × W', with the output size of `nn.Conv2d`.
+
+        Under autocast the images and the mixed kernels are rounded, not the bank and the attentions.
+        """
+        device = x.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))
+            with torch.autocast(device, enabled=False):
+                return self.forward(x)
         attention = self.attention(x, self.temperature)
         return convolve(x, self.bank, self.bias_bank, attention, self.geometry, self.mixing)
 
@@ -140,9 +152,10 @@ class CondConv2d(DynamicConv2d):
             *(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias),
             kernels=kernels,
             mixing=mixing,
-            attention=Attention({"kernel": Routing(in_channels, kernels)}),
             temperature=None,
         )
+        self.attention = Attention({"kernel": Routing(in_channels, kernels)})
+        self.reset_parameters()
 
 
 class DyConv2d(DynamicConv2d):
@@ -168,16 +181,17 @@ class DyConv2d(DynamicConv2d):
             *(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias),
             kernels=kernels,
             mixing=mixing,
-            attention=Attention({"kernel": KernelAttention(in_channels, kernels, kernel_reduction)}),
             temperature=temperature,
         )
+        self.attention = Attention({"kernel": KernelAttention(in_channels, kernels, kernel_reduction)})
+        self.reset_parameters()
 
 
 class ODConv2d(DynamicConv2d):
     """ODConv (Li et al., ICLR 2022): y = a_out ⊙ ((Σ_k π_k (s ⊙ W_k)) ∗ (a_in ⊙ x) + Σ_k π_k b_k).
 
-    All attentions come from one squeeze. The sigmoids are σ(·/τ) and the softmax (·/τ). Spatial attention s is left out for 1 × 1 kernels, output
-    attention for depthwise convolutions and kernel attention at K = 1.
+    All attentions come from one squeeze, sigmoids as σ(·/τ), the softmax as softmax(·/τ). Spatial attention
+    is left out for 1 × 1 kernels, output attention for depthwise convolutions, kernel attention at K = 1.
     """
 
     def __init__(
@@ -197,32 +211,31 @@ class ODConv2d(DynamicConv2d):
         mixing: str = AUTO,
         norm: str = "batch",
     ) -> None:
-        height, width = _pair(kernel_size)
-        heads = {"input": in_channels}
-        if not is_depthwise(in_channels, out_channels, groups):
-            heads["output"] = out_channels
-        if height * width > 1:
-            heads["spatial"] = height * width
-        if kernels > 1:
-            heads["kernel"] = kernels
         super().__init__(
             *(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias),
             kernels=kernels,
             mixing=mixing,
-            attention=Attention(
-                {"shared": SharedAttention(in_channels, heads, reduction, norm, annealed=True)}
-            ),
             temperature=temperature,
         )
+        heads = {"input": in_channels}
+        if not self.depthwise:
+            heads["output"] = out_channels
+        if (taps := math.prod(self.kernel_size)) > 1:
+            heads["spatial"] = taps
+        if kernels > 1:
+            heads["kernel"] = kernels
+        shared = SharedAttention(in_channels, heads, reduction, norm, annealed=True)
+        self.attention = Attention({"shared": shared})
+        self.reset_parameters()
 
 
 class FMDConv2d(DynamicConv2d):
     """FMDConv (Zhang et al., KBS 2025): y = a_out ⊙ ((Σ_k π_k W_k) ∗ (a_in ⊙ x) + Σ_k π_k b_k).
 
     a_in and a_out are sigmoids from ODConv's squeeze, π is a softmax with temperature τ from DyConv's.
-    `attentions` is any non-empty subset of "input", "kernel", "output" (the paper's ablation): without "kernel"
-    the kernels are averaged (π = 1/K); output attention is left out for depthwise convolutions. At K = 1 there
-    is no mixture and no per-sample kernel.
+    `attentions` is any non-empty subset of "input", "kernel", "output" (the paper's ablation). Without
+    "kernel" the kernels are averaged (π = 1/K). Output attention is left out for depthwise convolutions.
+    At K = 1 there is no mixture and no per-sample kernel.
     """
 
     def __init__(
@@ -247,25 +260,20 @@ class FMDConv2d(DynamicConv2d):
         chosen = tuple(attentions)
         if not chosen or not set(chosen) <= set(ATTENTIONS):
             raise ValueError(f"attentions = {chosen!r} must be a non-empty subset of {', '.join(ATTENTIONS)}")
-        heads = {}
-        if "input" in chosen:
-            heads["input"] = in_channels
-        if "output" in chosen and not is_depthwise(in_channels, out_channels, groups):
-            heads["output"] = out_channels
-        attention = Attention()
-        if heads:
-            attention["shared"] = SharedAttention(in_channels, heads, reduction, norm)
-        if "kernel" in chosen:
-            attention["kernel"] = KernelAttention(in_channels, kernels, kernel_reduction)
         super().__init__(
             *(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias),
             kernels=kernels,
             mixing=mixing,
-            attention=attention,
             temperature=temperature,
         )
-
-
-def is_depthwise(in_channels: int, out_channels: int, groups: int) -> bool:
-    """Whether every input channel has its own output channel."""
-    return groups == in_channels == out_channels
+        heads = {}
+        if "input" in chosen:
+            heads["input"] = in_channels
+        if "output" in chosen and not self.depthwise:
+            heads["output"] = out_channels
+        self.attention = Attention()
+        if heads:
+            self.attention["shared"] = SharedAttention(in_channels, heads, reduction, norm)
+        if "kernel" in chosen:
+            self.attention["kernel"] = KernelAttention(in_channels, kernels, kernel_reduction)
+        self.reset_parameters()

@@ -1,32 +1,23 @@
-"""Ways to convolve each sample with its own mixture of the K kernels; all give the same numbers."""
+"""Convolving each sample with its own mixture of the K kernels: the ways to do it, and the choice among them.
+
+All ways give the same numbers. One is forced by its name, or chosen from layer shape, batch and device.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+import math
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fedfmd.conv.attention import AttentionValues
+from fedfmd.conv.fused import Direct, Unfolded, fused
+from fedfmd.conv.plain import Geometry, folded, inputs, outputs, scaled
 
 AUTO = "auto"
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """How a kernel moves over the image; the arguments of `F.conv2d`."""
-
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
-    groups: int
-
-    def conv(self, x: Tensor, weight: Tensor, groups: int | None = None) -> Tensor:
-        """`F.conv2d` with this geometry."""
-        return F.conv2d(x, weight, None, self.stride, self.padding, self.dilation, groups or self.groups)
+PLAIN = {"folded": folded, "outputs": outputs, "inputs": inputs}
+FUSED = {"unfold": Unfolded, "per_sample": Direct}
+MIXINGS = (*PLAIN, *FUSED)
 
 
 def convolve(
@@ -37,68 +28,51 @@ def convolve(
     geometry: Geometry,
     mixing: str,
 ) -> Tensor:
-    """a_out ⊙ ((s ⊙ Σ_k π_k W_k) ∗ (a_in ⊙ x) + Σ_k π_k b_k): from B × C × H × W to B × O × H' × W'."""
-    kernels = bank.shape[0]
-    if attention.input is not None:
-        x = x * attention.input[:, :, None, None]
-    pi = attention.kernel
+    """a_out ⊙ ((s ⊙ Σ_k π_k W_k) ∗ (a_in ⊙ x) + Σ_k π_k b_k): from B × C × H × W to B × O × H' × W'.
+
+    Where x has a lower precision than the bank, kernels are mixed in that of the bank and then rounded.
+    """
+    pi, scale_out = attention.kernel, attention.output
+    spatial = None if attention.spatial is None else attention.spatial.unflatten(1, bank.shape[3:])
     if pi is None:
-        pi = x.new_full((x.shape[0], kernels), 1 / kernels)
-    if attention.spatial is None and (attention.kernel is None or kernels == 1):
-        y = geometry.conv(x, bank.mean(0))
-        if attention.kernel is not None:
-            y = y * pi[:, :, None, None]
-    else:
-        way = MIXINGS[choose_mixing() if mixing == AUTO else mixing]
-        y = way(x, bank, pi, attention.spatial, geometry)
+        pi = bank.new_full((x.shape[0], len(bank)), 1 / len(bank))
+    bias = None
     if bias_bank is not None:
-        y = y + (pi @ bias_bank)[:, :, None, None]
-    return y if attention.output is None else y * attention.output[:, :, None, None]
+        bias = pi @ bias_bank if scale_out is None else (pi @ bias_bank) * scale_out
+    shared = spatial is None and (attention.kernel is None or len(bank) == 1)
+    if shared and attention.kernel is not None:
+        scale_out = pi if scale_out is None else pi * scale_out
+    factors = (t if t is None else t.to(x.dtype) for t in (attention.input, scale_out, spatial, bias))
+    operands = (x, bank, pi, *factors)
+    if shared:
+        return scaled(unmixed, *operands, geometry)
+    if mixing == AUTO:
+        mixing = choose_mixing(x, bank, geometry)
+    if mixing in FUSED:
+        return fused(*operands, FUSED[mixing](geometry, tuple(bank.shape[1:])))
+    return scaled(PLAIN[mixing], *operands, geometry)
 
 
-def choose_mixing() -> str:
-    """The way for "auto"."""
-    return "outputs" if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export() else "folded"
+def unmixed(x: Tensor, bank: Tensor, _pi: Tensor, _spatial: None, geometry: Geometry) -> Tensor:
+    """One convolution with the mean kernel, the same for all samples: no mixture, or a single kernel."""
+    return geometry.conv(x, (bank[0] if len(bank) == 1 else bank.mean(0)).to(x.dtype))
 
 
-def folded(x: Tensor, bank: Tensor, pi: Tensor, spatial: Tensor | None, geometry: Geometry) -> Tensor:
-    """One grouped convolution over the batch folded into the channels, with B mixed kernels."""
-    batch, channels, height, width = x.shape
-    weight = (pi @ bank.flatten(1)).view(batch, *bank.shape[1:])
-    if spatial is not None:
-        weight = weight * spatial.view(batch, 1, 1, *bank.shape[3:])
-    y = geometry.conv(
-        x.reshape(1, batch * channels, height, width), weight.flatten(0, 1), groups=batch * geometry.groups
-    )
-    return y.view(batch, bank.shape[1], *y.shape[2:])
+def choose_mixing(x: Tensor, bank: Tensor, geometry: Geometry) -> str:
+    """The way for "auto", by device, batch and layer shape.
 
-
-def outputs(x: Tensor, bank: Tensor, pi: Tensor, spatial: Tensor | None, geometry: Geometry) -> Tensor:
-    """One convolution to K·O channels, then mix the K results: no operation depends on the batch size."""
-    if spatial is not None:
-        x, bank, geometry = to_columns(x, bank, spatial, geometry)
-    kernels, out_channels = bank.shape[:2]
-    groups = geometry.groups
-    weight = bank.unflatten(1, (groups, out_channels // groups)).transpose(0, 1).flatten(0, 2)
-    y = geometry.conv(x, weight).unflatten(1, (groups, kernels, out_channels // groups))
-    return torch.einsum("bgkohw,bk->bgohw", y, pi).flatten(1, 2)
-
-
-def to_columns(
-    x: Tensor, bank: Tensor, spatial: Tensor, geometry: Geometry
-) -> tuple[Tensor, Tensor, Geometry]:
-    """The same convolution with 1 × 1 kernels, over the unfolded columns scaled by the spatial attention."""
-    kernel_size = bank.shape[3:]
-    columns = F.unfold(x, kernel_size, geometry.dilation, geometry.padding, geometry.stride)
-    columns = columns.unflatten(1, (x.shape[1], -1)) * spatial.flatten(1)[:, None, :, None]
-    size = [
-        (n + 2 * p - d * (k - 1) - 1) // s + 1
-        for n, k, s, p, d in zip(
-            x.shape[2:], kernel_size, geometry.stride, geometry.padding, geometry.dilation, strict=True
-        )
-    ]
-    pointwise = Geometry((1, 1), (0, 0), (1, 1), geometry.groups)
-    return columns.flatten(1, 2).unflatten(2, size), bank.flatten(2)[..., None, None], pointwise
-
-
-MIXINGS: dict[str, Callable[..., Any]] = {"folded": folded, "outputs": outputs}
+    The CPU's rule is fitted to `experiments/benchmarks/mixing.py`. On other devices the many small operations
+    of the fused ways and grouped convolutions are slow, while K times as many outputs keep matrix units busy:
+    that rule comes from reasoning, not from measurements.
+    """
+    if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():
+        return "outputs"  # leaves the batch size free
+    batch, image, kernel = len(x), tuple(x.shape[1:]), tuple(bank.shape[1:])
+    if batch == 1:
+        return "folded"  # one plain convolution
+    if x.device.type != "cpu":
+        return "outputs"
+    if batch <= Direct(geometry, kernel).block(image):
+        return "folded"  # kernels and images of the whole batch fit the cache
+    positions = math.prod(geometry.output_size(image[1:], kernel[2:]))
+    return "unfold" if kernel[0] // geometry.groups > positions else "per_sample"

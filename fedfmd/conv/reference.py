@@ -53,9 +53,9 @@ def reference_names(model: nn.Module) -> dict[str, str]:
 def load_reference_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     """Fill a dynamic layer or a whole model with weights named as in the reference implementations.
 
-    Their attention weights are 1 × 1 convolutions (O × I × 1 × 1), here linear layers (O × I). The temperature
-    is not part of them and stays as it is; `num_batches_tracked` may be absent. Nothing is changed when a name
-    is missing or left over or a shape is wrong: one ValueError lists them all.
+    Their attention weights are 1 × 1 convolutions (O × I × 1 × 1), here linear layers (O × I). They have no
+    temperature, which stays as it is; `num_batches_tracked` may be absent. Nothing is changed when a name is
+    missing or left over or a shape is wrong: one ValueError lists them all.
     """
     theirs = dict(state_dict)
     consume_prefix_in_state_dict_if_present(theirs, "module.")

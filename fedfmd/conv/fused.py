@@ -1,0 +1,288 @@
+"""Kernel mixing that stores no per-sample kernels: a block of samples at a time, and again in backward.
+
+For the backward pass it keeps what a static convolution keeps, the input, and a few vectors per sample.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.grad import conv2d_input, conv2d_weight
+
+from fedfmd.conv.plain import Geometry, fold_batch, folded, per_channel, scaled
+
+# Working sets in numbers of 4 bytes, fitted on x86 CPUs: what a block needs should stay in the cache, from
+# mixing its kernels to their gradient.
+BLOCK_NUMEL = 2_000_000
+TILE_NUMEL = 1_200_000
+TILE_SAMPLES = 8
+TILE_ROWS = 16
+
+
+class Mixture:
+    """The mixed kernels of the samples, made on demand; rows are output channels, D = C/groups · kh · kw."""
+
+    def __init__(self, bank: Tensor, pi: Tensor) -> None:
+        self.bank, self.pi = bank.flatten(2), pi
+        self._buffer = bank.new_empty(0)
+
+    def kernels(self, samples: slice, rows: slice = slice(None)) -> Tensor:
+        """Σ_k π_k W_k: samples × rows × D, in memory that the next call uses again."""
+        pi, bank = self.pi[samples], self.bank[:, rows]
+        size = len(pi) * bank[0].numel()
+        if self._buffer.numel() < size:
+            self._buffer = bank.new_empty(size)
+        kernels = self._buffer[:size].view(len(pi), *bank.shape[1:])
+        torch.mm(pi, bank.flatten(1), out=kernels.flatten(1))
+        return kernels
+
+
+class MixtureGradient(Mixture):
+    """Gathers the gradients of the bank and of π from those of the mixed kernels, which come and go."""
+
+    def __init__(self, bank: Tensor, pi: Tensor) -> None:
+        super().__init__(bank, pi)
+        self.of_bank = torch.empty_like(self.bank)
+        self._products = pi.new_empty(
+            bank.shape[1], *pi.shape
+        )  # O × B × K: ⟨gradient of a mixed row, row of W_k⟩
+
+    def add(self, gradient: Tensor, samples: slice, rows: slice = slice(None)) -> None:
+        """Take the gradient of `kernels(samples, rows)`; the samples come in order, from the first."""
+        gradient = gradient.to(self.bank.dtype)
+        pi, bank = self.pi[samples], self.bank[:, rows]
+        self.of_bank[:, rows].flatten(1).addmm_(pi.t(), gradient.flatten(1), beta=min(samples.start, 1))
+        self._products[rows, samples] = torch.bmm(gradient.transpose(0, 1), bank.permute(1, 2, 0))
+
+    def of_pi(self) -> Tensor:
+        """B × K."""
+        return self._products.sum(0)
+
+    def of_scaled_rows(self) -> Tensor:
+        """B × O: the gradient of a factor on each row of each mixed kernel, times that factor."""
+        return (self._products * self.pi).sum(2).t()
+
+
+@dataclass(frozen=True)
+class Direct:
+    """Convolve a few samples at a time, each with its own kernel, in one grouped convolution."""
+
+    geometry: Geometry
+    kernel: tuple[int, ...]  # O × C/groups × kh × kw
+
+    def block(self, image: tuple[int, ...]) -> int:
+        """How many samples of shape C × H × W fit the cache, with their kernels and outputs."""
+        output = self.kernel[0] * math.prod(self.geometry.output_size(image[1:], self.kernel[2:]))
+        return max(1, BLOCK_NUMEL // (math.prod(self.kernel) + math.prod(image) + output))
+
+    def forward(self, x: Tensor, mixture: Mixture, samples: slice, spatial: Tensor | None) -> Tensor:
+        """The outputs of a block; x and spatial hold its samples only."""
+        return fold_batch(x, self._attend(self._kernels(mixture, samples, x.dtype), spatial), self.geometry)
+
+    def backward(
+        self, x: Tensor, grad: Tensor, mixture: MixtureGradient, samples: slice, spatial: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The gradients of x and spatial; that of the kernels goes to the mixture."""
+        kernels = self._kernels(mixture, samples, x.dtype)
+        weight = self._attend(kernels, spatial).flatten(0, 1)
+        images, grads = x.flatten(0, 1)[None], grad.flatten(0, 1)[None]
+        how = (*self.geometry.movement, self.geometry.groups * len(x))
+        dx = conv2d_input(images.shape, weight, grads, *how).view_as(x)
+        dweight = conv2d_weight(images, weight.shape, grads, *how).view_as(kernels)
+        dspatial = None if spatial is None else (dweight * kernels).sum((1, 2))
+        mixture.add(self._attend(dweight, spatial).flatten(2), samples)
+        return dx, dspatial
+
+    def _kernels(self, mixture: Mixture, samples: slice, dtype: torch.dtype) -> Tensor:
+        return mixture.kernels(samples).unflatten(2, self.kernel[1:]).to(dtype)
+
+    @staticmethod
+    def _attend(kernels: Tensor, spatial: Tensor | None) -> Tensor:
+        return kernels if spatial is None else kernels * spatial[:, None, None]
+
+
+@dataclass(frozen=True)
+class Unfolded:
+    """Multiply unfolded columns with the mixed kernels, tile by tile: for kernels larger than images."""
+
+    geometry: Geometry
+    kernel: tuple[int, ...]  # O × C/groups × kh × kw
+
+    def block(self, image: tuple[int, ...]) -> int:
+        """How many samples share a tile."""
+        return TILE_SAMPLES
+
+    def forward(self, x: Tensor, mixture: Mixture, samples: slice, spatial: Tensor | None) -> Tensor:
+        """The outputs of a block; x and spatial hold its samples only."""
+        columns = self._by_group(self._attend(self.geometry.unfold(x, self.kernel[2:]), spatial))
+        y = x.new_empty(len(x), self.kernel[0], columns.shape[2])
+        for rows in self._tiles():
+            kernels = self._by_group(mixture.kernels(samples, rows).to(x.dtype))
+            torch.bmm(kernels, columns, out=self._by_group(y[:, rows]))
+        return y.unflatten(2, self.geometry.output_size(x.shape[2:], self.kernel[2:]))
+
+    def backward(
+        self, x: Tensor, grad: Tensor, mixture: MixtureGradient, samples: slice, spatial: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The gradients of x and spatial; that of the kernels goes to the mixture."""
+        raw = self.geometry.unfold(x, self.kernel[2:])
+        columns = self._by_group(self._attend(raw, spatial))
+        dcolumns = torch.empty_like(raw)
+        grad = grad.flatten(2)
+        for rows in self._tiles():
+            g = self._by_group(grad[:, rows])
+            kernels = mixture.kernels(samples, rows).to(x.dtype)
+            by_group = self._by_group(kernels)
+            self._by_group(dcolumns).baddbmm_(by_group.transpose(1, 2), g, beta=min(rows.start, 1))
+            torch.bmm(g, columns.transpose(1, 2), out=by_group)
+            mixture.add(kernels, samples, rows)
+        dspatial = None
+        if spatial is not None:
+            dspatial = (dcolumns * raw).unflatten(1, (-1, *spatial.shape[1:])).sum((1, 4))
+        dcolumns = self._attend(dcolumns, spatial)
+        return self.geometry.fold(dcolumns, x.shape[2:], self.kernel[2:]), dspatial
+
+    def _tiles(self) -> Iterator[slice]:
+        """Output channels whose kernels, for a block, fit the cache; all of them where there are groups."""
+        out_channels, depth = self.kernel[0], math.prod(self.kernel[1:])
+        tile = TILE_ROWS * max(1, TILE_NUMEL // (TILE_ROWS * TILE_SAMPLES * depth))
+        if self.geometry.groups > 1:
+            tile = out_channels
+        return (slice(row, row + tile) for row in range(0, out_channels, tile))
+
+    def _by_group(self, t: Tensor) -> Tensor:
+        """From samples × (groups · n) × m to (samples · groups) × n × m."""
+        return t.unflatten(1, (self.geometry.groups, -1)).flatten(0, 1)
+
+    @staticmethod
+    def _attend(columns: Tensor, spatial: Tensor | None) -> Tensor:
+        if spatial is None:
+            return columns
+        taps = spatial.flatten(1)
+        return (columns.unflatten(1, (-1, taps.shape[1])) * taps[:, None, :, None]).flatten(1, 2)
+
+
+Way = Direct | Unfolded
+
+
+class MixedConv(torch.autograd.Function):
+    """scale_out ⊙ ((s ⊙ Σ_k π_k W_k) ∗ (scale_in ⊙ x)) + bias, block by block.
+
+    The scales are sigmoids, thus positive: the gradient of scale_out is found by a division by it.
+    """
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        bank: Tensor,
+        pi: Tensor,
+        scale_in: Tensor | None,
+        scale_out: Tensor | None,
+        spatial: Tensor | None,
+        bias: Tensor | None,
+        way: Way,
+    ) -> Tensor:
+        """The operands of `fedfmd.conv.plain.scaled`: scales and bias B × channels, spatial B × kh × kw."""
+        mixture = Mixture(bank, pi)
+        y = x.new_empty(len(x), bank.shape[1], *way.geometry.output_size(x.shape[2:], bank.shape[3:]))
+        for samples in blocks(x, way):
+            part = way.forward(times(x, scale_in, samples), mixture, samples, at(spatial, samples))
+            if scale_out is not None and bias is not None:
+                factor, shift = per_channel(scale_out[samples]), per_channel(bias[samples])
+                torch.addcmul(shift, part, factor, out=y[samples])
+            elif scale_out is not None:
+                torch.mul(part, per_channel(scale_out[samples]), out=y[samples])
+            else:
+                y[samples] = part if bias is None else part + per_channel(bias[samples])
+        return y
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Keep what the backward pass starts from."""
+        *operands, ctx.way = inputs
+        ctx.save_for_backward(*operands)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Block by block; by plain operations if the gradient itself is to be differentiated."""
+        gradients = plain_gradients if torch.is_grad_enabled() else fused_gradients
+        return (*gradients(grad, *ctx.saved_tensors, ctx.way), None)
+
+
+def plain_gradients(grad: Tensor, *operands_and_way: Any) -> tuple[Tensor | None, ...]:
+    """The gradients of the operands, differentiable once more."""
+    *operands, way = operands_and_way
+    # Views make new nodes of the operands: the gradient of x must not run on through what else was made of x.
+    own = [None if t is None else t.view_as(t) for t in operands]
+    wanted = [t for t in own if t is not None and t.requires_grad]
+    y = scaled(folded, *own, way.geometry)
+    found = dict(zip(map(id, wanted), torch.autograd.grad(y, wanted, grad, create_graph=True), strict=True))
+    return tuple(found.get(id(t)) for t in own)
+
+
+def fused_gradients(
+    grad: Tensor,
+    x: Tensor,
+    bank: Tensor,
+    pi: Tensor,
+    scale_in: Tensor | None,
+    scale_out: Tensor | None,
+    spatial: Tensor | None,
+    bias: Tensor | None,
+    way: Way,
+) -> tuple[Tensor | None, ...]:
+    """The gradients of the operands of `MixedConv`."""
+    grad = grad.contiguous()
+    mixture = MixtureGradient(bank, pi)
+    dx = torch.empty_like(x)
+    dscale_in, dspatial, dbias = (
+        None if t is None else torch.empty_like(t) for t in (scale_in, spatial, bias)
+    )
+    for samples in blocks(x, way):
+        part, dspatial_part = way.backward(
+            times(x, scale_in, samples),
+            times(grad, scale_out, samples),
+            mixture,
+            samples,
+            at(spatial, samples),
+        )
+        if scale_in is None:
+            dx[samples] = part
+        else:
+            torch.mul(part, per_channel(scale_in[samples]), out=dx[samples])
+            dscale_in[samples] = (part * x[samples]).sum((2, 3))
+        if spatial is not None:
+            dspatial[samples] = dspatial_part
+        if bias is not None:
+            dbias[samples] = grad[samples].sum((2, 3))
+    dscale_out = None
+    if scale_out is not None:
+        dscale_out = mixture.of_scaled_rows().to(x.dtype) / scale_out.clamp_min(torch.finfo(x.dtype).tiny)
+    return dx, mixture.of_bank.view_as(bank), mixture.of_pi(), dscale_in, dscale_out, dspatial, dbias
+
+
+def blocks(x: Tensor, way: Way) -> Iterator[slice]:
+    """The batch in blocks of samples."""
+    size = way.block(tuple(x.shape[1:]))
+    return (slice(start, min(start + size, len(x))) for start in range(0, len(x), size))
+
+
+def at(t: Tensor | None, samples: slice) -> Tensor | None:
+    """A block of a tensor that may be absent."""
+    return None if t is None else t[samples]
+
+
+def times(x: Tensor, scale: Tensor | None, samples: slice) -> Tensor:
+    """A block of x, times a factor per channel."""
+    return x[samples] if scale is None else x[samples] * per_channel(scale[samples])
+
+
+@torch.compiler.disable  # compiling would unroll the loop over the blocks
+def fused(*operands: Any) -> Tensor:
+    """`MixedConv`; compiled models call it as it is."""
+    return MixedConv.apply(*operands)

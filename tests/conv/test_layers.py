@@ -1,0 +1,218 @@
+"""The operators as layers: the published equations, and what a layer has to survive."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from fedfmd.conv import CONVS, CondConv2d, DyConv2d, FMDConv2d, ODConv2d, make_conv
+
+DYNAMIC = [name for name in CONVS if name != "static"]
+
+
+def layer(name, **options):
+    torch.manual_seed(0)
+    conv = make_conv(name, 8, 12, 3, stride=2, padding=1, **options)
+    for parameter in conv.parameters():  # biases too, which start at zero
+        nn.init.normal_(parameter, std=0.3)
+    return conv
+
+
+def images(batch=3):
+    return torch.randn(batch, 8, 7, 6, generator=torch.Generator().manual_seed(1))
+
+
+def convolve_each(x, kernels, biases, **geometry):
+    return torch.cat([F.conv2d(x[b : b + 1], kernels[b], biases[b], **geometry) for b in range(len(x))])
+
+
+def test_fmdconv_is_the_published_equation():
+    conv, x = layer("fmdconv", temperature=3.0).eval(), images()
+    pooled, shared, kernel = x.mean((2, 3)), conv.attention["shared"], conv.attention["kernel"]
+    z = F.relu(shared.norm(pooled @ shared.squeeze.weight.t()))
+    a_in, a_out = torch.sigmoid(shared.heads["input"](z)), torch.sigmoid(shared.heads["output"](z))
+    pi = F.softmax(kernel.head(F.relu(pooled @ kernel.squeeze.weight.t())) / 3.0, dim=1)
+    kernels, biases = torch.einsum("bk,koihw->boihw", pi, conv.bank), pi @ conv.bias_bank
+    expected = a_out[:, :, None, None] * convolve_each(
+        x * a_in[:, :, None, None], kernels, biases, stride=2, padding=1
+    )
+    torch.testing.assert_close(conv(x), expected)
+
+
+def test_condconv_is_the_published_equation():
+    conv, x = layer("condconv", bias=True), images()
+    r = torch.sigmoid(conv.attention["kernel"].head(x.mean((2, 3))))
+    kernels, biases = torch.einsum("bk,koihw->boihw", r, conv.bank), r @ conv.bias_bank
+    torch.testing.assert_close(conv(x), convolve_each(x, kernels, biases, stride=2, padding=1))
+
+
+def test_odconv_attends_to_the_taps_of_the_kernel():
+    conv, x = layer("odconv", temperature=2.0).eval(), images()
+    attention = conv.attention(x, conv.temperature)
+    taps = attention.spatial.view(3, 1, 1, 3, 3)
+    kernels = torch.einsum("bk,koihw->boihw", attention.kernel, conv.bank) * taps
+    scaled = x * attention.input[:, :, None, None]
+    expected = attention.output[:, :, None, None] * convolve_each(
+        scaled, kernels, torch.zeros(3, 12), stride=2, padding=1
+    )
+    torch.testing.assert_close(conv(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("channels", "out_channels", "hidden"), [(64, 64, (16, 17)), (512, 512, (32, 129)), (3, 16, (16, 4))]
+)
+def test_hidden_sizes_follow_the_published_rules(channels, out_channels, hidden):
+    attention = FMDConv2d(channels, out_channels, 3).attention
+    assert (attention["shared"].squeeze.out_features, attention["kernel"].squeeze.out_features) == hidden
+
+
+def test_attentions_that_do_not_apply_are_left_out():
+    assert set(ODConv2d(8, 12, 1).attention["shared"].heads) == {"input", "output", "kernel"}
+    assert set(ODConv2d(8, 8, 3, groups=8).attention["shared"].heads) == {"input", "spatial", "kernel"}
+    assert set(ODConv2d(8, 12, 3, kernels=1).attention["shared"].heads) == {"input", "output", "spatial"}
+    assert set(FMDConv2d(8, 8, 3, groups=8).attention["shared"].heads) == {"input"}
+
+
+@pytest.mark.parametrize(
+    "attentions", [("input",), ("kernel",), ("output",), ("input", "output"), ("kernel", "output")]
+)
+def test_fmdconv_takes_any_subset_of_its_attentions(attentions):
+    conv = layer("fmdconv", attentions=attentions)
+    values = conv.attention(images(), conv.temperature)
+    assert {name for name in ("input", "output", "kernel") if getattr(values, name) is not None} == set(
+        attentions
+    )
+    assert conv(images()).shape == (3, 12, 4, 3)
+
+
+def test_fmdconv_without_kernel_attention_averages_the_kernels():
+    conv, x = layer("fmdconv", attentions=("input",)), images()
+    a_in = conv.attention(x, conv.temperature).input[:, :, None, None]
+    expected = F.conv2d(x * a_in, conv.bank.mean(0), conv.bias_bank.mean(0), stride=2, padding=1)
+    torch.testing.assert_close(conv(x), expected)
+
+
+@pytest.mark.parametrize("name", DYNAMIC)
+def test_one_kernel_needs_no_mixture(name, monkeypatch):
+    conv, x = layer(name, kernels=1, bias=True).eval(), images()
+    if name != "odconv":  # whose spatial attention changes the kernel of each sample
+        monkeypatch.setattr(
+            "fedfmd.conv.mixing.choose_mixing", lambda *_: pytest.fail("mixed a single kernel")
+        )
+    values = conv.attention(x, conv.temperature)
+    scaled = x if values.input is None else x * values.input[:, :, None, None]
+    kernels = conv.bank.expand(3, -1, -1, -1, -1)
+    if values.spatial is not None:
+        kernels = kernels * values.spatial.view(3, 1, 1, 3, 3)
+    expected = convolve_each(scaled, kernels, conv.bias_bank.expand(3, -1), stride=2, padding=1)
+    for factor in (values.output, values.kernel):
+        expected = expected if factor is None else expected * factor[:, :, None, None]
+    torch.testing.assert_close(conv(x), expected)
+
+
+@pytest.mark.parametrize("name", DYNAMIC)
+def test_every_parameter_gets_a_gradient(name):
+    conv = layer(name)
+    conv(images()).square().sum().backward()
+    assert [n for n, p in conv.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+@pytest.mark.parametrize("norm", ["batch", "group"])
+@pytest.mark.parametrize("name", ["odconv", "fmdconv"])
+def test_a_training_batch_of_one_sample(name, norm):
+    conv = layer(name, norm=norm).train()
+    before = copy.deepcopy(conv.state_dict())
+    conv(images(1)).sum().backward()
+    assert torch.isfinite(conv.bank.grad).all()
+    torch.testing.assert_close(conv.state_dict(), before)  # one sample says nothing about the statistics
+    torch.testing.assert_close(conv(images(1)), conv.eval()(images(1)))
+
+
+@pytest.mark.parametrize("name", DYNAMIC)
+def test_channels_last(name):
+    conv, x = layer(name), images()
+    expected = conv(x)
+    conv = conv.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(conv(x.to(memory_format=torch.channels_last)), expected)
+
+
+@pytest.mark.parametrize("name", DYNAMIC)
+def test_autocast_rounds_images_and_mixed_kernels_only(name):
+    conv, x = layer(name), images()
+    expected = conv(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = conv(x)
+        attention = conv.attention(x, conv.temperature)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(
+        y.float(), expected, rtol=0.05, atol=0.05 * float(expected.detach().abs().max())
+    )
+    y.float().sum().backward()
+    assert conv.bank.grad.dtype == torch.float32
+    assert attention.kernel.shape == (3, 4)
+
+
+@pytest.mark.parametrize("name", DYNAMIC)
+def test_a_layer_in_bfloat16(name):
+    conv = layer(name).bfloat16()
+    assert conv(images().bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", DYNAMIC)
+def test_copies_and_state_dicts_carry_everything(name):
+    conv = layer(name).eval()
+    other = make_conv(name, 8, 12, 3, stride=2, padding=1)
+    if conv.temperature is not None:
+        conv.temperature.fill_(5.0)
+        assert conv.state_dict()["temperature"].shape == ()
+    other.load_state_dict(conv.state_dict())
+    for twin in (other.eval(), copy.deepcopy(conv)):
+        torch.testing.assert_close(twin(images()), conv(images()))
+
+
+@pytest.mark.parametrize("name", DYNAMIC)
+def test_shapes_on_the_meta_device(name):
+    with torch.device("meta"):
+        assert make_conv(name, 8, 12, 3, padding=1)(torch.empty(5, 8, 6, 6)).shape == (5, 12, 6, 6)
+
+
+@pytest.mark.parametrize("mixing", ["auto", "per_sample"])
+def test_a_compiled_layer(mixing):
+    conv, x = layer("fmdconv", mixing=mixing).eval(), images()
+    torch.testing.assert_close(torch.compile(conv, backend="eager")(x), conv(x))
+
+
+@pytest.mark.parametrize("name", ["odconv", "fmdconv"])
+def test_export_leaves_the_batch_size_free(name):
+    conv = layer(name).eval()
+    batch = torch.export.Dim("batch", min=1)
+    exported = torch.export.export(conv, (images(2),), dynamic_shapes=({0: batch},)).module()
+    for size in (1, 5):
+        torch.testing.assert_close(exported(images(size)), conv(images(size)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kernels": -1}, "kernels = -1 must be at least 1"),
+        ({"groups": 3}, "groups = 3 must divide in_channels = 8 and out_channels = 12"),
+        ({"padding": "same"}, "padding = 'same' is not supported"),
+        ({"mixing": "magic"}, "mixing = 'magic' is unknown; use auto or one of folded"),
+        ({"temperature": 0.0}, "temperature = 0.0 must be a positive finite number"),
+        ({"attentions": ()}, r"attentions = \(\) must be a non-empty subset of input, kernel, output"),
+        ({"attentions": ("spatial",)}, "must be a non-empty subset"),
+        ({"norm": "layer"}, "norm = 'layer' is unknown; use one of batch, group"),
+    ],
+)
+def test_bad_settings_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        FMDConv2d(8, 12, 3, **options)
+
+
+def test_representation_mirrors_conv2d():
+    text = repr(DyConv2d(4, 6, 3, stride=2, bias=False))
+    assert "4, 6, kernel_size=(3, 3), stride=(2, 2)" in text
+    assert "bias=False, kernels=4" in text
+    assert CondConv2d(4, 6, 3).temperature is None

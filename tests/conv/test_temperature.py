@@ -1,0 +1,51 @@
+"""Temperature schedules and how they reach the layers."""
+
+import math
+
+import pytest
+from torch import nn
+
+from fedfmd.conv import TemperatureSchedule, make_conv, set_temperature
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ("linear", {0: 30.0, 5: 15.5, 10: 1.0, 50: 1.0}),
+        ("cosine", {0: 30.0, 5: 15.5, 10: 1.0, 50: 1.0, 2.5: 15.5 + 14.5 * math.cos(math.pi / 4)}),
+        ("constant", {0: 30.0, 5: 30.0, 50: 30.0}),
+    ],
+)
+def test_schedules(shape, expected):
+    schedule = TemperatureSchedule(initial=30.0, final=1.0, steps=10, shape=shape)
+    assert {step: schedule.at(step) for step in expected} == pytest.approx(expected)
+
+
+def test_without_steps_the_final_temperature_holds_from_the_start():
+    assert TemperatureSchedule(initial=30.0, steps=0).at(0) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"initial": math.nan}, "temperature = nan must be a positive finite number"),
+        ({"final": 0.0}, "temperature = 0.0 must be"),
+        ({"steps": -1}, "steps = -1 must not be negative"),
+        ({"shape": "stairs"}, "shape = 'stairs' is unknown; use one of linear, cosine, constant"),
+    ],
+)
+def test_bad_schedules_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        TemperatureSchedule(**options)
+
+
+def test_set_temperature_reaches_every_layer_that_has_one():
+    model = nn.Sequential(
+        *(make_conv(name, 4, 4, 1) for name in ("static", "condconv", "dyconv", "odconv", "fmdconv"))
+    )
+    set_temperature(model, 2.5)
+    found = {name: float(value) for name, value in model.state_dict().items() if name.endswith("temperature")}
+    assert found == {"2.temperature": 2.5, "3.temperature": 2.5, "4.temperature": 2.5}
+    for bad in (0.0, -1.0, math.inf):
+        with pytest.raises(ValueError, match="must be a positive finite number"):
+            set_temperature(model, bad)
