@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -71,7 +72,27 @@ def run(
     try:
         run_experiment(experiment, out, engine.value, workers or available_cores(), Console())
     except KeyboardInterrupt:
-        _fail("stopped; finished rounds are kept, run the same command again to go on", 130)
+        print("fedfmd: stopped; finished rounds are kept, run the same command again to go on", file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(130)  # nodes that are still training are threads, which a normal exit would wait for
+
+
+@cli.command(epilog="Example: fedfmd report runs --out report")
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="Run folders, or folders that hold some.")],
+    out: Annotated[
+        Path | None, typer.Option(file_okay=False, help="Where to write; by default the first folder.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare finished runs: a table over seeds (report.md, report.csv) and learning curves (curves.png)."""
+    from rich.console import Console
+
+    from fedfmd.experiment.report import report_table, write_report
+    from fedfmd.experiment.tables import show
+
+    groups = write_report(folders, out or folders[0])
+    show([asdict(group) for group in groups], report_table(groups), as_json, Console())
 
 
 @cli.command(epilog="Example: fedfmd cost --model resnet18 --image-size 224 --classes 1000 --stem imagenet")

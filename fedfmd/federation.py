@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache
 from pathlib import Path
 from statistics import fmean
-from typing import TypeVar
 
 import torch
 from torch import nn
@@ -21,10 +21,8 @@ from fedfmd.edge import LINKS, Budget, Device, Fleet, Workload, load_devices, ma
 from fedfmd.errors import SettingsError
 from fedfmd.models import make_model
 from fedfmd.seeds import derive_seed
-from fedfmd.settings import Settings
+from fedfmd.settings import DataSettings, Settings
 from fedfmd.wire import pack, payload_bytes
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -77,7 +75,7 @@ def build_federation(settings: Settings) -> Federation:
     device = torch_device(settings)
     dataset = build_dataset(settings)
     partition = build_partition(settings, dataset)
-    fleet = _checked(partial(build_fleet, settings))
+    fleet = build_fleet(settings)
     model = build_model(settings, dataset.classes).to(device)
     schedule = settings.temperature
     return Federation(
@@ -96,27 +94,28 @@ def build_federation(settings: Settings) -> Federation:
 
 
 def build_dataset(settings: Settings) -> Dataset:
-    """Load the data set that the settings name."""
-    data = settings.data
-    return _checked(
-        partial(
-            load_dataset,
-            data.dataset,
-            dir=_path(data.dir),
-            train=_path(data.train),
-            test=_path(data.test),
-            download=data.download,
-            image_size=data.image_size or None,
-        )
+    """Load the data set that the settings name; all who need it in this process share it."""
+    with _bad_input():
+        return _load(settings.data)
+
+
+@lru_cache(maxsize=1)
+def _load(data: DataSettings) -> Dataset:
+    return load_dataset(
+        data.dataset,
+        dir=_path(data.dir),
+        train=_path(data.train),
+        test=_path(data.test),
+        download=data.download,
+        image_size=data.image_size or None,
     )
 
 
 def build_partition(settings: Settings, dataset: Dataset) -> Partition:
     """Split the training images; the split is computed once and cached for all processes."""
     partition = settings.partition
-    return _checked(
-        partial(
-            cached_partition,
+    with _bad_input():
+        return cached_partition(
             dataset,
             partition.scheme,
             partition.clients,
@@ -126,15 +125,19 @@ def build_partition(settings: Settings, dataset: Dataset) -> Partition:
             seed=settings.seed,
             cache_dir=cache_dir(),
         )
-    )
 
 
 def build_fleet(settings: Settings) -> Fleet:
     """Assign devices and links to the clients."""
     fleet = settings.fleet
-    return make_fleet(
-        fleet.devices, settings.partition.clients, LINKS[fleet.link], settings.seed, known_devices(settings)
-    )
+    with _bad_input():
+        return make_fleet(
+            fleet.devices,
+            settings.partition.clients,
+            LINKS[fleet.link],
+            settings.seed,
+            known_devices(settings),
+        )
 
 
 def known_devices(settings: Settings) -> dict[str, Device]:
@@ -145,23 +148,20 @@ def known_devices(settings: Settings) -> dict[str, Device]:
 def build_model(settings: Settings, classes: int) -> nn.Module:
     """Make the model; its initial weights depend on the seed alone."""
     model = settings.model
-    with torch.random.fork_rng(devices=[]):
+    with _bad_input(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(settings.seed, "model"))
-        return _checked(
-            partial(
-                make_model,
-                model.arch,
-                model.conv,
-                classes,
-                kernels=model.kernels,
-                attentions=model.attentions,
-                stem=model.stem,
-                norm=model.norm,
-                width=model.width,
-                reduction=model.reduction,
-                mixing=model.mixing,
-                temperature=settings.temperature.initial,
-            )
+        return make_model(
+            model.arch,
+            model.conv,
+            classes,
+            kernels=model.kernels,
+            attentions=model.attentions,
+            stem=model.stem,
+            norm=model.norm,
+            width=model.width,
+            reduction=model.reduction,
+            mixing=model.mixing,
+            temperature=settings.temperature.initial,
         )
 
 
@@ -189,9 +189,10 @@ def _path(value: str) -> Path | None:
     return Path(value).expanduser() if value else None
 
 
-def _checked(build: Callable[[], T]) -> T:
+@contextmanager
+def _bad_input() -> Iterator[None]:
     """Turn what a room says of bad input into a settings error."""
     try:
-        return build()
+        yield
     except (ValueError, OSError) as error:
         raise SettingsError(str(error)) from error

@@ -124,7 +124,7 @@ class PartitionSettings(_Section):
 class TrainSettings(_Section):
     """Local SGD on a client; the learning rate follows `schedule` over the server's rounds."""
 
-    lr: Positive = 0.1
+    lr: Positive = 0.05
     batch_size: Count = 16
     local_epochs: Count = 3
     momentum: Annotated[Number, Field(ge=0, lt=1)] = 0.9
@@ -144,7 +144,7 @@ class TemperatureSettings(_Section):
 class ServerSettings(_Section):
     """The server's loop. `clients_per_round` 0 asks every client."""
 
-    rounds: Count = 15
+    rounds: Count = 20
     clients_per_round: Annotated[int, Field(ge=0)] = 0
     strategy: str = "fedavg"
     checkpoint_every: Count = 1

@@ -56,13 +56,13 @@ class InlineGrid(Grid):
     def __enter__(self) -> InlineGrid:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(wait=kind is None)
 
-    def close(self) -> None:
-        """End the nodes' threads once what they do is done."""
+    def close(self, wait: bool = True) -> None:
+        """End the nodes' threads; `wait` until what they do is done."""
         for pool in self._threads.values():
-            pool.shutdown(cancel_futures=True)
+            pool.shutdown(wait, cancel_futures=True)
 
     def set_run(self, run: Run) -> None:
         """Set the run that `run` tells of."""

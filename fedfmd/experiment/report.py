@@ -9,14 +9,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 
-import yaml
+from rich import box
+from rich.table import Table
 
 from fedfmd.errors import SettingsError
 from fedfmd.experiment.plots import plot_curves
-from fedfmd.settings import Settings
+from fedfmd.settings import Settings, read_yaml
 from fedfmd.tracking import RoundRow, atomic_write, read_rounds
 
 FILES = ("report.md", "report.csv", "curves.png")
+COLUMNS = ("runs", "seeds", "final accuracy %", "best accuracy %", "virtual s", "GFLOPs", "MB up", "kJ")
 MEGA, GIGA = 1e6, 1e9
 
 
@@ -59,7 +61,7 @@ def read_runs(folders: Iterable[Path]) -> list[Run]:
     found = sorted({path.parent for folder in folders for path in folder.rglob("rounds.csv")})
     runs = []
     for folder in found:
-        values = yaml.safe_load((folder / "settings.yaml").read_text(encoding="utf-8"))
+        values = read_yaml(folder / "settings.yaml")
         if rounds := read_rounds(folder / "rounds.csv"):
             runs.append((Settings.from_mapping(values).flat(), tuple(rounds)))
     if not runs:
@@ -84,31 +86,26 @@ def summarise(runs: Sequence[Run]) -> list[Group]:
     return [_group(label, [run for run in runs if run.label == label]) for label in labels]
 
 
+def report_table(groups: Sequence[Group]) -> Table:
+    """One line per group."""
+    table = Table(*COLUMNS, box=box.SIMPLE)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for group in groups:
+        table.add_row(*_cells(group))
+    return table
+
+
 def markdown(groups: Sequence[Group]) -> str:
-    """Write the table of a README."""
-    head = ("runs", "seeds", "final accuracy %", "best accuracy %", "virtual s", "GFLOPs", "MB up", "kJ")
-    rows = [
-        (
-            group.label,
-            str(group.seeds),
-            f"{group.final:.1f} ± {group.final_std:.1f}",
-            f"{group.best:.1f} ± {group.best_std:.1f}",
-            f"{group.virtual_s:.0f}",
-            f"{group.gflops:,.0f}",
-            f"{group.up_mb:,.0f}",
-            f"{group.energy_kj:.1f}",
-        )
-        for group in groups
-    ]
-    lines = [head, ("---",) * len(head), *rows]
+    """Write the same table for a README."""
+    lines = [COLUMNS, ("---",) * len(COLUMNS), *map(_cells, groups)]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
-def write_report(folders: Sequence[Path], out: Path) -> str:
-    """Write `FILES` into `out` and return the table."""
+def write_report(folders: Sequence[Path], out: Path) -> list[Group]:
+    """Write `FILES` into `out` and return what they compare."""
     runs = read_runs(folders)
     groups = summarise(runs)
-    table = markdown(groups)
     text = io.StringIO()
     writer = csv.DictWriter(text, asdict(groups[0]), lineterminator="\n")
     writer.writeheader()
@@ -120,9 +117,9 @@ def write_report(folders: Sequence[Path], out: Path) -> str:
     picture = io.BytesIO()
     curves = [(run.label, run.rounds) for run in runs]
     plot_curves(curves).savefig(picture, format="png")
-    for name, content in zip(FILES, (table, text.getvalue(), picture.getvalue()), strict=True):
+    for name, content in zip(FILES, (markdown(groups), text.getvalue(), picture.getvalue()), strict=True):
         atomic_write(out / name, content)
-    return table
+    return groups
 
 
 def _group(label: str, runs: Sequence[Run]) -> Group:
@@ -140,6 +137,19 @@ def _group(label: str, runs: Sequence[Run]) -> Group:
         gflops=fmean(run.rounds[-1].cum_train_flops for run in runs) / GIGA,
         up_mb=fmean(sum(row.up_bytes for row in run.rounds) for run in runs) / MEGA,
         energy_kj=fmean(sum(row.energy_j for row in run.rounds) for run in runs) / 1e3,
+    )
+
+
+def _cells(group: Group) -> tuple[str, ...]:
+    return (
+        group.label,
+        str(group.seeds),
+        f"{group.final:.1f} ± {group.final_std:.1f}",
+        f"{group.best:.1f} ± {group.best_std:.1f}",
+        f"{group.virtual_s:.0f}",
+        f"{group.gflops:,.0f}",
+        f"{group.up_mb:,.0f}",
+        f"{group.energy_kj:.1f}",
     )
 
 
