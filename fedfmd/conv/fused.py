@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-from fedfmd.conv.plain import Geometry, fold_batch, folded, per_channel, scaled
+from fedfmd.conv.plain import Geometry, Operands, fold_batch, folded, mix_plainly, per_channel
 
 # Working sets in numbers of 4 bytes, fitted on x86 CPUs: what a block needs should stay in the cache, from
 # mixing its kernels to their gradient.
@@ -48,9 +48,8 @@ class MixtureGradient(Mixture):
     def __init__(self, bank: Tensor, pi: Tensor) -> None:
         super().__init__(bank, pi)
         self.of_bank = torch.empty_like(self.bank)
-        self._products = pi.new_empty(
-            bank.shape[1], *pi.shape
-        )  # O × B × K: ⟨gradient of a mixed row, row of W_k⟩
+        # O × B × K: how the gradient of a sample's mixed row projects on that row of each kernel
+        self._products = pi.new_empty(bank.shape[1], *pi.shape)
 
     def add(self, gradient: Tensor, samples: slice, rows: slice = slice(None)) -> None:
         """Take the gradient of `kernels(samples, rows)`; the samples come in order, from the first."""
@@ -171,34 +170,23 @@ Way = Direct | Unfolded
 
 
 class MixedConv(torch.autograd.Function):
-    """scale_out ⊙ ((s ⊙ Σ_k π_k W_k) ∗ (scale_in ⊙ x)) + bias, block by block.
+    """A mixed convolution, block by block: of `Operands` and a way.
 
     The scales are sigmoids, thus positive: the gradient of scale_out is found by a division by it.
     """
 
     @staticmethod
-    def forward(
-        x: Tensor,
-        bank: Tensor,
-        pi: Tensor,
-        scale_in: Tensor | None,
-        scale_out: Tensor | None,
-        spatial: Tensor | None,
-        bias: Tensor | None,
-        way: Way,
-    ) -> Tensor:
-        """The operands of `fedfmd.conv.plain.scaled`: scales and bias B × channels, spatial B × kh × kw."""
+    def forward(*inputs: Any) -> Tensor:
+        """B × O × H' × W'."""
+        *tensors, way = inputs
+        operands = Operands(*tensors)
+        x, bank, pi = operands[:3]
         mixture = Mixture(bank, pi)
         y = x.new_empty(len(x), bank.shape[1], *way.geometry.output_size(x.shape[2:], bank.shape[3:]))
         for samples in blocks(x, way):
-            part = way.forward(times(x, scale_in, samples), mixture, samples, at(spatial, samples))
-            if scale_out is not None and bias is not None:
-                factor, shift = per_channel(scale_out[samples]), per_channel(bias[samples])
-                torch.addcmul(shift, part, factor, out=y[samples])
-            elif scale_out is not None:
-                torch.mul(part, per_channel(scale_out[samples]), out=y[samples])
-            else:
-                y[samples] = part if bias is None else part + per_channel(bias[samples])
+            block = operands.block(samples)
+            part = way.forward(block.scaled_input(), mixture, samples, block.spatial)
+            block.scaled_output(part, out=y[samples])
         return y
 
     @staticmethod
@@ -211,59 +199,47 @@ class MixedConv(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Block by block; by plain operations if the gradient itself is to be differentiated."""
         gradients = plain_gradients if torch.is_grad_enabled() else fused_gradients
-        return (*gradients(grad, *ctx.saved_tensors, ctx.way), None)
+        return (*gradients(grad, Operands(*ctx.saved_tensors), ctx.way), None)
 
 
-def plain_gradients(grad: Tensor, *operands_and_way: Any) -> tuple[Tensor | None, ...]:
+def plain_gradients(grad: Tensor, operands: Operands, way: Way) -> list[Tensor | None]:
     """The gradients of the operands, differentiable once more."""
-    *operands, way = operands_and_way
     # Views make new nodes of the operands: the gradient of x must not run on through what else was made of x.
-    own = [None if t is None else t.view_as(t) for t in operands]
+    own = Operands(*(None if t is None else t.view_as(t) for t in operands))
     wanted = [t for t in own if t is not None and t.requires_grad]
-    y = scaled(folded, *own, way.geometry)
+    y = mix_plainly(folded, own, way.geometry)
     found = dict(zip(map(id, wanted), torch.autograd.grad(y, wanted, grad, create_graph=True), strict=True))
-    return tuple(found.get(id(t)) for t in own)
+    return [found.get(id(t)) for t in own]
 
 
-def fused_gradients(
-    grad: Tensor,
-    x: Tensor,
-    bank: Tensor,
-    pi: Tensor,
-    scale_in: Tensor | None,
-    scale_out: Tensor | None,
-    spatial: Tensor | None,
-    bias: Tensor | None,
-    way: Way,
-) -> tuple[Tensor | None, ...]:
-    """The gradients of the operands of `MixedConv`."""
-    grad = grad.contiguous()
+def fused_gradients(grad: Tensor, operands: Operands, way: Way) -> Operands:
+    """The gradients of the operands."""
+    x, bank, pi, scale_in, scale_out, spatial, bias = operands
     mixture = MixtureGradient(bank, pi)
     dx = torch.empty_like(x)
     dscale_in, dspatial, dbias = (
         None if t is None else torch.empty_like(t) for t in (scale_in, spatial, bias)
     )
     for samples in blocks(x, way):
-        part, dspatial_part = way.backward(
-            times(x, scale_in, samples),
-            times(grad, scale_out, samples),
-            mixture,
-            samples,
-            at(spatial, samples),
-        )
+        block, dy = operands.block(samples), grad[samples]
+        if bias is not None:
+            dbias[samples] = dy.sum((2, 3))
+        if scale_out is not None:
+            dy = dy * per_channel(block.scale_out)
+        part, dspatial_part = way.backward(block.scaled_input(), dy, mixture, samples, block.spatial)
+        if spatial is not None:
+            dspatial[samples] = dspatial_part
         if scale_in is None:
             dx[samples] = part
         else:
-            torch.mul(part, per_channel(scale_in[samples]), out=dx[samples])
-            dscale_in[samples] = (part * x[samples]).sum((2, 3))
-        if spatial is not None:
-            dspatial[samples] = dspatial_part
-        if bias is not None:
-            dbias[samples] = grad[samples].sum((2, 3))
+            dscale_in[samples] = (part * block.x).sum((2, 3))
+            torch.mul(part, per_channel(block.scale_in), out=dx[samples])
     dscale_out = None
     if scale_out is not None:
         dscale_out = mixture.of_scaled_rows().to(x.dtype) / scale_out.clamp_min(torch.finfo(x.dtype).tiny)
-    return dx, mixture.of_bank.view_as(bank), mixture.of_pi(), dscale_in, dscale_out, dspatial, dbias
+    return Operands(
+        dx, mixture.of_bank.view_as(bank), mixture.of_pi(), dscale_in, dscale_out, dspatial, dbias
+    )
 
 
 def blocks(x: Tensor, way: Way) -> Iterator[slice]:
@@ -272,17 +248,7 @@ def blocks(x: Tensor, way: Way) -> Iterator[slice]:
     return (slice(start, min(start + size, len(x))) for start in range(0, len(x), size))
 
 
-def at(t: Tensor | None, samples: slice) -> Tensor | None:
-    """A block of a tensor that may be absent."""
-    return None if t is None else t[samples]
-
-
-def times(x: Tensor, scale: Tensor | None, samples: slice) -> Tensor:
-    """A block of x, times a factor per channel."""
-    return x[samples] if scale is None else x[samples] * per_channel(scale[samples])
-
-
 @torch.compiler.disable  # compiling would unroll the loop over the blocks
-def fused(*operands: Any) -> Tensor:
+def mix_in_blocks(way: Way, operands: Operands) -> Tensor:
     """`MixedConv`; compiled models call it as it is."""
-    return MixedConv.apply(*operands)
+    return MixedConv.apply(*operands, way)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fedfmd.conv.attention import AttentionValues
-from fedfmd.conv.fused import Direct, Unfolded, fused
-from fedfmd.conv.plain import Geometry, folded, inputs, outputs, scaled
+from fedfmd.conv.fused import Direct, Unfolded, mix_in_blocks
+from fedfmd.conv.plain import Geometry, Operands, folded, inputs, mix_plainly, outputs
 
 AUTO = "auto"
 PLAIN = {"folded": folded, "outputs": outputs, "inputs": inputs}
@@ -43,14 +43,14 @@ def convolve(
     if shared and attention.kernel is not None:
         scale_out = pi if scale_out is None else pi * scale_out
     factors = (t if t is None else t.to(x.dtype) for t in (attention.input, scale_out, spatial, bias))
-    operands = (x, bank, pi, *factors)
+    operands = Operands(x, bank, pi, *factors)
     if shared:
-        return scaled(unmixed, *operands, geometry)
+        return mix_plainly(unmixed, operands, geometry)
     if mixing == AUTO:
         mixing = choose_mixing(x, bank, geometry)
     if mixing in FUSED:
-        return fused(*operands, FUSED[mixing](geometry, tuple(bank.shape[1:])))
-    return scaled(PLAIN[mixing], *operands, geometry)
+        return mix_in_blocks(FUSED[mixing](geometry, tuple(bank.shape[1:])), operands)
+    return mix_plainly(PLAIN[mixing], operands, geometry)
 
 
 def unmixed(x: Tensor, bank: Tensor, _pi: Tensor, _spatial: None, geometry: Geometry) -> Tensor:
@@ -67,7 +67,7 @@ def choose_mixing(x: Tensor, bank: Tensor, geometry: Geometry) -> str:
     """
     if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():
         return "outputs"  # leaves the batch size free
-    batch, image, kernel = len(x), tuple(x.shape[1:]), tuple(bank.shape[1:])
+    batch, image, kernel = x.shape[0], tuple(x.shape[1:]), tuple(bank.shape[1:])
     if batch == 1:
         return "folded"  # one plain convolution
     if x.device.type != "cpu":

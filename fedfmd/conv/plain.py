@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,9 +46,6 @@ class Geometry:
         return F.fold(columns, image, kernel, self.dilation, self.padding, self.stride)
 
 
-PlainWay = Callable[[Tensor, Tensor, Tensor, Tensor | None, Geometry], Tensor]
-
-
 def per_channel(values: Tensor) -> Tensor:
     """B × C as B × C × 1 × 1."""
     return values[:, :, None, None]
@@ -64,24 +62,47 @@ def fold_batch(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     return y.unflatten(1, weight.shape[:2])[0]
 
 
-def scaled(
-    way: PlainWay,
-    x: Tensor,
-    bank: Tensor,
-    pi: Tensor,
-    scale_in: Tensor | None,
-    scale_out: Tensor | None,
-    spatial: Tensor | None,
-    bias: Tensor | None,
-    geometry: Geometry,
-) -> Tensor:
-    """scale_out ⊙ ((s ⊙ Σ_k π_k W_k) ∗ (scale_in ⊙ x)) + bias; scales and bias are B × channels."""
-    if scale_in is not None:
-        x = x * per_channel(scale_in)
-    y = way(x, bank, pi, spatial, geometry)
-    if scale_out is not None:
-        y = y * per_channel(scale_out)
-    return y if bias is None else y + per_channel(bias)
+class Operands(NamedTuple):
+    """The tensors of a mixed convolution, scale_out ⊙ ((s ⊙ Σ_k π_k W_k) ∗ (scale_in ⊙ x)) + bias.
+
+    x: B × C × H × W, bank: K × O × C/groups × kh × kw, pi: B × K; scales and bias: B × channels,
+    spatial: B × kh × kw.
+    """
+
+    x: Tensor
+    bank: Tensor
+    pi: Tensor
+    scale_in: Tensor | None
+    scale_out: Tensor | None
+    spatial: Tensor | None
+    bias: Tensor | None
+
+    def block(self, samples: slice) -> Operands:
+        """The same for some of the samples."""
+        return Operands(*(t if t is None or t is self.bank else t[samples] for t in self))
+
+    def scaled_input(self) -> Tensor:
+        """scale_in ⊙ x."""
+        return self.x if self.scale_in is None else self.x * per_channel(self.scale_in)
+
+    def scaled_output(self, y: Tensor, out: Tensor | None = None) -> Tensor:
+        """scale_out ⊙ y + bias, in one pass."""
+        if self.scale_out is not None and self.bias is not None:
+            return torch.addcmul(per_channel(self.bias), y, per_channel(self.scale_out), out=out)
+        if self.scale_out is not None:
+            return torch.mul(y, per_channel(self.scale_out), out=out)
+        if self.bias is not None:
+            return torch.add(y, per_channel(self.bias), out=out)
+        return y if out is None else out.copy_(y)
+
+
+PlainWay = Callable[[Tensor, Tensor, Tensor, Tensor | None, Geometry], Tensor]
+
+
+def mix_plainly(way: PlainWay, operands: Operands, geometry: Geometry) -> Tensor:
+    """The mixed convolution, by a way of mixing."""
+    y = way(operands.scaled_input(), operands.bank, operands.pi, operands.spatial, geometry)
+    return operands.scaled_output(y)
 
 
 def folded(x: Tensor, bank: Tensor, pi: Tensor, spatial: Tensor | None, geometry: Geometry) -> Tensor:
