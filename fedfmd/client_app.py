@@ -123,8 +123,9 @@ def _run_client(host: Host, instruction: Instruction, assignment: Assignment, ar
         generator = torch.Generator().manual_seed(
             derive_seed(settings.seed, "client", instruction.round, client)
         )
+        options = settings.train
         sgd = LocalSGD(
-            instruction.lr, settings.train.momentum, settings.train.weight_decay, settings.train.batch_size
+            instruction.lr, options.momentum, options.nesterov, options.weight_decay, options.batch_size
         )
         trained = train(host.model, shard, host.dataset, sgd, assignment.steps, generator, host.device)
     except Exception as error:  # one client's fault must not cost the others of this node their work

@@ -128,6 +128,7 @@ class TrainSettings(_Section):
     batch_size: Count = 16
     local_epochs: Count = 3
     momentum: Annotated[Number, Field(ge=0, lt=1)] = 0.9
+    nesterov: bool = True
     weight_decay: NonNegative = 5e-4
     schedule: Literal["constant", "cosine", "step"] = "cosine"
 
@@ -144,7 +145,7 @@ class TemperatureSettings(_Section):
 class ServerSettings(_Section):
     """The server's loop. `clients_per_round` 0 asks every client."""
 
-    rounds: Count = 20
+    rounds: Count = 18
     clients_per_round: Annotated[int, Field(ge=0)] = 0
     strategy: str = "fedavg"
     checkpoint_every: Count = 1
@@ -165,7 +166,7 @@ class FleetSettings(_Section):
 class BudgetSettings(_Section):
     """What a client may spend in a round; a deadline of 0 means none."""
 
-    deadline_s: NonNegative = 6.0
+    deadline_s: NonNegative = 5.0
     policy: Annotated[str, _one_of(POLICIES)] = "partial"
 
 
@@ -193,6 +194,8 @@ class Settings(_Section):
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Settings:
+        if self.train.nesterov and not self.train.momentum:
+            raise SettingsError("train.nesterov = True needs train.momentum > 0: set train.nesterov=false")
         if self.server.clients_per_round > self.partition.clients:
             raise SettingsError(
                 f"server.clients-per-round = {self.server.clients_per_round} but partition.clients = "

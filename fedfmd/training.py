@@ -19,10 +19,11 @@ SCHEDULES = ("constant", "cosine", "step")
 
 @dataclass(frozen=True)
 class LocalSGD:
-    """The client's optimiser: SGD with momentum and weight decay."""
+    """The client's optimiser: SGD with (Nesterov's) momentum and weight decay."""
 
     lr: float
     momentum: float = 0.9
+    nesterov: bool = False
     weight_decay: float = 5e-4
     batch_size: int = 32
 
@@ -75,7 +76,11 @@ def train(
     """
     model.train()
     optimiser = torch.optim.SGD(
-        model.parameters(), lr=sgd.lr, momentum=sgd.momentum, weight_decay=sgd.weight_decay
+        model.parameters(),
+        lr=sgd.lr,
+        momentum=sgd.momentum,
+        weight_decay=sgd.weight_decay,
+        nesterov=sgd.nesterov,
     )
     examples = 0
     totals = torch.zeros(2, device=device)

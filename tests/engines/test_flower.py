@@ -63,7 +63,7 @@ def test_run_equals_the_inline_engine(tmp_path):
 def test_failing_server_app_is_an_error_with_its_reason(tmp_path):
     before = children()
     broken = Settings().flat() | {"model.conv": "fmdcnv"}
-    with pytest.raises(RunError, match="model.conv = 'fmdcnv'.*did you mean 'fmdconv'"):
+    with pytest.raises(RunError, match=r"model.conv = 'fmdcnv'.*did you mean 'fmdconv'"):
         run_flower(broken, 1, tmp_path, lambda line: None)
     assert children() == before
 
