@@ -145,7 +145,7 @@ class TemperatureSettings(_Section):
 class ServerSettings(_Section):
     """The server's loop. `clients_per_round` 0 asks every client."""
 
-    rounds: Count = 18
+    rounds: Count = 15
     clients_per_round: Annotated[int, Field(ge=0)] = 0
     strategy: str = "fedavg"
     checkpoint_every: Count = 1

@@ -80,6 +80,7 @@ def test_digits_are_split_by_class_and_scaled():
     assert digits.train.images.amin() == 0
     assert digits.train.images.amax() == 255
     assert torch.equal(digits.train.images[:, 0], digits.train.images[:, 2])
+    assert torch.equal(digits.train.images[..., :8, :8], digits.train.images[..., 24:, 16:24])
 
 
 def test_digits_at_another_size():
