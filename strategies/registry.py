@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 
 from flwr.serverapp.strategy import FedAvg
 
-from fedfmd.errors import SettingsError
 from fedfmd.federation import Federation
 from fedfmd.tracking import RunFolder
 from fedfmd.wire import ARRAYS, CONFIG, WEIGHT
@@ -23,15 +21,5 @@ STRATEGIES: dict[str, Callable[[], FedAvg]] = {"fedavg": _fedavg}
 
 
 def make_strategy(federation: Federation, folder: RunFolder) -> TrackedStrategy:
-    """Wrap the Flower strategy that ``server.strategy`` names.
-
-    Raises:
-        SettingsError: unknown name.
-    """
-    name = federation.settings.server.strategy
-    if name not in STRATEGIES:
-        nearest = difflib.get_close_matches(name, STRATEGIES, n=1, cutoff=0.0)[0]
-        raise SettingsError(
-            f"server.strategy = {name!r}: must be one of {', '.join(STRATEGIES)}; did you mean {nearest!r}?"
-        )
-    return TrackedStrategy(STRATEGIES[name](), federation, folder)
+    """Wrap the Flower strategy that ``server.strategy``, a name of `STRATEGIES`, stands for."""
+    return TrackedStrategy(STRATEGIES[federation.settings.server.strategy](), federation, folder)

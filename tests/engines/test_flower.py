@@ -73,7 +73,12 @@ def test_interrupt_leaves_no_process(tmp_path):
     file.write_text(yaml.safe_dump({"base": TINY | {"server.rounds": 10_000}}))
     command = [Path(sys.executable).with_name("fedfmd"), "run", file, "--engine", "flwr", "--workers", "1"]
     run = subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     assert run.stdout is not None
     assert any(re.match(r"round +1/", line) for line in run.stdout), "it ended before its first round"
@@ -86,5 +91,7 @@ def test_interrupt_leaves_no_process(tmp_path):
     assert run.returncode == 130
     assert "run the same command again" in error
     time.sleep(1)
-    assert not [process for process in started if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+    assert not [
+        process for process in started if process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    ]
     assert len(read_rounds(next(tmp_path.glob("runs/*/rounds.csv")))) >= 1
