@@ -72,11 +72,7 @@ def run(
     try:
         run_experiment(experiment, out, engine.value, workers or available_cores(), Console())
     except KeyboardInterrupt:
-        print(
-            "fedfmd: stopped; finished rounds are kept, run the same command again to go on", file=sys.stderr
-        )
-        sys.stderr.flush()
-        os._exit(130)  # nodes that are still training are threads, which a normal exit would wait for
+        _fail("stopped; finished rounds are kept, run the same command again to go on", 130)
 
 
 @cli.command(epilog="Example: fedfmd report runs --out report")

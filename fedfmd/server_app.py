@@ -14,11 +14,11 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedfmd.data import save_partition
-from fedfmd.errors import SettingsError, not_one_of
+from fedfmd.errors import SettingsError
 from fedfmd.federation import Federation, build_federation
 from fedfmd.settings import Settings, read_yaml
 from fedfmd.tracking import RunFolder, round_line
-from strategies import STRATEGIES, make_strategy
+from strategies import find_strategy, make_strategy
 
 app = ServerApp()
 logger = logging.getLogger("fedfmd")
@@ -54,9 +54,7 @@ def prepare(settings: Settings) -> Federation:
     Raises:
         SettingsError: the settings can't be used, or their run folder holds another run.
     """
-    name = settings.server.strategy
-    if name not in STRATEGIES:
-        raise SettingsError(f"server.strategy = {name!r}: {not_one_of(name, STRATEGIES)}")
+    find_strategy(settings.server.strategy)
     _run_path(settings)
     return build_federation(settings)
 

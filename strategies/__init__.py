@@ -1,6 +1,6 @@
 """The server's algorithms: Flower's strategies, tracked and under edge budgets."""
 
-from strategies.registry import STRATEGIES, make_strategy
+from strategies.registry import STRATEGIES, find_strategy, make_strategy
 from strategies.tracked import TrackedStrategy
 
-__all__ = ["STRATEGIES", "TrackedStrategy", "make_strategy"]
+__all__ = ["STRATEGIES", "TrackedStrategy", "find_strategy", "make_strategy"]

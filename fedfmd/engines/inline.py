@@ -57,7 +57,7 @@ class InlineGrid(Grid):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.close(wait=kind is None)
+        self.close(wait=kind is not KeyboardInterrupt)
 
     def close(self, wait: bool = True) -> None:
         """End the nodes' threads; `wait` until what they do is done."""
