@@ -38,7 +38,7 @@ def test_a_run_with_other_settings_is_told_which(check, tiny_settings, tmp_path)
     before = kept(tmp_path)
     other = tiny_settings(**{"seed": 1, "train.lr": 0.5, "threads": 1}).in_folder(tmp_path)
     with pytest.raises(
-        SettingsError, match=r"other settings \(train.lr was 0.1, is 0.5, seed was 0, is 1\): name another"
+        SettingsError, match=r"other settings \(train.lr was 0.05, is 0.5, seed was 0, is 1\): name another"
     ):
         check(other)
     assert kept(tmp_path) == before
