@@ -61,7 +61,10 @@ def _digits(source: Source) -> Dataset:
 
     size = source.image_size or 32
     digits = load_digits()
-    repeats = -(-size // digits.images.shape[-1])
+    own = digits.images.shape[-1]
+    if size < own:
+        raise ValueError(f"data.image-size = {size}: digits need at least {own}")
+    repeats = -(-size // own)
     grey = (torch.from_numpy(digits.images).float()[:, None] * (255 / 16)).round().byte()
     grey = grey.repeat(1, 1, repeats, repeats)[..., :size, :size]
     everything = ImageSet(grey.expand(-1, 3, -1, -1), torch.from_numpy(digits.target).long())
