@@ -70,7 +70,7 @@ def open_run_folder(settings: Settings) -> RunFolder:
         folder = RunFolder(_run_path(settings))
     except ValueError as error:
         raise SettingsError(str(error)) from error
-    folder.write_settings(settings.flat())
+    folder.write_settings(settings.kept())
     folder.write_environment()
     return folder
 

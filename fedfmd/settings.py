@@ -228,6 +228,10 @@ class Settings(_Section):
             key: ",".join(value) if isinstance(value, tuple) else value for key, value in _walk(nested, "")
         }
 
+    def kept(self) -> dict[str, Scalar]:
+        """What a run's files keep: all settings, as they were before `in_folder`."""
+        return self.model_copy(update={"run_dir": "", "resume": False}).flat()
+
     def in_folder(self, run_dir: Path) -> Settings:
         """The same run in this folder, going on where it was stopped."""
         return self.model_copy(update={"run_dir": str(run_dir), "resume": True})

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,16 @@ class LocalSGD:
     nesterov: bool = False
     weight_decay: float = 5e-4
     batch_size: int = 32
+
+    def optimiser(self, parameters: Iterable[Any]) -> torch.optim.SGD:
+        """PyTorch's optimiser of these parameters, or groups of parameters with options of their own."""
+        return torch.optim.SGD(
+            parameters,
+            lr=self.lr,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            nesterov=self.nesterov,
+        )
 
 
 @dataclass(frozen=True)
@@ -69,19 +80,15 @@ def train(
     steps: int,
     generator: torch.Generator,
     device: torch.device | str = "cpu",
+    optimiser: torch.optim.Optimizer | None = None,
 ) -> TrainResult:
     """Run `steps` batches of SGD on `images`, passing over them as often as needed.
 
     `dataset` tells how images are normalised and augmented; `generator` draws order and augmentation.
+    An `optimiser` given goes on from its state; without one, as on a client, momentum starts from zero.
     """
     model.train()
-    optimiser = torch.optim.SGD(
-        model.parameters(),
-        lr=sgd.lr,
-        momentum=sgd.momentum,
-        weight_decay=sgd.weight_decay,
-        nesterov=sgd.nesterov,
-    )
+    optimiser = optimiser or sgd.optimiser(model.parameters())
     examples = 0
     totals = torch.zeros(2, device=device)
     for inputs, labels in islice(_endless(images, dataset, sgd.batch_size, generator, device), steps):

@@ -223,7 +223,7 @@ class TrackedStrategy(Strategy):
             progress.round,
             self.federation.model.state_dict(),
             asdict(progress),
-            settings.flat(),
+            settings.kept(),
             keep=settings.server.keep_checkpoints,
         )
 

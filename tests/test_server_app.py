@@ -9,11 +9,11 @@ def kept(folder):
     return yaml.safe_load((folder / "settings.yaml").read_text())
 
 
-def test_a_run_folder_holds_the_resolved_settings(tiny_settings, tmp_path):
+def test_a_run_folder_holds_the_resolved_settings_and_may_be_moved(tiny_settings, tmp_path):
     settings = tiny_settings(**{"run-dir": str(tmp_path / "deep" / "run")})
     folder = open_run_folder(settings)
     assert folder.path == tmp_path / "deep" / "run"
-    assert kept(folder.path) == settings.flat()
+    assert kept(folder.path) == tiny_settings().flat()  # without the folder's own name
     assert folder.environment.exists()
 
 

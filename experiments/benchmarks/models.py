@@ -7,7 +7,8 @@ and SGD with momentum; inference is a forward pass in evaluation mode. Each numb
 repetitions, and each repetition runs every variant once, so that a slow moment of the machine meets all of
 them. On the CPU: one thread, process time. On a GPU, where there is one: CUDA events, in float32 (PyTorch's
 defaults: TF32 in convolutions) and under bf16 autocast. Ratios are to the static network and to the same
-convolution mixed by one grouped convolution over the folded batch, as in the published code.
+convolution mixed by one grouped convolution over the folded batch, as in the published code; for ODConv,
+that code also multiplies out all B×K kernels ("multiplied").
 """
 
 from __future__ import annotations
@@ -25,11 +26,13 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from mixing import multiplied
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
 from fedfmd.conv import CONVS, MIXINGS, DynamicConv2d
+from fedfmd.conv import mixing as ways
 from fedfmd.models import MODELS, make_model
 from fedfmd.tracking.folder import environment
 
@@ -64,13 +67,14 @@ class Variant:
 STATIC = Variant("static", 1, "")
 
 
-def variants(convs: list[str], kernels: int) -> Iterator[Variant]:
+def variants(convs: list[str], kernels: int, mixings: list[str]) -> Iterator[Variant]:
     """The static network, then each convolution with one kernel and, for each way of mixing, with several."""
     yield STATIC
     for conv in convs:
         yield Variant(conv, 1, "auto")
-        for mixing in ("auto", *MIXINGS):
-            yield Variant(conv, kernels, mixing)
+        for mixing in mixings:
+            if mixing != "multiplied" or conv == "odconv":
+                yield Variant(conv, kernels, mixing)
 
 
 def measure(place: Place, chosen: list[Variant], repeats: int) -> dict[tuple[Variant, str], float]:
@@ -162,7 +166,8 @@ def main() -> None:
     if torch.cuda.is_available():
         precisions += [("cuda", "float32"), ("cuda", "bf16")]
     machine = environment()["machine"]
-    chosen = list(variants(options.conv, options.kernels))
+    ways.PLAIN["multiplied"] = multiplied
+    chosen = list(variants(options.conv, options.kernels, options.mixing))
     with options.out.open("w", newline="") as file:
         writer = csv.writer(file)
         for (device, precision), arch, batch in product(precisions, options.arch, options.batch):
@@ -188,6 +193,8 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--arch", nargs="+", choices=MODELS, default=["resnet8", "resnet18"])
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 32, 128])
     parser.add_argument("--conv", nargs="+", choices=dynamic, default=dynamic)
+    mixings = ["auto", *MIXINGS, "multiplied"]
+    parser.add_argument("--mixing", nargs="+", choices=mixings, default=mixings)
     parser.add_argument("--kernels", type=int, default=4, help="kernels per bank")
     parser.add_argument("--repeats", type=int, default=7, help="repetitions for each median")
     parser.add_argument("--out", type=Path, default=Path("models.csv"), help="CSV file to write")

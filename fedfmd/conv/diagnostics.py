@@ -23,26 +23,37 @@ class AttentionRecord:
     def kernel_entropy(self) -> float:
         """The mean over layers and samples of H(π) / ln K: 1 if the mixture is inert, 0 if one kernel wins.
 
-        CondConv's weights are first divided by their sum. Layers without a kernel attention over two or more
-        kernels do not count; NaN if there is no other.
+        Weights that are no probabilities (CondConv's) are first divided by the sum of their sizes. Layers
+        without a kernel attention over two or more kernels do not count; NaN if there is no other.
         """
-        entropies = []
-        for pi in self._tensors("kernel"):
-            kernels = pi.shape[1]
-            if kernels > 1:
-                share = pi.double() / pi.double().sum(1, keepdim=True)
-                entropies.append(torch.special.entr(share).sum(1) / math.log(kernels))
-        return _mean(entropies)
+        return _mean([_entropy(share) for share in self._kernel_shares().values()])
+
+    def kernel_information(self) -> float:
+        """The mean over layers of what the sample tells of the kernel: (H(mean π) − mean H(π)) / ln K.
+
+        0 if every sample has the same mixture, however uneven it is; NaN as in `kernel_entropy`.
+        """
+        shares = self._kernel_shares().values()
+        return _mean([_entropy(share.mean(0, keepdim=True)) - _entropy(share).mean() for share in shares])
 
     def mean(self, attention: str) -> float:
         """The mean of the "input", "output" or "spatial" attention over layers and samples; NaN if none."""
-        return _mean(
-            [value.double().mean(tuple(range(1, value.dim()))) for value in self._tensors(attention)]
-        )
+        return _mean([value.double().flatten(1).mean(1) for value in self._by_layer(attention).values()])
 
-    def _tensors(self, attention: str) -> list[Tensor]:
-        entries = (entry for layer in self.values.values() for entry in layer)
-        return [value for entry in entries if (value := getattr(entry, attention)) is not None]
+    def _kernel_shares(self) -> dict[str, Tensor]:
+        """By layer, samples × K, of the layers with two or more kernels to choose from."""
+        weights = {
+            name: pi.double().abs() for name, pi in self._by_layer("kernel").items() if pi.shape[1] > 1
+        }
+        return {name: size / size.sum(1, keepdim=True) for name, size in weights.items()}
+
+    def _by_layer(self, attention: str) -> dict[str, Tensor]:
+        """The values of all samples, by layer, where the layer has this attention."""
+        found = {
+            name: [value for entry in entries if (value := getattr(entry, attention)) is not None]
+            for name, entries in self.values.items()
+        }
+        return {name: torch.cat(values) for name, values in found.items() if values}
 
 
 @contextmanager
@@ -63,6 +74,11 @@ def record_attention(model: nn.Module) -> Iterator[AttentionRecord]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _entropy(share: Tensor) -> Tensor:
+    """H / ln K of each sample's shares."""
+    return torch.special.entr(share).sum(1) / math.log(share.shape[1])
 
 
 def _mean(per_layer: list[Tensor]) -> float:

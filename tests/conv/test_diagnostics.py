@@ -52,6 +52,19 @@ def test_layers_and_passes_are_averaged_and_the_record_ends_with_the_block():
     assert record.kernel_entropy() == pytest.approx(0.5, abs=1e-6)
 
 
+def test_kernel_information_is_what_the_sample_tells_of_the_kernel():
+    uneven = dyconv_with_logits(9.0, 0.0)  # but the same for every sample
+    told = dyconv_with_logits(0.0, 0.0)
+    told.attention["kernel"].squeeze.weight.data = torch.eye(2)[:1]  # the mean of channel 0 …
+    told.attention["kernel"].head.weight.data = torch.tensor([[99.0], [0.0]])  # … turns kernel 0 on
+    told.attention["kernel"].head.bias.data = torch.tensor([-50.0, 0.0])
+    images = torch.tensor([0.0, 1.0])[:, None, None, None].expand(2, 2, 4, 4)
+    for conv, information in ((uneven, 0.0), (told, 1.0)):
+        with record_attention(conv) as record:
+            conv(images)
+        assert record.kernel_information() == pytest.approx(information, abs=1e-6)
+
+
 @pytest.mark.parametrize("conv", [FMDConv2d(2, 2, 1, kernels=1), FMDConv2d(2, 2, 1, attentions=("input",))])
 def test_without_a_kernel_attention_there_is_no_entropy(conv):
     assert math.isnan(entropy_of(conv, torch.randn(3, 2, 4, 4)))
