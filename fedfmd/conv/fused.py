@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.grad import conv2d_input, conv2d_weight
 
 from fedfmd.conv.plain import Geometry, Operands, fold_batch, folded, mix_plainly, per_channel
 
@@ -90,9 +89,8 @@ class Direct:
         kernels = self._kernels(mixture, samples, x.dtype)
         weight = self._attend(kernels, spatial).flatten(0, 1)
         images, grads = x.flatten(0, 1)[None], grad.flatten(0, 1)[None]
-        how = (*self.geometry.movement, self.geometry.groups * len(x))
-        dx = conv2d_input(images.shape, weight, grads, *how).view_as(x)
-        dweight = conv2d_weight(images, weight.shape, grads, *how).view_as(kernels)
+        dx, dweight = self.geometry.conv_backward(images, weight, grads, samples=len(x))
+        dx, dweight = dx.view_as(x), dweight.view_as(kernels)
         dspatial = None if spatial is None else (dweight * kernels).sum((1, 2))
         mixture.add(self._attend(dweight, spatial).flatten(2), samples)
         return dx, dspatial

@@ -29,6 +29,16 @@ class Geometry:
         """`F.conv2d`; x may hold several samples in its channels, each with its own kernel."""
         return F.conv2d(x, weight, None, *self.movement, self.groups * samples)
 
+    def conv_backward(
+        self, x: Tensor, weight: Tensor, grad: Tensor, samples: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        """The gradients of x and weight in `conv`, in one call: faster than `torch.nn.grad`'s two."""
+        stride, padding, dilation = self.movement
+        return torch.ops.aten.convolution_backward(
+            *(grad, x, weight, None, stride, padding, dilation),
+            *(False, (0, 0), self.groups * samples, (True, True, False)),
+        )[:2]
+
     def output_size(self, image: tuple[int, ...], kernel: tuple[int, ...]) -> tuple[int, int]:
         """Height and width of the output."""
         height, width = (
