@@ -16,17 +16,22 @@ from fedfmd.conv import record_attention
 from fedfmd.data import Dataset, ImageSet, batches
 
 SCHEDULES = ("constant", "cosine", "step")
+PRECISIONS = ("float32", "bf16")
 
 
 @dataclass(frozen=True)
 class LocalSGD:
-    """The client's optimiser: SGD with (Nesterov's) momentum and weight decay."""
+    """The client's optimiser: SGD with (Nesterov's) momentum and weight decay.
+
+    With "bf16" precision the forward pass runs under autocast; weights and updates stay float32.
+    """
 
     lr: float
     momentum: float = 0.9
     nesterov: bool = False
     weight_decay: float = 5e-4
     batch_size: int = 32
+    precision: str = "float32"
 
     def optimiser(self, parameters: Iterable[Any]) -> torch.optim.SGD:
         """PyTorch's optimiser of these parameters, or groups of parameters with options of their own."""
@@ -92,8 +97,9 @@ def train(
     examples = 0
     totals = torch.zeros(2, device=device)
     for inputs, labels in islice(_endless(images, dataset, sgd.batch_size, generator, device), steps):
-        logits = model(inputs)
-        loss = F.cross_entropy(logits, labels)
+        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=sgd.precision == "bf16"):
+            logits = model(inputs)
+            loss = F.cross_entropy(logits, labels)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()

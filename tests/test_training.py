@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from fedfmd.data import Dataset, ImageSet
+from fedfmd.conv import CONVS
+from fedfmd.data import Dataset, ImageSet, load_dataset
 from fedfmd.edge import Workload
 from fedfmd.models import make_model
-from fedfmd.training import LocalSGD, evaluate, learning_rate, train
+from fedfmd.training import PRECISIONS, LocalSGD, evaluate, learning_rate, train
 
 
 @pytest.fixture
@@ -131,3 +132,18 @@ def test_learning_rate_over_the_rounds(schedule, rates):
 def test_an_unknown_schedule_is_named():
     with pytest.raises(ValueError, match=r"train\.schedule = 'cosin': must be one of constant, cosine, step"):
         learning_rate(0.1, "cosin", 0)
+
+
+@pytest.mark.parametrize("conv", CONVS)
+def test_bf16_ends_where_float32_does(conv):
+    digits = load_dataset("digits", image_size=8)
+    losses = {}
+    for precision in PRECISIONS:
+        torch.manual_seed(0)
+        model = make_model("resnet8", conv, 10, width=0.25, norm="group")
+        sgd = LocalSGD(0.01, batch_size=32, precision=precision)
+        run(model, digits, steps=50, sgd=sgd)
+        losses[precision] = evaluate(model, digits.test, digits).loss
+    assert losses["float32"] < 0.9 * math.log(10)
+    assert losses["bf16"] == pytest.approx(losses["float32"], rel=0.02)
+    assert losses["bf16"] != losses["float32"]
