@@ -131,6 +131,7 @@ class TrainSettings(_Section):
     nesterov: bool = True
     weight_decay: NonNegative = 5e-4
     schedule: Literal["constant", "cosine", "step"] = "cosine"
+    precision: Literal["float32", "bf16"] = "float32"
 
 
 class TemperatureSettings(_Section):
