@@ -18,16 +18,19 @@ from pathlib import Path
 import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
-from torch import nn
+from torch import Tensor, nn
 
 from fedfmd.averaging import WeightedMean
 from fedfmd.conv import set_temperature
 from fedfmd.data import Dataset, ImageSet, load_image_set
+from fedfmd.edge import PROBE_IMAGES
 from fedfmd.federation import build_dataset, build_model, build_partition, torch_device
+from fedfmd.kernels import Kernels, most_attended, rotated, trained_parameters
 from fedfmd.seeds import derive_seed
 from fedfmd.settings import Settings
 from fedfmd.training import LocalSGD, train
 from fedfmd.wire import (
+    BY_ATTENTION,
     CONFIG,
     Arrays,
     Assignment,
@@ -37,7 +40,7 @@ from fedfmd.wire import (
     first_non_finite,
     load,
     read_instruction,
-    wire_views,
+    trained_views,
     write_reply,
 )
 
@@ -98,15 +101,18 @@ def run_assignments(host: Host, instruction: Instruction, arrays: Arrays) -> Rep
     mean = WeightedMean()
     results = []
     for assignment in instruction.assignments:
-        result = _run_client(host, instruction, assignment, arrays)
+        result, update = _run_client(host, instruction, assignment, arrays)
         if result.ok:
-            mean.add(wire_views(host.model), result.images)
+            mean.add(update, result.images)
         results.append(result)
         logger.debug("client %d: %s", result.client, result.reason or "ok", extra={"client": result.client})
-    return Reply(mean.arrays(), tuple(results))
+    return Reply(mean.arrays(), tuple(results), mean.weights)
 
 
-def _run_client(host: Host, instruction: Instruction, assignment: Assignment, arrays: Arrays) -> ClientResult:
+def _run_client(
+    host: Host, instruction: Instruction, assignment: Assignment, arrays: Arrays
+) -> tuple[ClientResult, dict[str, Tensor]]:
+    """What became of the client, and what it trained: views of the host's model."""
     started = time.perf_counter()
     settings, client = host.settings, assignment.client
     images = 0
@@ -125,15 +131,37 @@ def _run_client(host: Host, instruction: Instruction, assignment: Assignment, ar
         )
         options = settings.train
         sgd = LocalSGD(
-            instruction.lr, options.momentum, options.nesterov, options.weight_decay, options.batch_size
+            lr=instruction.lr,
+            momentum=options.momentum,
+            nesterov=options.nesterov,
+            weight_decay=options.weight_decay,
+            batch_size=assignment.batch_size,
+            precision=options.precision,
         )
-        trained = train(host.model, shard, host.dataset, sgd, assignment.steps, generator, host.device)
+        kernels = _choose_kernels(host, assignment, shard, generator)
+        with trained_parameters(host.model, kernels) as parameters:
+            optimiser = sgd.optimiser(parameters)
+            trained = train(
+                host.model, shard, host.dataset, sgd, assignment.steps, generator, host.device, optimiser
+            )
     except Exception as error:  # one client's fault must not cost the others of this node their work
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        return result(0, 0, float("nan"), float("nan"), reason)
-    broken = first_non_finite(wire_views(host.model))
+        return result(0, 0, float("nan"), float("nan"), reason), {}
+    update = trained_views(host.model, kernels)
+    broken = first_non_finite(update)
     reason = f"the update has NaN or infinite values in {broken}" if broken else ""
-    return result(trained.steps, trained.examples, trained.loss, trained.accuracy, reason)
+    return result(trained.steps, trained.examples, trained.loss, trained.accuracy, reason), update
+
+
+def _choose_kernels(
+    host: Host, assignment: Assignment, shard: ImageSet, generator: torch.Generator
+) -> Kernels:
+    """The kernels to train in each layer; by attention only where there is a choice."""
+    count, first = assignment.kernels, assignment.first_kernel
+    if first != BY_ATTENTION or count == host.settings.model.kernels:
+        return rotated(host.model, first, count)
+    probe = shard.subset(torch.randperm(len(shard), generator=generator)[:PROBE_IMAGES])
+    return most_attended(host.model, probe, host.dataset, count, host.device)
 
 
 def _host_of(context: Context) -> Host:

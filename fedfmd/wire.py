@@ -2,23 +2,24 @@
 
 A dynamic layer's bank travels as one array per kernel (``layer1.0.conv1.bank.2``), so that a plan can
 name kernels and bytes can be counted from what was really sent. One message per node and round carries
-the plans of all clients that the node hosts; one reply brings back their weighted mean and, per client,
-one entry in every list of metrics.
+the plans of all clients that the node hosts; one reply brings back their weighted mean, each array with
+the number of images behind it, and, per client, one entry in every list of metrics.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor, nn
 
-ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
+ARRAYS, CONFIG, METRICS, WEIGHTS = "arrays", "config", "metrics", "weights"
 WEIGHT = "num-examples"
+BY_ATTENTION = -1
 BANKS = ("bank", "bias_bank")
 
 Arrays = dict[str, np.ndarray]
@@ -26,10 +27,22 @@ Arrays = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Assignment:
-    """What one client is asked to do: `steps` batches of local SGD."""
+    """What one client is asked to do.
+
+    Attributes:
+        client: who is asked.
+        steps: batches of local SGD.
+        batch_size: images per batch.
+        kernels: how many kernels of each bank it trains and sends; the others stay frozen.
+        first_kernel: the first of these kernels, the others following in a circle; BY_ATTENTION: the client
+            takes those that its images use most, in each layer.
+    """
 
     client: int
     steps: int
+    batch_size: int
+    kernels: int
+    first_kernel: int = 0
 
 
 @dataclass(frozen=True)
@@ -66,15 +79,36 @@ class ClientResult:
 
 @dataclass(frozen=True)
 class Reply:
-    """A node's answer: the mean of its clients' states, weighted by images; None if no client succeeded."""
+    """A node's answer: each array's mean over the clients that trained it, weighted by their images.
 
-    arrays: Arrays | None
+    `weights` holds the images behind each array; arrays that nobody trained are left out, and all of them if
+    no client succeeded.
+    """
+
+    arrays: Arrays
     results: tuple[ClientResult, ...]
+    weights: dict[str, float] = field(default_factory=dict)
 
     @property
     def weight(self) -> int:
-        """Images behind the mean."""
+        """Images of all clients that succeeded."""
         return sum(result.images for result in self.results if result.ok)
+
+
+def bank_of(name: str) -> tuple[str, int] | None:
+    """The bank (`layer1.0.conv1.bank`) and the place in it of the kernel called `name`; None for other arrays."""
+    bank, _, place = name.rpartition(".")
+    return (bank, int(place)) if bank.rpartition(".")[2] in BANKS else None
+
+
+def trained_views(module: nn.Module, kernels: Mapping[str, Collection[int]]) -> dict[str, Tensor]:
+    """Return `wire_views` without the frozen kernels; `kernels` holds those trained, by layer."""
+    views = {}
+    for name, view in wire_views(module).items():
+        kernel = bank_of(name)
+        if kernel is None or kernel[1] in kernels[kernel[0].rpartition(".")[0]]:
+            views[name] = view
+    return views
 
 
 def wire_views(module: nn.Module) -> dict[str, Tensor]:
@@ -106,19 +140,23 @@ def load(module: nn.Module, arrays: Mapping[str, np.ndarray]) -> None:
             view.copy_(torch.as_tensor(arrays[name]))
 
 
-def check_layout(arrays: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Compare names and shapes with what is expected.
+def check_layout(
+    arrays: Mapping[str, np.ndarray],
+    shapes: Mapping[str, tuple[int, ...]],
+    optional: Collection[str] = (),
+) -> None:
+    """Compare names and shapes with what is expected; `optional` arrays may be missing.
 
     Raises:
         ValueError: names the first missing, unexpected or misshapen array.
     """
-    if missing := shapes.keys() - arrays.keys():
+    if missing := shapes.keys() - arrays.keys() - set(optional):
         raise ValueError(f"array {min(missing)} is missing")
     if unexpected := arrays.keys() - shapes.keys():
         raise ValueError(f"array {min(unexpected)} is not part of the model")
-    for name, shape in shapes.items():
-        if arrays[name].shape != shape:
-            raise ValueError(f"array {name} has shape {arrays[name].shape}, the model's has {shape}")
+    for name, array in arrays.items():
+        if array.shape != shapes[name]:
+            raise ValueError(f"array {name} has shape {array.shape}, the model's has {shapes[name]}")
 
 
 def first_non_finite(arrays: Mapping[str, np.ndarray | Tensor]) -> str | None:
@@ -172,20 +210,24 @@ def read_instruction(content: RecordDict) -> tuple[Instruction, Arrays]:
 
 
 def write_reply(reply: Reply) -> RecordDict:
-    """Pack a node's answer: arrays, one list per metric, and the reasons of failures."""
+    """Pack a node's answer: arrays and their weights, one list per metric, and the reasons of failures."""
     columns = _columns(reply.results, ClientResult)
     reasons = ConfigRecord({"reason": columns.pop("reason")})
-    content = RecordDict({METRICS: MetricRecord({WEIGHT: reply.weight, **columns}), CONFIG: reasons})
-    if reply.arrays is not None:
-        content[ARRAYS] = to_record(reply.arrays)
-    return content
+    return RecordDict(
+        {
+            ARRAYS: to_record(reply.arrays),
+            WEIGHTS: MetricRecord(reply.weights),
+            METRICS: MetricRecord({WEIGHT: reply.weight, **columns}),
+            CONFIG: reasons,
+        }
+    )
 
 
 def read_reply(content: RecordDict) -> Reply:
     """Unpack a node's answer."""
     columns = dict(content[METRICS]) | dict(content[CONFIG])
-    arrays = from_record(content[ARRAYS]) if ARRAYS in content else None
-    return Reply(arrays, tuple(_rows(columns, ClientResult)))
+    results = tuple(_rows(columns, ClientResult))
+    return Reply(from_record(content[ARRAYS]), results, dict(content[WEIGHTS]))
 
 
 def _columns(rows: Sequence[object], cls: type) -> dict[str, list]:

@@ -55,7 +55,7 @@ class _Round:
     """A round between sending and aggregating."""
 
     plans: tuple[WorkPlan, ...]
-    asked: dict[int, list[int]]
+    asked: dict[int, tuple[Assignment, ...]]
 
 
 class TrackedStrategy(Strategy):
@@ -104,7 +104,7 @@ class TrackedStrategy(Strategy):
         settings = self.federation.settings
         plans = tuple(self._plan(client) for client in self._sample(server_round))
         hands = assign(self.nodes, [plan for plan in plans if plan.status == "ok"])
-        asked = {node: [plan.client.id for plan in hand] for node, hand in hands.items()}
+        asked = {node: tuple(self._assignment(plan) for plan in hand) for node, hand in hands.items()}
         self._round = _Round(plans, asked)
         lr = learning_rate(
             settings.train.lr, settings.train.schedule, (server_round - 1) / settings.server.rounds
@@ -116,14 +116,14 @@ class TrackedStrategy(Strategy):
                         server_round,
                         lr,
                         self.federation.temperature.at(server_round - 1),
-                        tuple(Assignment(plan.client.id, plan.steps) for plan in hand),
+                        assignments,
                     ),
                     arrays,
                 ),
                 node,
                 MessageType.TRAIN,
             )
-            for node, hand in hands.items()
+            for node, assignments in asked.items()
         ]
 
     def aggregate_train(
@@ -138,12 +138,12 @@ class TrackedStrategy(Strategy):
         usable = [
             (messages[answer.node], answer.reply)
             for answer in answers
-            if answer.reply is not None and answer.reply.arrays is not None
+            if answer.reply is not None and answer.reply.arrays
         ]
         if not usable:
             return None, None
         weight = sum(reply.weight for _, reply in usable)
-        arrays = aggregate(self.inner, server_round, usable, self._parameters)
+        arrays = aggregate(self.inner, server_round, usable, pack(self.federation.model), self._parameters)
         return to_record(arrays), MetricRecord({"num-examples": weight})
 
     def configure_evaluate(
@@ -169,7 +169,7 @@ class TrackedStrategy(Strategy):
         if arrays is not None:
             load(model, from_record(arrays))
         evaluation = self._evaluate()
-        ranks = {client: node.rank for node in self.nodes for client in self._round.asked.get(node.id, ())}
+        ranks = {a.client: node.rank for node in self.nodes for a in self._round.asked.get(node.id, ())}
         clients = client_rows(
             server_round, self._round.plans, self.results, ranks, progress.client_flops, federation
         )
@@ -209,6 +209,14 @@ class TrackedStrategy(Strategy):
     def _plan(self, client: int) -> WorkPlan:
         federation = self.federation
         return plan_work(federation.fleet.clients[client], federation.workload(client), federation.budget)
+
+    def _assignment(self, plan: WorkPlan) -> Assignment:
+        return Assignment(
+            plan.client.id,
+            plan.steps,
+            self.federation.settings.train.batch_size,
+            self.federation.trained_kernels,
+        )
 
     def _evaluate(self) -> Evaluation:
         federation = self.federation

@@ -63,5 +63,21 @@ def test_what_is_added_is_left_alone():
     assert not model.weight.any()
 
 
+def test_an_array_counts_only_the_states_that_have_it():
+    mean = WeightedMean()
+    mean.add({"shared": np.array([0.0]), "own": np.array([7.0])}, 1)
+    mean.add({"shared": np.array([4.0])}, 3)
+    assert {name: array.tolist() for name, array in mean.arrays().items()} == {"shared": [3], "own": [7]}
+    assert mean.weights == {"shared": 4, "own": 1}
+
+
+def test_means_of_means_are_weighted_array_by_array():
+    mean = WeightedMean()
+    mean.add({"a": np.array([1.0]), "b": np.array([1.0])}, {"a": 1, "b": 3})
+    mean.add({"a": np.array([5.0]), "b": np.array([5.0])}, {"a": 3, "b": 1})
+    assert {name: array.tolist() for name, array in mean.arrays().items()} == {"a": [4], "b": [2]}
+    assert mean.weights == {"a": 4, "b": 4}
+
+
 def test_nothing_has_no_mean():
-    assert mean_of() is None
+    assert mean_of() == {}

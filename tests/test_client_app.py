@@ -13,11 +13,14 @@ from fedfmd.engines.inline import InlineGrid
 from fedfmd.federation import build_model
 from fedfmd.settings import Settings
 from fedfmd.wire import (
+    BY_ATTENTION,
     CONFIG,
     Assignment,
     Instruction,
+    bank_of,
     load,
     pack,
+    payload_bytes,
     read_reply,
     to_record,
     write_instruction,
@@ -54,8 +57,9 @@ def make_host():
     return make
 
 
-def instruction(*clients, round=1, steps=3):
-    return Instruction(round, 0.05, 20.0, tuple(Assignment(client, steps) for client in clients))
+def instruction(*clients, round=1, steps=3, batch_size=8, kernels=4, first_kernel=0):
+    work = (Assignment(client, steps, batch_size, kernels, first_kernel) for client in clients)
+    return Instruction(round, 0.05, 20.0, tuple(work))
 
 
 def global_arrays(host):
@@ -92,6 +96,7 @@ def test_the_reply_is_the_mean_of_the_clients_by_images(make_host):
     assert equal(reply.arrays, mean.arrays())
     assert [result.images for result in reply.results] == [11, 12, 13]
     assert reply.weight == 36
+    assert reply.weights == dict.fromkeys(arrays, 36)
 
 
 def test_failed_clients_are_reported_and_leave_no_trace_in_the_mean(make_host):
@@ -109,7 +114,7 @@ def test_failed_clients_are_reported_and_leave_no_trace_in_the_mean(make_host):
 def test_a_node_whose_clients_all_fail_sends_no_arrays(make_host):
     host = make_host()
     reply = run_assignments(host, instruction(BROKEN, POISONED), global_arrays(host))
-    assert reply.arrays is None
+    assert reply.arrays == {}
     assert reply.weight == 0
     assert not any(result.ok for result in reply.results)
 
@@ -124,6 +129,70 @@ def test_a_client_with_a_single_image_trains(make_host, conv, norm):
     assert result.ok
     assert (result.images, result.steps, result.examples) == (1, 2, 2)
     assert not np.array_equal(reply.arrays["fc.weight"], arrays["fc.weight"])
+
+
+def kernels_in(arrays):
+    """The places of the kernels that were sent, bank by bank."""
+    places = {}
+    for bank, place in filter(None, map(bank_of, arrays)):
+        places.setdefault(bank, set()).add(place)
+    return places
+
+
+@pytest.mark.parametrize("conv", ["condconv", "dyconv", "odconv", "fmdconv"])
+def test_a_client_sends_the_kernels_that_it_was_told_to_train(make_host, conv):
+    host = make_host(conv)
+    arrays = global_arrays(host)
+    reply = run_assignments(host, instruction(1, kernels=2, first_kernel=3), arrays)
+    assert all(places == {3, 0} for places in kernels_in(reply.arrays).values())
+    frozen = {name: array for name, array in arrays.items() if name not in reply.arrays}
+    assert payload_bytes(reply.arrays) == payload_bytes(arrays) - payload_bytes(frozen)
+    assert len(kernels_in(arrays)) == len(kernels_in(reply.arrays))
+    # the others are as they were in the model that trained
+    assert equal({name: pack(host.model)[name] for name in frozen}, frozen)
+
+
+def test_a_kernel_is_the_mean_of_the_clients_of_the_node_that_trained_it(make_host):
+    host = make_host()
+    arrays = global_arrays(host)
+    work = [Assignment(1, 3, 8, 2, 0), Assignment(2, 3, 8, 2, 1), Assignment(3, 3, 8, 1, 1)]
+    reply = run_assignments(host, Instruction(1, 0.05, 20.0, tuple(work)), arrays)
+    alone = [run_assignments(host, Instruction(1, 0.05, 20.0, (w,)), arrays).arrays for w in work]
+    bank = "layer1.0.conv1.bank"
+    assert [reply.weights.get(f"{bank}.{place}") for place in range(4)] == [11, 11 + 12 + 13, 12, None]
+    assert np.array_equal(reply.arrays[f"{bank}.0"], alone[0][f"{bank}.0"])
+    np.testing.assert_allclose(
+        reply.arrays[f"{bank}.1"],
+        sum(w * state[f"{bank}.1"] for w, state in zip((11, 12, 13), alone, strict=True)) / 36,
+        rtol=1e-4,
+        atol=1e-6,
+    )
+
+
+def test_kernels_chosen_by_attention_are_as_many_in_every_bank_and_the_same_each_time(make_host):
+    host = make_host()
+    arrays = global_arrays(host)
+    chosen = [
+        run_assignments(host, instruction(client, kernels=2, first_kernel=BY_ATTENTION), arrays)
+        for client in (1, 2, 1)
+    ]
+    assert {len(places) for places in kernels_in(chosen[0].arrays).values()} == {2}
+    assert equal(chosen[0].arrays, chosen[2].arrays)
+
+
+def test_looking_at_the_attention_leaves_no_trace_in_a_client_that_trains_all(make_host):
+    host = make_host()
+    arrays = global_arrays(host)
+    told, free = (
+        run_assignments(host, instruction(1, first_kernel=first), arrays) for first in (0, BY_ATTENTION)
+    )
+    assert equal(told.arrays, free.arrays)
+
+
+def test_the_plan_sets_the_batch_size(make_host):
+    host = make_host()
+    (result,) = run_assignments(host, instruction(1, steps=3, batch_size=4), global_arrays(host)).results
+    assert result.examples == 4 + 4 + 3  # of 11 images
 
 
 def test_every_round_has_its_own_order(make_host):

@@ -8,10 +8,12 @@ from torch import nn
 from fedfmd.conv import CONVS, make_conv
 from fedfmd.models import make_model
 from fedfmd.wire import (
+    BY_ATTENTION,
     Assignment,
     ClientResult,
     Instruction,
     Reply,
+    bank_of,
     check_layout,
     first_non_finite,
     from_record,
@@ -21,6 +23,7 @@ from fedfmd.wire import (
     read_instruction,
     read_reply,
     to_record,
+    trained_views,
     write_instruction,
     write_reply,
 )
@@ -42,6 +45,25 @@ def test_a_bank_travels_as_one_array_per_kernel(conv):
     for k in range(3):
         assert np.array_equal(arrays[f"conv.bank.{k}"], module.conv.bank[k].detach().numpy())
         assert arrays[f"conv.bias_bank.{k}"].shape == (16,)
+
+
+@pytest.mark.parametrize(
+    ("name", "kernel"),
+    [
+        ("layer1.0.conv1.bank.2", ("layer1.0.conv1.bank", 2)),
+        ("conv.bias_bank.10", ("conv.bias_bank", 10)),
+        ("layer1.0.conv1.temperature", None),
+        ("fc.weight", None),
+    ],
+)
+def test_kernels_are_told_by_their_names(name, kernel):
+    assert bank_of(name) == kernel
+
+
+def test_an_upload_has_all_but_the_frozen_kernels():
+    module = layer("fmdconv")
+    sent = pack(module).keys() - trained_views(module, {"conv": (2, 0)}).keys()
+    assert sent == {"conv.bank.1", "conv.bias_bank.1"}
 
 
 @pytest.mark.parametrize("norm", ["batch", "group"])
@@ -94,6 +116,13 @@ def test_arrays_in_another_order_are_the_same_layout():
     check_layout(dict(reversed(arrays.items())), {"weight": (3, 2), "bias": (3,)})
 
 
+def test_optional_arrays_may_be_missing_but_not_misshapen():
+    shapes = {"a": (2,), "b": (3,)}
+    check_layout({"a": np.zeros(2)}, shapes, optional=["b"])
+    with pytest.raises(ValueError, match=r"array b has shape \(1,\), the model's has \(3,\)"):
+        check_layout({"a": np.zeros(2), "b": np.zeros(1)}, shapes, optional=["b"])
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_the_first_array_that_is_not_finite_is_named(value):
     arrays = {"a": np.zeros(3), "n": np.array(7), "b": np.array([0, value, 1]), "c": np.array([value])}
@@ -109,7 +138,7 @@ def test_payload_is_what_the_values_need():
 
 
 def test_an_instruction_comes_back_with_its_arrays():
-    instruction = Instruction(4, 0.05, 21.5, (Assignment(7, 12), Assignment(2, 1)))
+    instruction = Instruction(4, 0.05, 21.5, (Assignment(7, 12, 32, 4), Assignment(2, 1, 8, 1, BY_ATTENTION)))
     read, arrays = read_instruction(write_instruction(instruction, to_record({"w": np.arange(3.0)})))
     assert read == instruction
     assert np.array_equal(arrays["w"], np.arange(3.0))
@@ -121,14 +150,15 @@ def test_a_reply_comes_back_and_weighs_what_its_trained_clients_do():
         ClientResult(5, 40, 0, 0, 2.0, 0.5, 0.2, "ValueError: no data"),
         ClientResult(8, 10, 1, 10, 0.5, 0.75, 0.3),
     )
-    reply = read_reply(write_reply(Reply({"w": np.arange(3.0)}, results)))
+    reply = read_reply(write_reply(Reply({"w": np.arange(3.0)}, results, {"w": 110})))
     assert reply.results == results
     assert reply.weight == 110
+    assert reply.weights == {"w": 110}
     assert np.array_equal(reply.arrays["w"], np.arange(3.0))
 
 
 def test_a_reply_without_a_trained_client_has_no_arrays():
     failed = ClientResult(0, 0, 0, 0, 0.0, 0.0, 0.1, "RuntimeError: broken")
-    reply = read_reply(write_reply(Reply(None, (failed,))))
-    assert reply == Reply(None, (failed,))
+    reply = read_reply(write_reply(Reply({}, (failed,))))
+    assert reply == Reply({}, (failed,))
     assert reply.weight == 0

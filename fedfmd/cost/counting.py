@@ -39,12 +39,18 @@ class Cost:
         macs_by_kind: MACs of a forward pass in the convolutions (static and dynamic), the linear layers (the
             classifier), the attention of the dynamic convolutions and the aggregation of their kernels.
         activation_bytes: what training keeps from the forward for the backward pass: see `stored_numbers`.
+        kernels: K, the kernels of each bank; 1 without banks.
+        kernel_params: parameters, biases included, that one kernel of every bank has together.
+        kernel_gradient_macs: MACs for the gradient of these parameters.
     """
 
     params: int
     bytes: int
     macs_by_kind: dict[str, int]
     activation_bytes: int
+    kernels: int = 1
+    kernel_params: int = 0
+    kernel_gradient_macs: int = 0
 
     @property
     def macs(self) -> int:
@@ -100,12 +106,34 @@ def count(model: nn.Module, image_size: int) -> Cost:
             "aggregation": sum(aggregation_macs(layer) for layer in dynamic),
         },
         activation_bytes=BYTES_PER_NUMBER * sum(stored_numbers(call) for call in calls),
+        kernels=max((layer.kernels for layer in dynamic), default=1),
+        kernel_params=sum(kernel_params(layer) for layer in dynamic),
+        kernel_gradient_macs=sum(kernel_gradient_macs(layer) for layer in dynamic),
     )
 
 
-def training_memory(cost: Cost, batch: int) -> int:
-    """Bytes that SGD with momentum holds: parameters, gradients, momentum and a batch's activations."""
-    return COPIES_OF_PARAMETERS * cost.param_bytes + batch * cost.activation_bytes
+def frozen_bytes(cost: Cost, kernels: int) -> int:
+    """Bytes of the parameters that stay as they are where only `kernels` kernels of each bank are trained."""
+    return BYTES_PER_NUMBER * (cost.kernels - kernels) * cost.kernel_params
+
+
+def training_flops(cost: Cost, kernels: int) -> int:
+    """FLOPs of a forward and a backward pass for one image, `kernels` kernels of each bank being trained.
+
+    All kernels are mixed and pass gradients on to the attention and to the image. Only the products that end
+    in a frozen kernel's own gradient are saved: a small part, as mixing is cheap beside convolving.
+    """
+    return cost.train_flops - FLOPS_PER_MAC * (cost.kernels - kernels) * cost.kernel_gradient_macs
+
+
+def training_memory(cost: Cost, batch: int, kernels: int | None = None) -> int:
+    """Bytes that SGD with momentum holds: parameters, gradients, momentum and a batch's activations.
+
+    Frozen parameters have neither gradient nor momentum: all but `kernels` (None: all) of each bank.
+    """
+    frozen = 0 if kernels is None else frozen_bytes(cost, kernels)
+    parameters = COPIES_OF_PARAMETERS * cost.param_bytes - (COPIES_OF_PARAMETERS - 1) * frozen
+    return parameters + batch * cost.activation_bytes
 
 
 def trace(model: nn.Module, image_size: int) -> list[Call]:
@@ -152,6 +180,20 @@ def aggregation_macs(layer: DynamicConv2d) -> int:
     One in Σ_k π_k W_k, two in ODConv's Σ_k π_k (s ⊙ W_k).
     """
     return layer.bank.numel() * len(attentions(layer) & {"kernel", "spatial"})
+
+
+def kernel_params(layer: DynamicConv2d) -> int:
+    """Numbers in one kernel of the bank, with its biases."""
+    biases = 0 if layer.bias_bank is None else layer.bias_bank[0].numel()
+    return layer.bank[0].numel() + biases
+
+
+def kernel_gradient_macs(layer: DynamicConv2d) -> int:
+    """One product per number of a kernel: π_k times the mixed kernel's gradient.
+
+    Without kernel attention the kernels are averaged once for all images, which is not counted.
+    """
+    return layer.bank[0].numel() if "kernel" in attentions(layer) else 0
 
 
 def stored_numbers(call: Call) -> int:

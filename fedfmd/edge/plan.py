@@ -14,6 +14,9 @@ from typing import Literal
 
 from fedfmd.edge.fleet import Client
 
+PROBE_IMAGES = 256
+"""Images, at most, on which a client sees which kernels it uses most before it trains these."""
+
 
 @dataclass(frozen=True)
 class Workload:

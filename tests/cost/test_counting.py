@@ -4,7 +4,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from fedfmd.conv import CONVS, MIXINGS, FMDConv2d, ODConv2d
-from fedfmd.cost import Cost, count, training_memory
+from fedfmd.cost import Cost, count, frozen_bytes, training_flops, training_memory
 from fedfmd.models import make_model
 
 
@@ -101,6 +101,32 @@ def test_flops_and_bytes_follow_from_the_counts():
     cost = Cost(params=10, bytes=44, macs_by_kind={"convolution": 5, "linear": 2}, activation_bytes=100)
     assert (cost.macs, cost.flops, cost.train_flops, cost.param_bytes) == (7, 14, 42, 40)
     assert training_memory(cost, batch=8) == 3 * 40 + 8 * 100
+
+
+def test_frozen_kernels_save_their_gradient_and_momentum_but_few_flops():
+    """Three kernels, each of 10 of the 100 parameters; 20 of a pass's 1000 MACs go into each one's gradient."""
+    macs = {"convolution": 940, "aggregation": 60}
+    cost = Cost(100, 400, macs, activation_bytes=50, kernels=3, kernel_params=10, kernel_gradient_macs=20)
+    assert [frozen_bytes(cost, kernels) for kernels in (3, 2, 1)] == [0, 40, 80]
+    assert [training_flops(cost, kernels) for kernels in (3, 2, 1)] == [6000, 5960, 5920]
+    assert [training_memory(cost, 2, kernels) for kernels in (3, 2, 1)] == [1300, 1220, 1140]
+    assert training_memory(cost, 2) == 1300
+
+
+@pytest.mark.parametrize(
+    ("layer", "params", "gradient_macs"),
+    [
+        (nn.Conv2d(3, 6, 3), 0, 0),
+        (FMDConv2d(3, 6, 3, kernels=4), 6 * 3 * 9 + 6, 6 * 3 * 9),
+        (FMDConv2d(3, 6, 3, kernels=4, bias=False, attentions=("input",)), 6 * 3 * 9, 0),
+        (ODConv2d(3, 6, 3, kernels=4, bias=False), 6 * 3 * 9, 6 * 3 * 9),
+    ],
+    ids=["static", "fmdconv", "fmdconv without mixture", "odconv"],
+)
+def test_what_one_kernel_of_every_bank_adds(layer, params, gradient_macs):
+    cost = count(layer, 8)
+    assert cost.kernels == (1 if isinstance(layer, nn.Conv2d) else 4)
+    assert (cost.kernel_params, cost.kernel_gradient_macs) == (params, gradient_macs)
 
 
 def test_bytes_are_those_of_the_state_dict():

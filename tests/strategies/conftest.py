@@ -7,7 +7,8 @@ from flwr.clientapp import ClientApp
 from fedfmd.averaging import WeightedMean
 from fedfmd.engines.inline import InlineGrid
 from fedfmd.federation import build_federation
-from fedfmd.wire import CONFIG, ClientResult, Reply, read_instruction, write_reply
+from fedfmd.kernels import rotation
+from fedfmd.wire import CONFIG, ClientResult, Reply, bank_of, read_instruction, write_reply
 
 TWO_ROUNDS = {"model.conv": "static", "fleet.devices": "pi-4", "server.rounds": 2}
 
@@ -22,8 +23,9 @@ def make_federation(tiny_settings):
 def make_grid():
     """Makes a grid of nodes that need no data: `node_configs` say what they host.
 
-    Their clients don't train: client c has 10 (c + 1) images and adds c + 1 to every array. What
-    `behave(client, round)` returns is the reason for which the client fails; if it raises, its node does.
+    Their clients don't train: client c has 10 (c + 1) images and adds c + 1 to every array that it is to
+    train. What `behave(client, round)` returns is the reason for which the client fails; if it raises, its
+    node does.
     """
     grids = []
 
@@ -50,15 +52,25 @@ def stub_app(behave):
     def train(message, context):
         instruction, arrays = read_instruction(message.content)
         mean, results = WeightedMean(), []
-        for client, steps in ((a.client, a.steps) for a in instruction.assignments):
+        for work in instruction.assignments:
+            client = work.client
             reason = behave(client, instruction.round)
             images = 10 * (client + 1)
-            results.append(ClientResult(client, images, steps, images, 1.0, 0.5, 0.1, reason))
+            results.append(ClientResult(client, images, work.steps, images, 1.0, 0.5, 0.1, reason))
             if not reason:
-                mean.add({name: array + np.float32(client + 1) for name, array in arrays.items()}, images)
-        return Message(write_reply(Reply(mean.arrays(), tuple(results))), reply_to=message)
+                own = {name: array for name, array in arrays.items() if is_trained(name, work, arrays)}
+                mean.add({name: array + np.float32(client + 1) for name, array in own.items()}, images)
+        return Message(write_reply(Reply(mean.arrays(), tuple(results), mean.weights)), reply_to=message)
 
     return app
+
+
+def is_trained(name, work, arrays):
+    if (kernel := bank_of(name)) is None:
+        return True
+    bank, place = kernel
+    kernels = sum((other := bank_of(n)) is not None and other[0] == bank for n in arrays)
+    return place in rotation(work.first_kernel, work.kernels, kernels)
 
 
 @pytest.fixture

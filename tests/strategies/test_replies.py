@@ -3,11 +3,17 @@ import math
 import numpy as np
 import pytest
 
-from fedfmd.wire import ClientResult, Reply, write_reply
+from fedfmd.wire import BY_ATTENTION, Assignment, ClientResult, Reply, write_reply
 from strategies.replies import client_results, read_replies
 
 SHAPES = {"w": (2,), "n": ()}
-ASKED = {5: [0, 3], 6: [1]}
+
+
+def work(client, kernels=1, first_kernel=0):
+    return Assignment(client, 1, 10, kernels, first_kernel)
+
+
+ASKED = {5: [work(0), work(3)], 6: [work(1)]}
 
 
 def arrays(**changes):
@@ -20,11 +26,12 @@ def trained(client, **changes):
 
 
 def fine():
-    return write_reply(Reply(arrays(), (trained(1),)))
+    return write_reply(Reply(arrays(), (trained(1),), {"w": 10, "n": 10}))
 
 
-def node_5(sent, *results):
-    return write_reply(Reply(sent, results or (trained(0), trained(3))))
+def node_5(sent, *results, **weights):
+    weights = dict.fromkeys(sent, 20) | weights
+    return write_reply(Reply(sent, results or (trained(0), trained(3)), weights))
 
 
 def test_good_replies_come_back_in_the_order_of_the_nodes(reply_of):
@@ -54,12 +61,16 @@ def test_good_replies_come_back_in_the_order_of_the_nodes(reply_of):
             "unusable reply: it speaks of clients [0, 0], asked were [0, 3]",
         ),
         (
-            lambda: node_5(None),
+            lambda: node_5({}),
             "unusable reply: it must have arrays if, and only if, a client succeeded",
         ),
         (
             lambda: node_5(arrays(), trained(0, reason="no data"), trained(3, reason="no data")),
             "unusable reply: it must have arrays if, and only if, a client succeeded",
+        ),
+        (
+            lambda: node_5(arrays(), w=19),
+            "unusable reply: array w stands for 19 images, must be 20 to 20",
         ),
         (
             lambda: node_5(arrays(), trained(0, images=-5), trained(3)),
@@ -117,6 +128,59 @@ def test_flower_answers_for_a_vanished_node_in_its_own_name(reply_of):
 
 
 def test_clients_that_failed_on_their_node_keep_their_reason(reply_of):
-    content = node_5(arrays(), trained(0), trained(3, reason="OSError: no disk", loss=math.nan))
+    content = node_5(arrays(), trained(0), trained(3, reason="OSError: no disk", loss=math.nan), w=10, n=10)
     results = client_results(read_replies([reply_of(5, content), reply_of(6, fine())], ASKED, SHAPES), ASKED)
     assert [results[client].reason for client in (0, 3, 1)] == ["", "OSError: no disk", ""]
+
+
+# Four clients with 1, 2, 4 and 8 images share a node and a bank of four kernels.
+BANK = {f"fc.bank.{place}": (2,) for place in range(4)}
+
+
+def kernels_reply(weights, failed=()):
+    results = [
+        trained(client, images=2**client, reason="no power" if client in failed else "")
+        for client in range(4)
+    ]
+    weights = {f"fc.bank.{place}": weight for place, weight in weights.items()}
+    weights["w"] = sum(result.images for result in results if result.ok)
+    sent = {name: np.zeros(2, np.float32) for name in weights}
+    return write_reply(Reply(sent, tuple(results), weights))
+
+
+def reason_of(reply_of, content, first_kernels):
+    asked = {5: [work(client, 2, first) for client, first in enumerate(first_kernels)]}
+    (answer,) = read_replies([reply_of(5, content)], asked, {"w": (2,)} | BANK)
+    return answer.reason
+
+
+@pytest.mark.parametrize(
+    ("weights", "failed", "reason"),
+    [
+        ({0: 1 + 4, 1: 1 + 2, 2: 2, 3: 4}, [3], ""),
+        ({0: 1, 1: 1 + 2, 2: 2}, [2, 3], ""),  # kernel 3 was asked only of clients that failed
+        ({0: 5, 1: 3, 2: 2}, [3], "array fc.bank.3 is missing"),
+        ({0: 3, 1: 5, 2: 2, 3: 4}, [3], "array fc.bank.0 stands for 3 images, must be 5 to 7"),
+        ({0: 5, 1: 3, 2: 3, 3: 4}, [3], "the kernels of fc.bank stand for 15 images, not for 14"),
+    ],
+)
+def test_kernels_in_rotation_must_be_those_asked_for(reply_of, weights, failed, reason):
+    """Clients 0, 1 and 2 train kernels 0 and 1, 1 and 2, 3 and 0; client 3 fails."""
+    assert reason_of(reply_of, kernels_reply(weights, failed), [0, 1, 3, 2]) == (
+        reason and f"unusable reply: {reason}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("weights", "reason"),
+    [
+        ({0: 15, 3: 15}, ""),
+        ({0: 1, 1: 14, 2: 7, 3: 8}, ""),
+        ({0: 15}, "the kernels of fc.bank stand for 15 images, not for 30"),
+        ({0: 16, 1: 14}, "array fc.bank.0 stands for 16 images, must be 0 to 15"),
+    ],
+)
+def test_kernels_chosen_by_attention_must_be_as_many_as_asked_for(reply_of, weights, reason):
+    assert reason_of(reply_of, kernels_reply(weights), [BY_ATTENTION] * 4) == (
+        reason and f"unusable reply: {reason}"
+    )

@@ -1,0 +1,91 @@
+"""Training some of a bank's kernels: which ones a client takes, and how the others stay frozen.
+
+Frozen kernels are mixed as before, in the forward and in the backward pass; they only don't learn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from fedfmd.conv import DynamicConv2d, record_attention
+from fedfmd.data import Dataset, ImageSet, batches
+
+Kernels = Mapping[str, tuple[int, ...]]
+"""The places of the kernels to train in each bank, by the name of its layer."""
+
+
+def rotation(first: int, count: int, kernels: int) -> tuple[int, ...]:
+    """The places of `count` of `kernels` kernels in a circle, from `first` on."""
+    return tuple((first + step) % kernels for step in range(count))
+
+
+def rotated(model: nn.Module, first: int, count: int) -> Kernels:
+    """The same rotation in all layers."""
+    return {name: rotation(first, count, layer.kernels) for name, layer in _dynamic(model).items()}
+
+
+@torch.inference_mode()
+def most_attended(
+    model: nn.Module, images: ImageSet, dataset: Dataset, count: int, device: torch.device | str = "cpu"
+) -> Kernels:
+    """The `count` kernels that weigh most in each layer's mixture: largest mean π over `images`.
+
+    Layers choose on their own, since the kernels of different layers have nothing to do with each other. The
+    model is run in evaluation mode on images as they are.
+    """
+    model.eval()
+    with record_attention(model) as record:
+        for inputs, _ in batches(
+            images,
+            len(images),
+            generator=None,
+            augment=False,
+            mean=dataset.mean,
+            std=dataset.std,
+            device=device,
+        ):
+            model(inputs)
+    weights = {name: values[0].kernel.mean(0) for name, values in record.values.items()}
+    return {name: tuple(weight.topk(count).indices.tolist()) for name, weight in weights.items()}
+
+
+@contextmanager
+def trained_parameters(model: nn.Module, kernels: Kernels) -> Iterator[list[Tensor]]:
+    """The parameters for an optimiser that trains all of the model but the banks' other kernels.
+
+    In the place of a bank stand views of its kernels to train, which get its gradient inside the `with` block:
+    for the optimiser, the others don't exist, so that neither weight decay nor momentum moves them.
+    """
+    banks = {
+        id(bank): places
+        for name, places in kernels.items()
+        for bank in (model.get_submodule(name).bank, model.get_submodule(name).bias_bank)
+        if bank is not None and len(places) < len(bank)
+    }
+    parameters, hooks = [], []
+    for parameter in model.parameters():
+        if id(parameter) not in banks:
+            parameters.append(parameter)
+            continue
+        views = {place: parameter.detach()[place] for place in banks[id(parameter)]}
+
+        def hand_over(bank: Tensor, views: Mapping[int, Tensor] = views) -> None:
+            for place, view in views.items():
+                view.grad = bank.grad[place]
+            bank.grad = None
+
+        hooks.append(parameter.register_post_accumulate_grad_hook(hand_over))
+        parameters += views.values()
+    try:
+        yield parameters
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _dynamic(model: nn.Module) -> dict[str, DynamicConv2d]:
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, DynamicConv2d)}
