@@ -23,7 +23,8 @@ PRECISIONS = ("float32", "bf16")
 class LocalSGD:
     """The client's optimiser: SGD with (Nesterov's) momentum and weight decay.
 
-    With "bf16" precision the forward pass runs under autocast; weights and updates stay float32.
+    With "bf16" precision the forward pass runs under autocast; weights and updates stay float32. `proximal`
+    is FedProx's μ (Li et al., MLSys 2020): the loss gets μ/2 ‖w − w₀‖², w₀ being the weights at the start.
     """
 
     lr: float
@@ -32,6 +33,7 @@ class LocalSGD:
     weight_decay: float = 5e-4
     batch_size: int = 32
     precision: str = "float32"
+    proximal: float = 0.0
 
     def optimiser(self, parameters: Iterable[Any]) -> torch.optim.SGD:
         """PyTorch's optimiser of these parameters, or groups of parameters with options of their own."""
@@ -94,6 +96,7 @@ def train(
     """
     model.train()
     optimiser = optimiser or sgd.optimiser(model.parameters())
+    start = [parameter.detach().clone() for parameter in _parameters(optimiser)] if sgd.proximal else []
     examples = 0
     totals = torch.zeros(2, device=device)
     for inputs, labels in islice(_endless(images, dataset, sgd.batch_size, generator, device), steps):
@@ -102,6 +105,8 @@ def train(
             loss = F.cross_entropy(logits, labels)
         optimiser.zero_grad()
         loss.backward()
+        if sgd.proximal:
+            _pull(_parameters(optimiser), start, sgd.proximal)
         optimiser.step()
         examples += len(labels)
         totals += _loss_and_hits(loss.detach() * len(labels), logits.detach(), labels)
@@ -134,6 +139,17 @@ def evaluate(
             totals += _loss_and_hits(F.cross_entropy(logits, labels, reduction="sum"), logits, labels)
     loss_sum, hits = totals.tolist()
     return Evaluation(loss_sum / len(images), hits / len(images), record.kernel_entropy())
+
+
+def _parameters(optimiser: torch.optim.Optimizer) -> list[Tensor]:
+    return [parameter for group in optimiser.param_groups for parameter in group["params"]]
+
+
+def _pull(parameters: Iterable[Tensor], start: Iterable[Tensor], proximal: float) -> None:
+    """Add the gradient of FedProx's term, μ (w − w₀)."""
+    for parameter, origin in zip(parameters, start, strict=True):
+        if parameter.grad is not None:
+            parameter.grad.add_(parameter.detach() - origin, alpha=proximal)
 
 
 def _endless(

@@ -66,6 +66,25 @@ def test_a_step_is_sgd_with_weight_decay(dataset):
     torch.testing.assert_close(model[1].weight.detach(), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_the_proximal_term_pulls_to_the_start(dataset):
+    plain, prox = (
+        LocalSGD(0.1, 0.0, weight_decay=0.0, batch_size=20),
+        LocalSGD(0.1, 0.0, weight_decay=0.0, batch_size=20, proximal=2.0),
+    )
+    ways = {}
+    for name, sgd in {"plain": plain, "prox": prox}.items():
+        model = linear()
+        start = model[1].weight.detach().clone()
+        run(model, dataset, steps=1, sgd=sgd)
+        first = model[1].weight.detach() - start
+        again = linear()
+        run(again, dataset, steps=2, sgd=sgd)
+        ways[name] = first, again[1].weight.detach() - start
+    assert torch.equal(ways["plain"][0], ways["prox"][0])  # at the start there is no pull
+    # the second step has the same gradient of the loss, and 0.1 · 2 times the first step back
+    torch.testing.assert_close(ways["prox"][1], ways["plain"][1] - 0.2 * ways["plain"][0])
+
+
 def test_loss_and_accuracy_are_means_over_images(dataset):
     model = linear()
     still = LocalSGD(0.0, batch_size=8)  # batches of 8, 8 and 4
