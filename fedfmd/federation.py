@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from statistics import fmean
@@ -15,9 +15,19 @@ import torch
 from torch import nn
 
 from fedfmd.conv import TemperatureSchedule
-from fedfmd.cost import Cost, count, training_memory
+from fedfmd.cost import Cost, count
 from fedfmd.data import Dataset, Partition, cached_partition, load_dataset
-from fedfmd.edge import LINKS, Budget, Device, Fleet, Workload, load_devices, make_fleet
+from fedfmd.edge import (
+    LINKS,
+    Budget,
+    Device,
+    Fleet,
+    Trace,
+    Workload,
+    load_devices,
+    load_trace,
+    make_fleet,
+)
 from fedfmd.errors import SettingsError
 from fedfmd.models import make_model
 from fedfmd.seeds import derive_seed
@@ -43,27 +53,19 @@ class Federation:
 
     def workload(self, client: int) -> Workload:
         """Full work of a round for a client."""
-        train, images = self.settings.train, self.sizes[client]
+        train = self.settings.train
         return Workload(
-            images=images,
+            images=self.sizes[client],
             batch_size=train.batch_size,
             epochs=train.local_epochs,
-            train_flops_per_image=self.cost.train_flops,
-            infer_flops_per_image=self.cost.flops,
-            down_bytes=self.payload_bytes,
-            up_bytes=self.payload_bytes,
-            memory_bytes=training_memory(self.cost, min(train.batch_size, images)),
+            cost=self.cost,
+            payload_bytes=self.payload_bytes,
         )
 
     @property
     def mean_latency_s(self) -> float:
         """Modelled seconds of inference for one image, mean over the fleet's clients."""
         return fmean(self.cost.flops / (c.device.infer_gflops * 1e9) for c in self.fleet.clients)
-
-    @property
-    def trained_kernels(self) -> int:
-        """Kernels of each bank that a client trains."""
-        return 1 if self.settings.model.conv == "static" else self.settings.model.kernels
 
 
 def build_federation(settings: Settings) -> Federation:
@@ -75,18 +77,19 @@ def build_federation(settings: Settings) -> Federation:
     device = torch_device(settings)
     dataset = build_dataset(settings)
     partition = build_partition(settings, dataset)
-    fleet = build_fleet(settings)
+    sizes = tuple(partition.sizes.tolist())
+    fleet = build_fleet(settings, sizes)
     model = build_model(settings, dataset.classes).to(device)
     schedule = settings.temperature
     return Federation(
         settings=settings,
         dataset=dataset,
         partition=partition,
-        sizes=tuple(partition.sizes.tolist()),
+        sizes=sizes,
         fleet=fleet,
         model=model,
         cost=count(model, dataset.image_size),
-        budget=Budget(deadline_s=settings.budget.deadline_s or None, policy=settings.budget.policy),
+        budget=build_budget(settings),
         temperature=TemperatureSchedule(schedule.initial, schedule.final, schedule.rounds, schedule.shape),
         device=device,
         payload_bytes=payload_bytes(pack(model)),
@@ -127,22 +130,47 @@ def build_partition(settings: Settings, dataset: Dataset) -> Partition:
         )
 
 
-def build_fleet(settings: Settings) -> Fleet:
-    """Assign devices and links to the clients."""
-    fleet = settings.fleet
+def build_fleet(settings: Settings, sizes: Sequence[int]) -> Fleet:
+    """Assign devices and links to the clients; `sizes` counts each client's images."""
+    fleet, clients = settings.fleet, settings.partition.clients
     with _bad_input():
+        trace = _path(fleet.trace)
         return make_fleet(
             fleet.devices,
-            settings.partition.clients,
+            clients,
             LINKS[fleet.link],
             settings.seed,
             known_devices(settings),
+            assignment=fleet.assignment,
+            sizes=sizes,
+            trace=load_trace(trace, clients) if trace else Trace(),
         )
 
 
 def known_devices(settings: Settings) -> dict[str, Device]:
-    """Return the devices that a client may have, by name."""
-    return load_devices(_path(settings.fleet.devices_file))
+    """Return the devices that a client may have, by name, as they are for this run's model."""
+    fleet = settings.fleet
+    set_for_all = {"availability": fleet.availability, "jitter": fleet.jitter}
+    changes = {name: value for name, value in set_for_all.items() if value}
+    return {
+        name: replace(device.running(settings.model.conv), **changes)
+        for name, device in load_devices(_path(fleet.devices_file)).items()
+    }
+
+
+def build_budget(settings: Settings) -> Budget:
+    """What a client may spend in a round."""
+    budget = settings.budget
+    return Budget(
+        deadline_s=budget.deadline_s or None,
+        energy_j=budget.energy_j or None,
+        up_bytes=budget.up_bytes or None,
+        policy=budget.policy,
+        kernels=budget.kernels,
+        kernel_choice=budget.kernel_choice,
+        over_select=budget.over_select,
+        min_reports=budget.min_reports,
+    )
 
 
 def build_model(settings: Settings, classes: int) -> nn.Module:

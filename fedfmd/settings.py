@@ -20,7 +20,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from fedfmd.conv import CONVS, MIXINGS
 from fedfmd.conv.layers import ATTENTIONS
 from fedfmd.data import DATASETS, PARTITIONS
-from fedfmd.edge import LINKS, POLICIES
+from fedfmd.edge import ASSIGNMENTS, KERNEL_CHOICES, LINKS, POLICIES
+from fedfmd.edge.devices import MAX_JITTER
 from fedfmd.errors import SettingsError, not_one_of
 from fedfmd.models import MODELS
 
@@ -157,18 +158,32 @@ class ServerSettings(_Section):
 
 
 class FleetSettings(_Section):
-    """Devices (`name:count` or `name:share%`, comma-separated) and their network; a YAML file may add devices."""
+    """Devices (`name:count` or `name:share%`, comma-separated) and their network; a YAML file may add devices.
+
+    `assignment` says whether images decide who has a fast device. `availability` and `jitter` replace those of
+    all devices unless they are 0. `trace` is a CSV file of the windows of virtual time in which clients are there.
+    """
 
     devices: str = "pi-4:4, pi-5:3, jetson-nano:3"
     link: Annotated[str, _one_of(LINKS)] = "wifi"
     devices_file: str = ""
+    assignment: Annotated[str, _one_of(ASSIGNMENTS)] = "random"
+    availability: Share = 0.0
+    jitter: Annotated[Number, Field(ge=0, le=MAX_JITTER)] = 0.0
+    trace: str = ""
 
 
 class BudgetSettings(_Section):
-    """What a client may spend in a round; a deadline of 0 means none."""
+    """What a client may spend in a round, a limit of 0 being none; see `fedfmd.edge.Budget`."""
 
     deadline_s: NonNegative = 5.0
+    energy_j: NonNegative = 0.0
+    up_bytes: Annotated[int, Field(ge=0)] = 0
     policy: Annotated[str, _one_of(POLICIES)] = "partial"
+    kernels: Annotated[int, Field(ge=0)] = 0
+    kernel_choice: Annotated[str, _one_of(KERNEL_CHOICES)] = "rotation"
+    over_select: Annotated[Number, Field(ge=1)] = 1.0
+    min_reports: Share = 0.0
 
 
 class Settings(_Section):
@@ -202,7 +217,37 @@ class Settings(_Section):
                 f"server.clients-per-round = {self.server.clients_per_round} but partition.clients = "
                 f"{self.partition.clients}: ask for at most that many, or 0 for all"
             )
+        self._check_budget()
         return self
+
+    def _check_budget(self) -> None:
+        model, budget = self.model, self.budget
+        if budget.over_select > 1 and not self.server.clients_per_round:
+            raise SettingsError(
+                f"budget.over-select = {budget.over_select:g} asks more than server.clients-per-round, which is 0, "
+                "all: ask for fewer clients, or set budget.over-select=1"
+            )
+        if not POLICIES[budget.policy].fewer_kernels:
+            return
+        if model.conv == "static":
+            raise SettingsError(
+                f"budget.policy = {budget.policy!r} trains some kernels of each bank, and model.conv = 'static' "
+                "has no banks: take a dynamic convolution, or budget.policy=partial"
+            )
+        if budget.kernels > model.kernels:
+            raise SettingsError(
+                f"budget.kernels = {budget.kernels} but model.kernels = {model.kernels}: "
+                "train at most that many, or 0 for as many as fit"
+            )
+        if (
+            budget.kernel_choice == "attention"
+            and model.conv == "fmdconv"
+            and "kernel" not in model.attentions
+        ):
+            raise SettingsError(
+                f"budget.kernel-choice = 'attention' needs kernel attention, and model.attentions = "
+                f"{','.join(model.attentions)!r} has none: add kernel, or set budget.kernel-choice=rotation"
+            )
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Settings:

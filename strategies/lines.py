@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fedfmd
+from fedfmd.edge import Budget
 from fedfmd.federation import Federation
 from fedfmd.tracking import RoundRow
 
@@ -16,7 +17,6 @@ def header_lines(federation: Federation, own_data: bool = False) -> list[str]:
     split = "own data" if own_data else partition.scheme
     fleet = ", ".join(f"{count} {name}" for name, count in federation.fleet.counts.items())
     asked = f"{server.clients_per_round} clients" if server.clients_per_round else "all clients"
-    deadline = f"deadline {settings.budget.deadline_s:g} s" if settings.budget.deadline_s else "no deadline"
     size = federation.dataset.image_size
     return [
         f"fedfmd {fedfmd.__version__}: {model.arch} with {model.conv}{kernels}, {federation.cost.params:,} parameters, "
@@ -24,7 +24,8 @@ def header_lines(federation: Federation, own_data: bool = False) -> list[str]:
         f"{partition.clients} clients ({split}, {min(sizes)} to {max(sizes)} images each) on {fleet} "
         f"over {settings.fleet.link}",
         f"{server.rounds} rounds of {server.strategy} with {asked}, {settings.train.local_epochs} local epochs of "
-        f"batch {settings.train.batch_size}; policy {settings.budget.policy}, {deadline}; seed {settings.seed}",
+        f"batch {settings.train.batch_size}; policy {settings.budget.policy}, {_limits(federation.budget)}; "
+        f"seed {settings.seed}",
     ]
 
 
@@ -34,4 +35,18 @@ def round_text(row: RoundRow, rounds: int) -> str:
         f"round {row.round:>{len(str(rounds))}}/{rounds}  virtual {row.virtual_s:9.1f} s  "
         f"accuracy {row.accuracy:.4f}  loss {row.loss:7.4f}  IES {row.ies_train:8.2f} s  "
         f"RCS {row.rcs_train:8.5f} /s  clients {row.clients_ok} ok {row.clients_late} late {row.clients_failed} failed"
+        f"{'  void' if row.status == 'void' else ''}"
     )
+
+
+def _limits(budget: Budget) -> str:
+    limits = [
+        f"{name} {limit:g} {unit}"
+        for name, limit, unit in (
+            ("deadline", budget.deadline_s, "s"),
+            ("energy", budget.energy_j, "J"),
+            ("upload", budget.up_bytes, "bytes"),
+        )
+        if limit is not None
+    ]
+    return ", ".join(limits) or "no limits"

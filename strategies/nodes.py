@@ -10,7 +10,7 @@ from flwr.app import Message, RecordDict
 from flwr.app.message_type import MessageType
 from flwr.serverapp import Grid
 
-from fedfmd.edge import Fleet, WorkPlan, deal_out
+from fedfmd.edge import WorkPlan, deal_out
 from fedfmd.errors import RunError
 from fedfmd.federation import Federation, known_devices
 from fedfmd.wire import CONFIG
@@ -78,7 +78,7 @@ def on_boxes(federation: Federation, nodes: Sequence[Node]) -> Federation:
                     f"--node-config one of {', '.join(devices)}, or add it to fleet.devices-file"
                 )
             clients[node.client] = replace(clients[node.client], device=devices[node.device])
-    return replace(federation, sizes=tuple(sizes), fleet=Fleet(tuple(clients)))
+    return replace(federation, sizes=tuple(sizes), fleet=replace(federation.fleet, clients=tuple(clients)))
 
 
 def assign(nodes: Sequence[Node], plans: Sequence[WorkPlan]) -> dict[int, list[WorkPlan]]:

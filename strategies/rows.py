@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from fedfmd.cost import ies, rcs
-from fedfmd.edge import WorkPlan, round_seconds
+from fedfmd.edge import WorkPlan
 from fedfmd.federation import Federation
 from fedfmd.tracking import ClientRow, RoundRow
 from fedfmd.training import Evaluation
@@ -19,7 +19,6 @@ def client_rows(
     results: Mapping[int, ClientResult],
     ranks: Mapping[int, int],
     client_flops: Sequence[int],
-    federation: Federation,
 ) -> list[ClientRow]:
     """One row per client of the round, in the order of `plans`.
 
@@ -33,7 +32,6 @@ def client_rows(
             results.get(plan.client.id),
             ranks.get(plan.client.id),
             client_flops[plan.client.id],
-            federation,
         )
         for plan in plans
     ]
@@ -41,22 +39,23 @@ def client_rows(
 
 def round_row(
     server_round: int,
-    plans: Sequence[WorkPlan],
     clients: Sequence[ClientRow],
     evaluation: Evaluation,
     federation: Federation,
     *,
+    round_s: float,
+    void: bool,
     temperature: float | None,
     virtual_s: float,
     best_accuracy: float,
     cum_train_flops: int,
     wall_s: float,
 ) -> RoundRow:
-    """The round's row; `virtual_s`, `best_accuracy` and `cum_train_flops` are those before it.
+    """The row of a round of `round_s` virtual seconds.
 
+    `virtual_s`, `best_accuracy` and `cum_train_flops` are those before it; `void` if the model stayed as it was.
     A model without a mixture of kernels has neither temperature (None) nor kernel entropy (NaN).
     """
-    round_s = round_seconds(plans, federation.budget)
     train_flops = sum(client.train_flops for client in clients)
     latency_s = federation.mean_latency_s
     return RoundRow(
@@ -82,6 +81,7 @@ def round_row(
         rcs_train=rcs(evaluation.accuracy, round_s),
         ies_infer=ies(latency_s, evaluation.accuracy),
         rcs_infer=rcs(evaluation.accuracy, latency_s),
+        status="void" if void else "ok",
     )
 
 
@@ -91,11 +91,9 @@ def _client_row(
     result: ClientResult | None,
     rank: int | None,
     flops_before: int,
-    federation: Federation,
 ) -> ClientRow:
     trained = result is not None and result.ok
     failed = result is not None and not result.ok
-    works = plan.status != "unfit"
     accuracy = result.accuracy if trained else None
     return ClientRow(
         round=server_round,
@@ -106,7 +104,7 @@ def _client_row(
         reason=result.reason if failed else plan.reason,
         examples=plan.examples,
         steps=plan.steps,
-        kernels=federation.trained_kernels,
+        kernels=plan.kernels,
         train_flops=plan.train_flops,
         cum_train_flops=flops_before + plan.train_flops,
         compute_s=plan.compute_s,
@@ -114,8 +112,8 @@ def _client_row(
         up_s=plan.up_s,
         total_s=plan.total_s,
         wall_s=result.wall_s if result is not None else None,
-        up_bytes=federation.payload_bytes if works else 0,
-        down_bytes=federation.payload_bytes if works else 0,
+        up_bytes=plan.up_bytes,
+        down_bytes=plan.down_bytes,
         energy_j=plan.energy_j,
         loss=result.loss if trained else None,
         accuracy=accuracy,

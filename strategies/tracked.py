@@ -14,13 +14,14 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Strategy
 
 from fedfmd.conv import set_temperature
-from fedfmd.edge import WorkPlan, plan_work
+from fedfmd.edge import WorkPlan, keep_first, plan_work, round_seconds
 from fedfmd.errors import RunError
 from fedfmd.federation import Federation
 from fedfmd.seeds import derive_seed
 from fedfmd.tracking import ClientRow, RunFolder, latest_checkpoint, save_checkpoint
 from fedfmd.training import Evaluation, evaluate, learning_rate
 from fedfmd.wire import (
+    BY_ATTENTION,
     Assignment,
     ClientResult,
     Instruction,
@@ -39,6 +40,9 @@ from strategies.rows import client_rows, round_row
 
 logger = logging.getLogger("fedfmd")
 
+RETRY_S = 60.0
+"""Virtual seconds until the server looks again where no client was there and no deadline is set."""
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -52,10 +56,15 @@ class Progress:
 
 @dataclass(frozen=True)
 class _Round:
-    """A round between sending and aggregating."""
+    """A round between sending and aggregating: its plans, virtual seconds, and what each node was asked.
 
-    plans: tuple[WorkPlan, ...]
+    At least `needed` updates must come, or it is void.
+    """
+
+    plans: list[WorkPlan]
+    seconds: float
     asked: dict[int, tuple[Assignment, ...]]
+    needed: int
 
 
 class TrackedStrategy(Strategy):
@@ -70,7 +79,7 @@ class TrackedStrategy(Strategy):
         self.folder = folder
         self.nodes: tuple[Node, ...] = ()
         self.results: dict[int, ClientResult] = {}
-        self._round = _Round((), {})
+        self._round = _Round([], 0.0, {}, 0)
         views = wire_views(federation.model)
         self._shapes = {name: tuple(view.shape) for name, view in views.items()}
         self._parameters = _parameter_names(federation)
@@ -100,12 +109,24 @@ class TrackedStrategy(Strategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Sample and plan the round's clients; one message per node that has work."""
-        settings = self.federation.settings
-        plans = tuple(self._plan(client) for client in self._sample(server_round))
+        """Sample and plan the round's clients; one message per node that has work.
+
+        `config` tells the virtual time at which the round starts, `virtual-s`.
+        """
+        settings, budget = self.federation.settings, self.federation.budget
+        wanted = settings.server.clients_per_round or settings.partition.clients
+        time_s = float(config.get("virtual-s", 0.0))
+        clients = self._sample(server_round, time_s, budget.asked(wanted))
+        plans = keep_first((self._plan(server_round, client) for client in clients), wanted)
+        if plans:
+            seconds = round_seconds(plans, budget, wanted)
+        else:
+            seconds = self.federation.fleet.idle_seconds(time_s, budget.deadline_s or RETRY_S)
         hands = assign(self.nodes, [plan for plan in plans if plan.status == "ok"])
-        asked = {node: tuple(self._assignment(plan) for plan in hand) for node, hand in hands.items()}
-        self._round = _Round(plans, asked)
+        asked = {
+            node: tuple(self._assignment(server_round, plan) for plan in hand) for node, hand in hands.items()
+        }
+        self._round = _Round(plans, seconds, asked, budget.needed(wanted))
         lr = learning_rate(
             settings.train.lr, settings.train.schedule, (server_round - 1) / settings.server.rounds
         )
@@ -129,7 +150,7 @@ class TrackedStrategy(Strategy):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Check the replies and combine what is usable; (None, None) if no client succeeded."""
+        """Check the replies and combine what is usable; (None, None) if too few clients succeeded."""
         replies = list(replies)
         asked = self._round.asked
         answers = read_replies(replies, asked, self._shapes)
@@ -140,7 +161,7 @@ class TrackedStrategy(Strategy):
             for answer in answers
             if answer.reply is not None and answer.reply.arrays
         ]
-        if not usable:
+        if sum(result.ok for result in self.results.values()) < self._round.needed:
             return None, None
         weight = sum(reply.weight for _, reply in usable)
         arrays = aggregate(self.inner, server_round, usable, pack(self.federation.model), self._parameters)
@@ -162,7 +183,8 @@ class TrackedStrategy(Strategy):
         model, settings = federation.model, federation.settings
         temperature = federation.temperature.at(server_round - 1)
         set_temperature(model, temperature)
-        messages = self.configure_train(server_round, to_record(pack(model)), ConfigRecord(), grid)
+        config = ConfigRecord({"virtual-s": progress.virtual_s})
+        messages = self.configure_train(server_round, to_record(pack(model)), config, grid)
         timeout = settings.server.round_timeout_s
         replies = grid.send_and_receive(messages, timeout=timeout) if messages else []
         arrays, _ = self.aggregate_train(server_round, replies)
@@ -170,15 +192,14 @@ class TrackedStrategy(Strategy):
             load(model, from_record(arrays))
         evaluation = self._evaluate()
         ranks = {a.client: node.rank for node in self.nodes for a in self._round.asked.get(node.id, ())}
-        clients = client_rows(
-            server_round, self._round.plans, self.results, ranks, progress.client_flops, federation
-        )
+        clients = client_rows(server_round, self._round.plans, self.results, ranks, progress.client_flops)
         row = round_row(
             server_round,
-            self._round.plans,
             clients,
             evaluation,
             federation,
+            round_s=self._round.seconds,
+            void=arrays is None,
             temperature=temperature if self._annealed else None,
             virtual_s=progress.virtual_s,
             best_accuracy=progress.best_accuracy,
@@ -198,25 +219,26 @@ class TrackedStrategy(Strategy):
         self._stop_if_hopeless(server_round, clients)
         return progress
 
-    def _sample(self, server_round: int) -> list[int]:
-        """Clients of the round, from (seed, round) alone."""
-        settings = self.federation.settings
-        clients = settings.partition.clients
-        wanted = settings.server.clients_per_round or clients
-        generator = np.random.default_rng(derive_seed(settings.seed, "sampling", server_round))
-        return sorted(int(client) for client in generator.choice(clients, wanted, replace=False))
-
-    def _plan(self, client: int) -> WorkPlan:
+    def _sample(self, server_round: int, time_s: float, count: int) -> list[int]:
+        """Clients of the round among those that are there, from (seed, round) alone."""
         federation = self.federation
-        return plan_work(federation.fleet.clients[client], federation.workload(client), federation.budget)
+        present = federation.fleet.present(server_round, time_s)
+        generator = np.random.default_rng(derive_seed(federation.settings.seed, "sampling", server_round))
+        return sorted(generator.choice(present, min(count, len(present)), replace=False).tolist())
 
-    def _assignment(self, plan: WorkPlan) -> Assignment:
-        return Assignment(
-            plan.client.id,
-            plan.steps,
-            self.federation.settings.train.batch_size,
-            self.federation.trained_kernels,
-        )
+    def _plan(self, server_round: int, client: int) -> WorkPlan:
+        federation = self.federation
+        owner = federation.fleet.clients[client]
+        speed = federation.fleet.speed(server_round, owner)
+        return plan_work(owner, federation.workload(client), federation.budget, speed)
+
+    def _assignment(self, server_round: int, plan: WorkPlan) -> Assignment:
+        """A client's kernels in rotation start one further with every round, and with every client."""
+        client, budget = plan.client.id, self.federation.budget
+        first = (server_round + client) % self.federation.cost.kernels
+        if budget.kernel_choice == "attention":
+            first = BY_ATTENTION
+        return Assignment(client, plan.steps, plan.batch_size, plan.kernels, first)
 
     def _evaluate(self) -> Evaluation:
         federation = self.federation

@@ -27,6 +27,13 @@ SKEWED = {
     "server.rounds": 2,
     "threads": 1,
 }
+UNRELIABLE = {
+    "fleet.jitter": 0.4,
+    "fleet.availability": 0.7,
+    "budget.policy": "kernels",
+    "budget.kernels": 1,
+    "budget.kernel-choice": "attention",
+}
 
 
 @pytest.fixture
@@ -78,7 +85,8 @@ def test_a_run_leaves_its_results_and_they_are_the_same_each_time(run):
     assert same_arrays(again, whole)
 
 
-def test_a_stopped_run_goes_on_as_if_it_had_not_been(run, monkeypatch):
+@pytest.mark.parametrize("changes", [{}, UNRELIABLE], ids=["all kernels", "unreliable fleet"])
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(run, monkeypatch, changes):
     save = strategies.tracked.save_checkpoint
 
     def stop_in_round_2(folder, server_round, *args, **kwargs):
@@ -89,15 +97,16 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(run, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(strategies.tracked, "save_checkpoint", stop_in_round_2)
         with pytest.raises(KeyboardInterrupt):
-            run("stopped")
-    whole, stopped = run("whole"), run("stopped")
+            run("stopped", **changes)
+    whole, stopped = run("whole", **changes), run("stopped", **changes)
     assert "going on after round 1" in (stopped / "log.txt").read_text(encoding="utf-8")
     assert rows_of(stopped) == rows_of(whole)
     assert same_arrays(stopped, whole)
 
 
-def test_the_number_of_workers_changes_rounding_at_most(run):
-    one, two, again = run("one"), run("two", workers=2), run("again", workers=2)
+@pytest.mark.parametrize("changes", [{}, UNRELIABLE], ids=["all kernels", "unreliable fleet"])
+def test_the_number_of_workers_changes_rounding_at_most(run, changes):
+    one, two, again = run("one", **changes), *(run(n, workers=2, **changes) for n in ("two", "again"))
     assert rows_of(two) == rows_of(again)
     assert same_arrays(two, again)
     measured = {"node", "loss", "accuracy", "ies", "rcs"}

@@ -1,10 +1,12 @@
 import pytest
 import torch
 
-from fedfmd.cost import count
+from fedfmd.cost import count, frozen_bytes
+from fedfmd.edge import Budget
 from fedfmd.errors import SettingsError
 from fedfmd.federation import build_dataset, build_federation, build_model, cache_dir, torch_device
 from fedfmd.settings import Settings
+from fedfmd.wire import bank_of, pack
 
 
 def test_a_federation_fits_its_settings(tiny_settings):
@@ -16,17 +18,57 @@ def test_a_federation_fits_its_settings(tiny_settings):
     assert federation.budget.deadline_s is None
     assert federation.cost == count(federation.model, 8)
     assert federation.payload_bytes == federation.cost.bytes
-    assert federation.trained_kernels == 2
+    assert federation.cost.kernels == 2
 
 
 def test_a_workload_is_a_full_round(tiny_settings):
     federation = build_federation(tiny_settings(**{"train.local-epochs": 2}))
     workload = federation.workload(0)
-    assert workload.images == 479
-    assert workload.steps == 2 * 8  # batches of 64
-    assert workload.train_flops_per_image == 3 * workload.infer_flops_per_image == federation.cost.train_flops
-    assert workload.up_bytes == workload.down_bytes == federation.payload_bytes
-    assert workload.memory_bytes == 12 * federation.cost.params + 64 * federation.cost.activation_bytes
+    assert (workload.images, workload.batch_size, workload.epochs) == (479, 64, 2)
+    assert workload.steps(64) == 2 * 8
+    assert workload.cost == federation.cost
+    assert workload.payload_bytes == federation.payload_bytes
+
+
+def test_what_frozen_kernels_save_is_what_they_weigh_on_the_wire(tiny_settings):
+    federation = build_federation(tiny_settings(**{"model.kernels": 3}))
+    arrays = pack(federation.model)
+    second = [array for name, array in arrays.items() if (kernel := bank_of(name)) and kernel[1] == 1]
+    assert frozen_bytes(federation.cost, 2) == sum(array.nbytes for array in second)
+
+
+def test_the_settings_may_replace_what_devices_say(tiny_settings, tmp_path):
+    board = "{train_gflops: 8, infer_gflops: 4, memory_gb: 1, power_w: 1, source: me, jitter: 0.3"
+    file = tmp_path / "devices.yaml"
+    file.write_text(f"mine: {board}, availability: 0.9, efficiency: {{fmdconv: 0.5}}}}")
+    own = {"fleet.devices": "mine", "fleet.devices-file": str(file)}
+
+    def device(**changes):
+        return build_federation(tiny_settings(**own | changes)).fleet.clients[0].device
+
+    assert (device().availability, device().jitter, device().train_gflops) == (0.9, 0.3, 4)
+    assert device(**{"model.conv": "static"}).train_gflops == 8
+    changed = device(**{"fleet.availability": 0.5, "fleet.jitter": 0.1})
+    assert (changed.availability, changed.jitter) == (0.5, 0.1)
+
+
+def test_the_fastest_device_may_follow_the_images(tiny_settings):
+    settings = {
+        "partition.scheme": "dirichlet",
+        "partition.alpha": 0.5,
+        "fleet.devices": "pi-4:2, jetson-nano:1",
+    }
+    for assignment, extreme in (("size", max), ("inverse", min)):
+        federation = build_federation(tiny_settings(**settings | {"fleet.assignment": assignment}))
+        (fast,) = (c.id for c in federation.fleet.clients if c.device.name == "jetson-nano")
+        assert federation.sizes[fast] == extreme(federation.sizes)
+
+
+def test_limits_of_0_are_none(tiny_settings):
+    assert build_federation(tiny_settings()).budget == Budget()
+    limits = {"budget.deadline-s": 3, "budget.energy-j": 4, "budget.up-bytes": 5}
+    budget = build_federation(tiny_settings(**limits)).budget
+    assert (budget.deadline_s, budget.energy_j, budget.up_bytes) == (3, 4, 5)
 
 
 def test_latency_is_the_mean_over_the_fleet(tiny_settings):
@@ -35,10 +77,6 @@ def test_latency_is_the_mean_over_the_fleet(tiny_settings):
         c.device.name: federation.cost.flops / (c.device.infer_gflops * 1e9) for c in federation.fleet.clients
     }
     assert federation.mean_latency_s == pytest.approx((2 * seconds["pi-4"] + seconds["pi-5"]) / 3)
-
-
-def test_a_static_model_has_one_kernel(tiny_settings):
-    assert build_federation(tiny_settings(**{"model.conv": "static"})).trained_kernels == 1
 
 
 def test_initial_weights_depend_on_the_seed_alone(tiny_settings):
@@ -66,6 +104,7 @@ def test_initial_weights_depend_on_the_seed_alone(tiny_settings):
         ({"fleet.devices": "pi-44:3"}, "fleet.devices: unknown device 'pi-44'; did you mean 'pi-4'?"),
         ({"fleet.devices": "pi-4:2"}, "fleet.devices names 2 devices, partition.clients is 3"),
         ({"fleet.devices-file": "none.yaml"}, "none.yaml: cannot be read"),
+        ({"fleet.trace": "none.csv"}, "fleet.trace = none.csv: cannot be read"),
         ({"device": "gpu"}, "device = 'gpu': must be auto, cpu, cuda or cuda:N"),
         ({"device": "cpu:x"}, "device = 'cpu:x': must be"),
     ],

@@ -90,6 +90,35 @@ def test_a_number_may_be_a_text_because_yaml_reads_5e_4_as_one(value, number):
         ({"train.momentum": float("nan")}, "train.momentum = nan: .*finite"),
         ({"train.momentum": 1}, "train.momentum = 1: .*less than 1"),
         ({"budget.deadline-s": -1}, "budget.deadline-s = -1: .*greater than or equal to 0"),
+        (
+            {"fleet.assignment": "sized"},
+            "fleet.assignment = 'sized': must be one of .*; did you mean 'size'?",
+        ),
+        ({"fleet.availability": 1.5}, "fleet.availability = 1.5: .*less than or equal to 1"),
+        ({"fleet.jitter": 3}, "fleet.jitter = 3: .*less than or equal to 2"),
+        ({"budget.over-select": 0.5}, "budget.over-select = 0.5: .*greater than or equal to 1"),
+        ({"budget.min-reports": 2}, "budget.min-reports = 2: .*less than or equal to 1"),
+        ({"budget.policy": "kernel"}, "budget.policy = 'kernel': must be .*; did you mean 'kernels'?"),
+        (
+            {"budget.over-select": 1.3},
+            "budget.over-select = 1.3 asks more than server.clients-per-round, which is 0, all: ask for fewer",
+        ),
+        (
+            {"budget.policy": "partial+kernels", "model.conv": "static"},
+            "budget.policy = 'partial\\+kernels' trains some kernels of each bank, and model.conv = 'static' has no",
+        ),
+        (
+            {"budget.policy": "kernels", "budget.kernels": 5},
+            "budget.kernels = 5 but model.kernels = 4: train at most that many, or 0",
+        ),
+        (
+            {
+                "budget.policy": "kernels",
+                "budget.kernel-choice": "attention",
+                "model.attentions": "input,output",
+            },
+            "budget.kernel-choice = 'attention' needs kernel attention, and model.attentions = 'input,output' has none",
+        ),
         ({"seed": 2**63}, "seed = 9223372036854775808: .*less than"),
         (
             {"server.clients-per-round": 11},

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
@@ -11,9 +12,24 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAda
 from pydantic.dataclasses import dataclass as checked_dataclass
 from pydantic_core import ErrorDetails
 
+from fedfmd.conv import CONVS
+from fedfmd.errors import not_one_of
+
+MAX_JITTER = 2.0
 Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
+Probability = Annotated[float, Field(strict=True, gt=0, le=1)]
+Jitter = Annotated[float, Field(strict=True, ge=0, le=MAX_JITTER)]
 Figure = Literal["train_gflops", "infer_gflops", "memory_gb", "power_w"]
 _STRICT = ConfigDict(extra="forbid")
+
+
+def _known_conv(name: str) -> str:
+    if name not in CONVS:
+        raise ValueError(not_one_of(name, CONVS))
+    return name
+
+
+Conv = Annotated[str, AfterValidator(_known_conv)]
 
 
 @checked_dataclass(frozen=True, config=_STRICT)
@@ -28,6 +44,9 @@ class Device:
         power_w: power of the whole device under load, watts.
         source: where the figures come from.
         estimate: the figures that are estimates, not measurements.
+        efficiency: factors on both rates for models of these convs; 1 for all others.
+        availability: probability that the device is there in a round.
+        jitter: standard deviation of the logarithm of its speed from round to round; the median is 1.
     """
 
     name: str
@@ -37,6 +56,19 @@ class Device:
     power_w: Positive
     source: str
     estimate: tuple[Figure, ...] = ()
+    efficiency: Mapping[Conv, Positive] = field(default_factory=dict, hash=False)
+    availability: Probability = 1.0
+    jitter: Jitter = 0.0
+
+    def running(self, conv: str) -> Device:
+        """The device with the rates that it reaches on models of this conv."""
+        factor = self.efficiency.get(conv, 1.0)
+        return replace(
+            self,
+            train_gflops=self.train_gflops * factor,
+            infer_gflops=self.infer_gflops * factor,
+            efficiency={},
+        )
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,21 @@
-"""Which device and which link each client has."""
+"""Which device and which link each client has, when it is there, and how fast it is in a round."""
 
 from __future__ import annotations
 
 import difflib
+import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
 
 from fedfmd.edge.devices import DEVICES, Bandwidth, Device, Link
+from fedfmd.edge.trace import ALWAYS, Trace
+from fedfmd.seeds import derive_seed
 
+ASSIGNMENTS = ("random", "size", "inverse")
 _FORM = "write `pi-4:4, phone:2` (counts) or `pi-4:50%, phone:50%` (shares)"
 
 
@@ -28,16 +32,39 @@ class Client:
 class Fleet:
     """All clients, in the order of their ids 0, 1, ….
 
-    Which client is which follows from the seed alone: the links don't change with the devices, nor the first
-    clients' links with the number of clients.
+    What a client is like in a round is drawn from (seed, round, client) alone.
     """
 
     clients: tuple[Client, ...]
+    seed: int = 0
+    trace: Trace = ALWAYS
 
     @property
     def counts(self) -> dict[str, int]:
         """Number of clients by the name of their device, in alphabetical order."""
         return dict(sorted(Counter(client.device.name for client in self.clients).items()))
+
+    def present(self, server_round: int, time_s: float) -> list[int]:
+        """The clients that are there when a round starts, at a virtual time; they stay until it ends."""
+        return [
+            client.id
+            for client in self.clients
+            if self.trace.has(client.id, time_s)
+            and self._draw("availability", server_round, client).random() < client.device.availability
+        ]
+
+    def idle_seconds(self, time_s: float, retry_s: float) -> float:
+        """How long the server waits if nobody is there: for the trace's next window, or `retry_s` if it has some."""
+        if any(self.trace.has(client.id, time_s) for client in self.clients):
+            return retry_s
+        return self.trace.until_next(time_s)
+
+    def speed(self, server_round: int, client: Client) -> float:
+        """Factor on the client's rates in a round: log-normal with median 1."""
+        return math.exp(client.device.jitter * self._draw("jitter", server_round, client).standard_normal())
+
+    def _draw(self, purpose: str, server_round: int, client: Client) -> np.random.Generator:
+        return np.random.default_rng(derive_seed(self.seed, purpose, server_round, client.id))
 
 
 def parse_fleet(spec: str | Mapping[str, int | float | str]) -> dict[str, int | Fraction]:
@@ -92,8 +119,15 @@ def make_fleet(
     link: Link,
     seed: int,
     devices: Mapping[str, Device] = DEVICES,
+    *,
+    assignment: str = "random",
+    sizes: Sequence[int] = (),
+    trace: Trace = ALWAYS,
 ) -> Fleet:
-    """Deal devices and links out to `clients` clients, by `seed` alone.
+    """Deal devices and links out to `clients` clients.
+
+    Links follow from the seed alone: they don't change with the devices, nor the first clients' links with the
+    number of clients. Devices follow from the seed, and from the sizes where they decide.
 
     Args:
         spec: the fleet, as `parse_fleet` reads it; shares become counts by largest remainder.
@@ -101,6 +135,10 @@ def make_fleet(
         link: where the clients' bandwidths are drawn from.
         seed: not negative.
         devices: the profiles that `spec` may name.
+        assignment: "random"; "size" gives the fastest devices to the clients with most images; "inverse" to
+            those with fewest.
+        sizes: each client's number of images, unless the assignment is random.
+        trace: when clients are there.
 
     Raises:
         ValueError: an unknown device, or counts that don't sum to `clients`.
@@ -117,14 +155,20 @@ def make_fleet(
             f"fleet.devices names {sum(counts.values())} devices, partition.clients is {clients}: "
             "make them equal, or give shares like `pi-4:50%`"
         )
-    names = [name for name, count in counts.items() for _ in range(count)]
-    order = _generator(seed, "devices").permutation(clients)
+    dealt = [devices[name] for name, count in counts.items() for _ in range(count)]
+    places = _generator(seed, "devices").permutation(clients)
+    if assignment != "random":
+        dealt.sort(key=lambda device: -device.train_gflops)
+        keys = np.negative(sizes) if assignment == "size" else np.asarray(sizes)
+        places = np.argsort(np.lexsort((places, keys)))  # equal sizes stay in random order
     quantiles = _generator(seed, "links").random(clients)
     return Fleet(
         tuple(
-            Client(id, devices[names[place]], link.sample(float(u)))
-            for id, (place, u) in enumerate(zip(order, quantiles, strict=True))
-        )
+            Client(id, dealt[place], link.sample(float(u)))
+            for id, (place, u) in enumerate(zip(places, quantiles, strict=True))
+        ),
+        seed,
+        trace,
     )
 
 

@@ -1,110 +1,171 @@
 """Budgets → work plans: what a client is asked to do in a round, and the virtual seconds and joules it needs.
 
-A round is download, compute, upload, one after another (FedScale, arXiv:2105.11367); clients that miss the
-deadline are ignored (Bonawitz et al., arXiv:1902.01046) or do fewer local steps (FedProx, arXiv:1812.06127).
+A round is download, compute, upload, one after another (FedScale, arXiv:2105.11367). Clients that miss the
+deadline are ignored, and a void round keeps the model (Bonawitz et al., arXiv:1902.01046); a client may do fewer
+local steps (FedProx, arXiv:1812.06127), or train fewer kernels of each bank, a sub-model as FedRolex
+(arXiv:2212.01548) rolls its windows over a layer.
 """
 
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
-from collections.abc import Callable, Iterable
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from fedfmd.cost import Cost, frozen_bytes, training_flops, training_memory
 from fedfmd.edge.fleet import Client
 
 PROBE_IMAGES = 256
 """Images, at most, on which a client sees which kernels it uses most before it trains these."""
 
+KERNEL_CHOICES = ("rotation", "attention")
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What becomes of clients that can't do all the work within the budget; by default their update is lost.
+
+    Attributes:
+        waits: the budget is ignored: the server waits for the slowest.
+        fewer_steps: a client does as many local steps as fit, at least one.
+        fewer_kernels: a client trains and uploads fewer kernels of each bank, at least one.
+    """
+
+    waits: bool = False
+    fewer_steps: bool = False
+    fewer_kernels: bool = False
+
+
+POLICIES: dict[str, Policy] = {
+    "wait": Policy(waits=True),
+    "drop": Policy(),
+    "partial": Policy(fewer_steps=True),
+    "kernels": Policy(fewer_kernels=True),
+    "partial+kernels": Policy(fewer_steps=True, fewer_kernels=True),
+}
+
 
 @dataclass(frozen=True)
 class Workload:
-    """One client's full round, as counted from its shard and from the model.
+    """One client's full round: its shard, the model, and what travels.
 
     Attributes:
         images: size of the shard, at least 1.
         batch_size: images per local step; an epoch's last batch may be smaller.
         epochs: local epochs, at least 1.
-        train_flops_per_image: FLOPs of forward and backward.
-        infer_flops_per_image: FLOPs of forward.
-        down_bytes: what the client receives.
-        up_bytes: what it sends back.
-        memory_bytes: what training holds at once (parameters, gradients, optimiser, activations).
+        cost: the model's.
+        payload_bytes: of the whole model on the wire, which the client receives; it sends back what it trained.
     """
 
     images: int
     batch_size: int
     epochs: int
-    train_flops_per_image: int
-    infer_flops_per_image: int
-    down_bytes: int
-    up_bytes: int
-    memory_bytes: int
+    cost: Cost
+    payload_bytes: int
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """Batches of an epoch, the short last one included."""
-        return math.ceil(self.images / self.batch_size)
+    def largest_batch(self, memory_bytes: float, kernels: int) -> int:
+        """Images per step that a device can hold, up to `batch_size`; 0 if not even one."""
+        free = memory_bytes - training_memory(self.cost, 0, kernels)
+        return max(0, min(self.batch_size, self.images, int(free // self.cost.activation_bytes)))
 
-    @property
-    def steps(self) -> int:
+    def steps(self, batch_size: int) -> int:
         """Local steps of the full round."""
-        return self.epochs * self.steps_per_epoch
+        return self.epochs * math.ceil(self.images / batch_size)
 
-    def examples(self, steps: int) -> int:
+    def examples(self, steps: int, batch_size: int) -> int:
         """Images that the first `steps` steps process: an epoch's full batches come before its short one."""
-        epochs, rest = divmod(steps, self.steps_per_epoch)
-        return epochs * self.images + rest * self.batch_size
+        epochs, rest = divmod(steps, math.ceil(self.images / batch_size))
+        return epochs * self.images + rest * batch_size
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What every client may spend in a round.
+    """What every client may spend in a round, None being no limit, and whom the server waits for.
 
     Attributes:
-        deadline_s: virtual seconds from the start of a round until the server stops waiting; None: no limit.
-        policy: a name of `POLICIES`: what happens to clients that can't do all the work by the deadline.
+        deadline_s: virtual seconds from the start of a round until the server stops waiting.
+        energy_j: joules.
+        up_bytes: bytes of the upload.
+        policy: a name of `POLICIES`.
+        kernels: for policies with fewer kernels, how many of each bank; 0: as many as fit.
+        kernel_choice: a name of `KERNEL_CHOICES`: in turn, or those that the client's images use most.
+        over_select: how many times the wanted clients are asked; only the first updates count.
+        min_reports: share of the wanted clients below which the round is void.
     """
 
     deadline_s: float | None = None
+    energy_j: float | None = None
+    up_bytes: int | None = None
     policy: str = "partial"
+    kernels: int = 0
+    kernel_choice: str = "rotation"
+    over_select: float = 1.0
+    min_reports: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.policy not in POLICIES:
-            raise ValueError(f"budget.policy = {self.policy!r} is unknown; known: {', '.join(POLICIES)}")
-        if self.deadline_s is not None and not self.deadline_s > 0:
-            raise ValueError(f"budget.deadline-s = {self.deadline_s} must be a positive number of seconds")
+        for setting, value, known in (
+            ("policy", self.policy, POLICIES),
+            ("kernel-choice", self.kernel_choice, KERNEL_CHOICES),
+        ):
+            if value not in known:
+                raise ValueError(f"budget.{setting} = {value!r} is unknown; known: {', '.join(known)}")
+        for setting, limit, unit in (
+            ("deadline-s", self.deadline_s, "seconds"),
+            ("energy-j", self.energy_j, "joules"),
+            ("up-bytes", self.up_bytes, "bytes"),
+        ):
+            if limit is not None and not limit > 0:
+                raise ValueError(f"budget.{setting} = {limit} must be a positive number of {unit}")
+
+    def asked(self, wanted: int) -> int:
+        """How many clients to select where `wanted` updates are."""
+        return _share_of(self.over_select, wanted)
+
+    def needed(self, wanted: int) -> int:
+        """How many of `wanted` updates must arrive, at least one, or the round is void."""
+        return max(1, _share_of(self.min_reports, wanted))
 
 
-@dataclass(frozen=True)
+def _share_of(share: float, count: int) -> int:
+    """Rounded up, but not for what binary fractions add: 1.1 · 10 are 11."""
+    return math.ceil(round(share * count, 9))
+
+
+@dataclass(frozen=True, kw_only=True)
 class WorkPlan:
     """What a client is asked to do in a round, and what that costs on its device and link.
 
     Attributes:
         client: who is asked.
+        latency_s: virtual seconds of inference for one image.
+        kernels: kernels of each bank to train; the others stay frozen.
+        batch_size: images per step, as many as the device can hold.
         steps: local steps to do; 0 if the client is unfit.
         full_steps: local steps of a round without limits.
         examples: images that these steps process.
-        train_flops: FLOPs of these steps.
+        train_flops: FLOPs of these steps, and of finding the kernels that its images use most.
+        down_bytes, up_bytes: what it receives and sends.
         down_s, compute_s, up_s: virtual seconds.
-        energy_j: joules, at the device's power under load all the time: an upper bound for the transfers.
-        latency_s: virtual seconds of inference for one image.
-        status: `ok`; `late`: it works, but its update comes after the deadline and is lost; `unfit`: its
-            device can't hold the training, so it isn't asked.
+        status: `ok`; `late`: it works, but its update is lost, as it comes too late or costs more than the
+            budget; `unfit`: its device can't hold the training, so it isn't asked.
         reason: why it is not `ok`.
     """
 
     client: Client
-    steps: int
-    full_steps: int
-    examples: int
-    train_flops: int
-    down_s: float
-    compute_s: float
-    up_s: float
-    energy_j: float
     latency_s: float
+    kernels: int = 0
+    batch_size: int = 0
+    steps: int = 0
+    full_steps: int = 0
+    examples: int = 0
+    train_flops: int = 0
+    down_bytes: int = 0
+    up_bytes: int = 0
+    down_s: float = 0.0
+    compute_s: float = 0.0
+    up_s: float = 0.0
     status: Literal["ok", "late", "unfit"] = "ok"
     reason: str = ""
 
@@ -113,92 +174,130 @@ class WorkPlan:
         """Virtual seconds from the start of the round until the server has the update."""
         return self.down_s + self.compute_s + self.up_s
 
-
-Policy = Callable[[Client, Workload, float], WorkPlan]
-"""(client, its full workload, deadline in seconds or inf) → plan."""
-
-
-def _wait(client: Client, workload: Workload, _deadline_s: float) -> WorkPlan:
-    """All the work; the server waits for the slowest."""
-    return _work(client, workload, workload.steps)
+    @property
+    def energy_j(self) -> float:
+        """Joules, at the device's power under load all the time: an upper bound for the transfers."""
+        return self.client.device.power_w * self.total_s
 
 
-def _drop(client: Client, workload: Workload, deadline_s: float) -> WorkPlan:
-    """All the work; a late update is lost."""
-    return _judged(_work(client, workload, workload.steps), deadline_s)
+def plan_work(client: Client, workload: Workload, budget: Budget, speed: float = 1.0) -> WorkPlan:
+    """Fit a client's round into its budget and predict what it costs.
 
+    The plan is made for the device's nominal speed, as nobody foresees the round's. It is timed and judged at
+    `speed` times that, so that a plan that fitted may come late.
 
-def _partial(client: Client, workload: Workload, deadline_s: float) -> WorkPlan:
-    """As many steps as fit, at least one; if not even that fits, the update is lost."""
-    in_time = bisect_right(
-        range(1, workload.steps + 1), deadline_s, key=lambda steps: _work(client, workload, steps).total_s
-    )
-    return _judged(_work(client, workload, max(1, in_time)), deadline_s)
-
-
-POLICIES: dict[str, Policy] = {"wait": _wait, "drop": _drop, "partial": _partial}
-
-
-def plan_work(client: Client, workload: Workload, budget: Budget) -> WorkPlan:
-    """Fit a client's round into its budget and predict what it costs."""
-    device = client.device
-    if workload.memory_bytes > device.memory_gb * 1e9:
-        return replace(
-            _work(client, workload, 0),
-            down_s=0.0,
-            up_s=0.0,
-            energy_j=0.0,
+    Of all that fits, the plan has the most images × kernels, and the most kernels among equals. If nothing
+    fits, it has the fewest steps and kernels that the policy allows.
+    """
+    policy, device = POLICIES[budget.policy], client.device
+    memory_bytes = device.memory_gb * 1e9
+    counts = _kernel_counts(workload, budget)
+    plans = [
+        _most_steps(client, workload, budget, kernels, batch_size)
+        for kernels in counts
+        if (batch_size := workload.largest_batch(memory_bytes, kernels))
+    ]
+    if not plans:
+        needed = training_memory(workload.cost, 1, counts[0])
+        return WorkPlan(
+            client=client,
+            latency_s=_latency(client, workload),
             status="unfit",
             reason=f"client {client.id} ({device.name}, {device.memory_gb:g} GB) can't hold the "
-            f"{workload.memory_bytes / 1e9:.3g} GB of training: use a smaller model or train.batch-size",
+            f"{needed / 1e9:.3g} GB of training on single images: use a smaller model",
         )
-    deadline_s = math.inf if budget.deadline_s is None else budget.deadline_s
-    return POLICIES[budget.policy](client, workload, deadline_s)
+    fitting = [plan for plan in plans if not _excess(plan, budget)]
+    best = max(fitting, key=lambda plan: (plan.examples * plan.kernels, plan.kernels), default=plans[0])
+    timed = replace(best, compute_s=best.compute_s / speed)
+    if policy.waits or not (excess := _excess(timed, budget)):
+        return timed
+    return replace(timed, status="late", reason=f"client {client.id} ({device.name}) {excess}")
 
 
-def _work(client: Client, workload: Workload, steps: int) -> WorkPlan:
-    """The plan of `steps` steps, whatever the budget."""
-    device, bandwidth = client.device, client.bandwidth
-    examples = workload.examples(steps)
-    train_flops = examples * workload.train_flops_per_image
-    down_s = workload.down_bytes * 8 / bandwidth.down_bps
-    compute_s = train_flops / (device.train_gflops * 1e9)
-    up_s = workload.up_bytes * 8 / bandwidth.up_bps
+def _kernel_counts(workload: Workload, budget: Budget) -> Sequence[int]:
+    """The numbers of kernels that a client may train, in rising order."""
+    if not POLICIES[budget.policy].fewer_kernels:
+        return [workload.cost.kernels]
+    return [budget.kernels] if budget.kernels else range(1, workload.cost.kernels + 1)
+
+
+def _most_steps(
+    client: Client, workload: Workload, budget: Budget, kernels: int, batch_size: int
+) -> WorkPlan:
+    """The plan for so many kernels: all steps, or those that fit where the policy allows fewer, at least one."""
+
+    def plan(steps: int) -> WorkPlan:
+        return _work(client, workload, budget, kernels, batch_size, steps)
+
+    full = workload.steps(batch_size)
+    if not POLICIES[budget.policy].fewer_steps:
+        return plan(full)
+    fitting = bisect_left(range(1, full + 1), True, key=lambda steps: bool(_excess(plan(steps), budget)))
+    return plan(max(1, fitting))
+
+
+def _work(
+    client: Client, workload: Workload, budget: Budget, kernels: int, batch_size: int, steps: int
+) -> WorkPlan:
+    """What this work costs, at the device's nominal speed."""
+    device, bandwidth, cost = client.device, client.bandwidth, workload.cost
+    examples = workload.examples(steps, batch_size)
+    train_flops = examples * training_flops(cost, kernels)
+    probed = budget.kernel_choice == "attention" and kernels < cost.kernels
+    probe_flops = min(workload.images, PROBE_IMAGES) * cost.flops if probed else 0
+    up_bytes = workload.payload_bytes - frozen_bytes(cost, kernels)
     return WorkPlan(
         client=client,
+        latency_s=_latency(client, workload),
+        kernels=kernels,
+        batch_size=batch_size,
         steps=steps,
-        full_steps=workload.steps,
+        full_steps=workload.steps(batch_size),
         examples=examples,
-        train_flops=train_flops,
-        down_s=down_s,
-        compute_s=compute_s,
-        up_s=up_s,
-        energy_j=device.power_w * (down_s + compute_s + up_s),
-        latency_s=workload.infer_flops_per_image / (device.infer_gflops * 1e9),
+        train_flops=train_flops + probe_flops,
+        down_bytes=workload.payload_bytes,
+        up_bytes=up_bytes,
+        down_s=workload.payload_bytes * 8 / bandwidth.down_bps,
+        compute_s=train_flops / (device.train_gflops * 1e9) + probe_flops / (device.infer_gflops * 1e9),
+        up_s=up_bytes * 8 / bandwidth.up_bps,
     )
 
 
-def _judged(plan: WorkPlan, deadline_s: float) -> WorkPlan:
-    """The plan, marked late if it doesn't meet the deadline."""
-    if plan.total_s <= deadline_s:
-        return plan
-    client = plan.client
-    reason = (
-        f"client {client.id} ({client.device.name}) needs {plan.total_s:.3f} s "
-        f"for {plan.steps} of {plan.full_steps} steps, budget.deadline-s is {deadline_s:g}"
-    )
-    return replace(plan, status="late", reason=reason)
+def _latency(client: Client, workload: Workload) -> float:
+    return workload.cost.flops / (client.device.infer_gflops * 1e9)
 
 
-def round_seconds(plans: Iterable[WorkPlan], budget: Budget) -> float:
-    """Virtual seconds of a round: until the slowest update is there, or the deadline if one is late."""
-    seconds = 0.0
-    for plan in plans:
-        if plan.status == "late" and budget.deadline_s is not None:
-            return budget.deadline_s
-        if plan.status == "ok":
-            seconds = max(seconds, plan.total_s)
-    return seconds
+def _excess(plan: WorkPlan, budget: Budget) -> str:
+    """The first limit that the plan breaks and what it needs instead; "" if it keeps them all."""
+    for setting, need, limit, unit in (
+        ("deadline-s", plan.total_s, budget.deadline_s, "s"),
+        ("energy-j", plan.energy_j, budget.energy_j, "J"),
+        ("up-bytes", plan.up_bytes, budget.up_bytes, "bytes up"),
+    ):
+        if limit is not None and need > limit:
+            shown = f"{need:.3f}" if isinstance(need, float) else str(need)
+            return f"needs {shown} {unit} for {plan.steps} of {plan.full_steps} steps, budget.{setting} is {limit:g}"
+    return ""
+
+
+def keep_first(plans: Iterable[WorkPlan], wanted: int) -> list[WorkPlan]:
+    """The plans, all but the first `wanted` that finish in time being late."""
+    plans = list(plans)
+    finishing = sorted((p for p in plans if p.status == "ok"), key=lambda p: (p.total_s, p.client.id))
+    surplus = {plan.client.id for plan in finishing[wanted:]}
+    reason = f"{wanted} updates came earlier (budget.over-select)"
+    return [
+        replace(plan, status="late", reason=reason) if plan.client.id in surplus else plan for plan in plans
+    ]
+
+
+def round_seconds(plans: Iterable[WorkPlan], budget: Budget, wanted: int) -> float:
+    """Virtual seconds of a round: until `wanted` updates are there, or all clients are ready or out of time."""
+    plans, deadline_s = list(plans), budget.deadline_s or math.inf
+    in_time = [plan.total_s for plan in plans if plan.status == "ok"]
+    if len(in_time) < wanted:
+        in_time += [min(plan.total_s, deadline_s) for plan in plans if plan.status == "late"]
+    return max(in_time, default=0.0)
 
 
 def deal_out(plans: Iterable[WorkPlan], nodes: int) -> list[list[WorkPlan]]:

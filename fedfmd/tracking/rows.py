@@ -34,6 +34,7 @@ class RoundRow:
         latency_s: modelled seconds of inference per image, mean over the clients.
         ies_train, rcs_train: round_s / accuracy, accuracy / round_s.
         ies_infer, rcs_infer: latency_s / accuracy, accuracy / latency_s.
+        status: ok, or void: too few updates came, and the model stayed as it was.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(ser_json_inf_nan="strings")
@@ -60,6 +61,7 @@ class RoundRow:
     rcs_train: float | None = None
     ies_infer: float | None = None
     rcs_infer: float | None = None
+    status: str = "ok"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +74,7 @@ class ClientRow:
         device: name of the device profile.
         status: ok, late, failed or unfit; `reason` says why it is not ok.
         examples, steps: images and local steps of the plan.
-        kernels: kernels of each bank that were trained.
+        kernels: kernels of each bank that are trained; 1 without banks.
         train_flops: of this round; `cum_train_flops` since the start.
         compute_s, down_s, up_s, total_s: by the device and link model; `wall_s` on this machine.
         loss, accuracy: of the client's model on its own shard.

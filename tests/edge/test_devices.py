@@ -27,6 +27,20 @@ def test_a_users_file_adds_rows_and_replaces_rows(tmp_path):
     assert load_devices() == DEVICES
 
 
+def test_a_row_may_say_how_well_convs_run_and_how_reliable_the_device_is(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"x: {BOARD[:-1]}, efficiency: {{fmdconv: 0.5}}, availability: 0.8, jitter: 0.2}}")
+    device = load_devices(file)["x"]
+    assert (device.availability, device.jitter) == (0.8, 0.2)
+    assert (device.running("fmdconv").train_gflops, device.running("fmdconv").infer_gflops) == (9.1, 10)
+    assert (device.running("static").train_gflops, device.running("static").infer_gflops) == (18.2, 20)
+
+
+@pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES.keys())
+def test_built_in_devices_are_always_there_and_steady(device):
+    assert (device.efficiency, device.availability, device.jitter) == ({}, 1, 0)
+
+
 @pytest.mark.parametrize(
     ("text", "named"),
     [
@@ -38,6 +52,14 @@ def test_a_users_file_adds_rows_and_replaces_rows(tmp_path):
         (f"x: {BOARD.replace('power_w', 'watts')}", ["'x'", "'watts'", "power_w"]),
         (f"x: {BOARD.replace('power_w: 6, ', '')}", ["'x'", "'power_w'", "required"]),
         (f"x: {BOARD[:-1]}, estimate: [colour]}}", ["'x'", "'estimate'", "colour"]),
+        (
+            f"x: {BOARD[:-1]}, efficiency: {{fmdcnv: 0.5}}}}",
+            ["'x'", "'efficiency'", "did you mean 'fmdconv'"],
+        ),
+        (f"x: {BOARD[:-1]}, efficiency: {{fmdconv: 0}}}}", ["'x'", "'efficiency'", "greater than 0"]),
+        (f"x: {BOARD[:-1]}, availability: 0}}", ["'x'", "'availability'", "greater than 0"]),
+        (f"x: {BOARD[:-1]}, availability: 1.1}}", ["'x'", "'availability'", "less than or equal to 1"]),
+        (f"x: {BOARD[:-1]}, jitter: -0.1}}", ["'x'", "'jitter'", "greater than or equal to 0"]),
         ("x: 3", ["'x'", "3"]),
         ("just text", ["just text"]),
         ("x: {", ["cannot be read"]),

@@ -14,7 +14,15 @@ FAST = Device("fast", train_gflops=10, infer_gflops=5, memory_gb=1, power_w=20, 
 SLOW = Device("slow", train_gflops=1, infer_gflops=0.5, memory_gb=1, power_w=5, source="")
 TINY = replace(SLOW, name="tiny", memory_gb=1e-6)
 LINK = Bandwidth(down_bps=8e6, up_bps=4e6)
-MODEL = Cost(params=1000, bytes=4000, macs_by_kind={"convolution": 500_000_000}, activation_bytes=1000)
+MODEL = Cost(
+    params=1000,
+    bytes=4000,
+    macs_by_kind={"convolution": 500_000_000},
+    activation_bytes=1000,
+    kernels=3,
+    kernel_params=50_000,
+    kernel_gradient_macs=10_000_000,
+)
 MEGABYTE = 1_000_000
 BEFORE = (10**9, 2 * 10**9, 3 * 10**9)
 
@@ -28,7 +36,7 @@ def federation(make_federation):
         fleet=fleet(FAST, SLOW, FAST),
         sizes=(10, 20, 30),
         cost=MODEL,
-        budget=Budget(50.0, "drop"),
+        budget=Budget(50.0, policy="drop"),
         payload_bytes=MEGABYTE,
     )
 
@@ -49,7 +57,7 @@ def result(client, reason=""):
 
 
 def rows_of(federation, results):
-    return client_rows(7, plan(federation), results, {0: 0, 2: 1}, BEFORE, federation)
+    return client_rows(7, plan(federation), results, {0: 0, 2: 1}, BEFORE)
 
 
 @pytest.fixture
@@ -111,18 +119,28 @@ def test_an_unfit_client_costs_nothing(federation):
     unfit = rows_of(replace(federation, fleet=fleet(TINY, SLOW, FAST)), {})[0]
     assert unfit.status == "unfit"
     assert "can't hold" in unfit.reason
-    assert [unfit.steps, unfit.train_flops, unfit.up_bytes, unfit.down_bytes] == [0] * 4
+    assert [unfit.steps, unfit.kernels, unfit.train_flops, unfit.up_bytes, unfit.down_bytes] == [0] * 5
     assert [unfit.energy_j, unfit.total_s] == [0, 0]
     assert unfit.cum_train_flops == BEFORE[0]
 
 
-def make_round(federation, clients, accuracy=0.8, kernel_entropy=0.9):
+def test_a_client_that_trains_some_kernels_sends_less(federation):
+    budget = Budget(policy="kernels", kernels=1)
+    row = rows_of(replace(federation, budget=budget), {0: result(0)})[0]
+    assert (row.kernels, row.down_bytes) == (1, MEGABYTE)
+    assert row.up_bytes == MEGABYTE - 2 * 4 * 50_000
+    assert row.train_flops == 20 * (3 * 10**9 - 2 * 2 * 10_000_000)
+    assert row.up_s == pytest.approx(2 * 0.6)
+
+
+def make_round(federation, clients, accuracy=0.8, kernel_entropy=0.9, void=False):
     return round_row(
         7,
-        plan(federation),
         clients,
         Evaluation(0.5, accuracy, kernel_entropy),
         federation,
+        round_s=50.0,
+        void=void,
         temperature=12.0,
         virtual_s=100.0,
         best_accuracy=0.85,
@@ -135,7 +153,7 @@ def test_the_round_by_hand(federation, clients):
     expected = RoundRow(
         round=7,
         virtual_s=150.0,
-        round_s=50.0,  # the server waits for the late client until the deadline
+        round_s=50.0,
         wall_s=3.0,
         loss=0.5,
         accuracy=0.8,
@@ -159,11 +177,9 @@ def test_the_round_by_hand(federation, clients):
     assert asdict(make_round(federation, clients)) == pytest.approx(asdict(expected))
 
 
-def test_without_a_deadline_the_slowest_decides(federation):
-    patient = replace(federation, budget=Budget(None, "wait"))
-    row = make_round(patient, rows_of(patient, {id: result(id) for id in range(3)}))
-    assert row.round_s == pytest.approx(123)
-    assert (row.clients_ok, row.clients_late, row.clients_failed) == (3, 0, 0)
+@pytest.mark.parametrize(("void", "status"), [(False, "ok"), (True, "void")])
+def test_a_round_says_whether_it_was_void(federation, clients, void, status):
+    assert make_round(federation, clients, void=void).status == status
 
 
 def test_unfit_clients_count_as_failed(federation):

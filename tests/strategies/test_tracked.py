@@ -10,7 +10,7 @@ import strategies.tracked
 from fedfmd.edge import plan_work
 from fedfmd.errors import RunError, SettingsError
 from fedfmd.tracking import RunFolder, latest_checkpoint, read_clients, read_rounds
-from fedfmd.wire import pack, read_instruction, to_record
+from fedfmd.wire import BY_ATTENTION, pack, read_instruction, to_record
 from strategies import TrackedStrategy, make_strategy
 from strategies.nodes import Node
 
@@ -24,11 +24,11 @@ def workers(count):
     return tuple(Node(100 + rank, rank, None, 0, "") for rank in range(count))
 
 
-def asked(strategy, server_round, nodes):
+def asked(strategy, server_round, nodes, time_s=0.0):
     """Node id -> the instruction it gets in the round."""
     strategy.nodes = nodes
     arrays = to_record(pack(strategy.federation.model))
-    messages = strategy.configure_train(server_round, arrays, ConfigRecord(), grid=None)
+    messages = strategy.configure_train(server_round, arrays, ConfigRecord({"virtual-s": time_s}), grid=None)
     return {message.metadata.dst_node_id: read_instruction(message.content)[0] for message in messages}
 
 
@@ -66,6 +66,7 @@ def test_a_node_is_told_its_clients_plans_and_the_round(make, make_federation, m
         assert instruction.temperature == 15.5  # half the way from 30 to 1
         for assignment in instruction.assignments:
             assert assignment.steps == -(-federation.sizes[assignment.client] // 32)
+            assert (assignment.batch_size, assignment.kernels) == (32, 1)
 
 
 def test_a_run_takes_the_mean_of_its_clients(make, make_federation, make_grid):
@@ -207,6 +208,137 @@ def test_a_fleet_that_cannot_hold_the_model_stops_with_the_reason(make, make_fed
 
 def box(client, **told):
     return {"client": client, "rank": client, "images": 10 * (client + 1)} | told
+
+
+KERNELS = {"model.conv": "fmdconv", "model.kernels": 3, "budget.policy": "kernels", "budget.kernels": 2}
+
+
+def test_kernels_rotate_over_rounds_and_clients(make, make_federation, make_grid):
+    make_grid([])
+    strategy = make(make_federation(KERNELS))
+    for server_round in (1, 2, 3):
+        (instruction,) = asked(strategy, server_round, workers(1)).values()
+        assert [(a.client, a.kernels, a.first_kernel) for a in instruction.assignments] == [
+            (client, 2, (server_round + client) % 3) for client in range(3)
+        ]
+
+
+def test_by_attention_the_clients_choose(make, make_federation, make_grid):
+    make_grid([])
+    strategy = make(make_federation(KERNELS | {"budget.kernel-choice": "attention"}))
+    (instruction,) = asked(strategy, 1, workers(1)).values()
+    assert {a.first_kernel for a in instruction.assignments} == {BY_ATTENTION}
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_each_kernel_is_averaged_over_the_clients_that_trained_it(make, make_federation, make_grid, nodes):
+    """Client c has 10 (c + 1) images and adds c + 1. In round 1 it trains kernel 1 + c of three alone, if it is
+    there: client 1, who fails, is the only one for kernel 2.
+    """
+    federation = make_federation(KERNELS | {"budget.kernels": 1, "server.rounds": 1})
+    before = pack(federation.model)
+    strategy = make(federation)
+    grid = make_grid(
+        [{"rank": rank, "nodes": nodes} for rank in range(nodes)],
+        behave=lambda client, server_round: "no power" if client == 1 else "",
+    )
+    strategy.run(grid)
+    after = pack(federation.model)
+    bank = "layer1.0.conv1.bank"
+    grown = {name: np.mean(after[name] - before[name]) for name in after}
+    assert [grown[f"{bank}.{k}"] for k in (0, 1)] == pytest.approx([3, 1], abs=1e-5)
+    assert np.array_equal(after[f"{bank}.2"], before[f"{bank}.2"])
+    assert grown["fc.bias"] == pytest.approx((1 + 9) / 4, abs=1e-5)
+    _, clients = rows(strategy)
+    assert [row.kernels for row in clients] == [1, 1, 1]
+    whole, kernel = federation.payload_bytes, federation.cost.kernel_params * 4
+    assert [row.up_bytes for row in clients] == [whole - 2 * kernel] * 3
+    assert [row.down_bytes for row in clients] == [whole] * 3
+
+
+def test_clients_that_are_away_are_not_picked(make, make_federation, make_grid, tmp_path):
+    make_grid([])
+    trace = tmp_path / "trace.csv"
+    trace.write_text("client,start_s,end_s\n0,0,10\n1,5,20\n")
+    strategy = make(make_federation({"fleet.trace": str(trace), "server.clients-per-round": 2}))
+    assert clients_of(asked(strategy, 1, workers(1), time_s=0.0)) == [0, 2]
+    assert clients_of(asked(strategy, 1, workers(1), time_s=12.0)) == [1, 2]
+    assert {tuple(clients_of(asked(strategy, r, workers(1), time_s=7.0))) for r in range(1, 20)} == {
+        (0, 1),
+        (0, 2),
+        (1, 2),
+    }
+
+
+def test_a_round_with_nobody_there_is_void_and_waits_for_the_next_window(
+    make, make_federation, make_grid, tmp_path, caplog
+):
+    trace = tmp_path / "trace.csv"
+    trace.write_text("client,start_s,end_s\n" + "".join(f"{client},25,1000\n" for client in range(3)))
+    federation = make_federation({"fleet.trace": str(trace)})
+    strategy = make(federation)
+    with caplog.at_level(logging.INFO, "fedfmd"):
+        strategy.run(make_grid())
+    rounds, clients = rows(strategy)
+    assert [(row.status, row.clients_ok) for row in rounds] == [("void", 0), ("ok", 3)]
+    assert (rounds[0].round_s, rounds[0].virtual_s) == (25, 25)
+    assert {row.round for row in clients} == {2}
+    assert any(line.startswith("round 1/2") and line.endswith("void") for line in caplog.messages)
+
+
+@pytest.mark.parametrize(("deadline_s", "seconds"), [(0, 60), (7, 7)])
+def test_where_the_dice_leave_nobody_the_server_tries_again(
+    make, make_federation, make_grid, deadline_s, seconds
+):
+    strategy = make(make_federation({"fleet.availability": 1e-9, "budget.deadline-s": deadline_s}))
+    strategy.run(make_grid())
+    assert [(row.status, row.round_s) for row in rows(strategy)[0]] == [("void", seconds)] * 2
+
+
+def test_a_round_with_too_few_reports_keeps_the_model(make, make_federation, make_grid, caplog):
+    federation = make_federation({"budget.min-reports": 0.9})
+    before = pack(federation.model)
+    strategy = make(federation)
+    behave = lambda client, server_round: "no power" if server_round == client == 1 else ""  # noqa: E731
+    with caplog.at_level(logging.INFO, "fedfmd"):
+        strategy.run(make_grid(behave=behave))
+    rounds, _ = rows(strategy)
+    assert [(row.status, row.clients_ok) for row in rounds] == [("void", 2), ("ok", 3)]
+    np.testing.assert_allclose(
+        pack(federation.model)["fc.bias"], before["fc.bias"] + 14 / 6, rtol=1e-5, atol=1e-5
+    )
+    lines = [line for line in caplog.messages if line.startswith(("round 1/2", "round 2/2"))]
+    assert [line.endswith("void") for line in lines] == [True, False]
+
+
+def test_of_too_many_clients_the_first_are_kept(make, make_federation, make_grid):
+    settings = {"server.clients-per-round": 2, "budget.over-select": 1.5, "budget.policy": "wait"}
+    strategy = make(make_federation(settings))
+    strategy.run(make_grid())
+    rounds, clients = rows(strategy)
+    assert [(row.clients_ok, row.clients_late) for row in rounds] == [(2, 1), (2, 1)]
+    for row in rounds:
+        mine = [client for client in clients if client.round == row.round]
+        kept = [client.total_s for client in mine if client.status == "ok"]
+        (late,) = (client for client in mine if client.status == "late")
+        assert row.round_s == pytest.approx(max(kept))
+        assert late.total_s >= max(kept)
+        assert late.reason == "2 updates came earlier (budget.over-select)"
+
+
+def test_speeds_change_from_round_to_round_and_are_the_same_each_time(make, make_federation, make_grid):
+    federation = make_federation({"fleet.jitter": 0.5})
+    strategy = make(federation)
+    strategy.run(make_grid())
+    _, clients = rows(strategy)
+    assert len({row.compute_s for row in clients}) == 6
+    nominal = [
+        plan_work(owner, federation.workload(owner.id), federation.budget).compute_s
+        for owner in federation.fleet.clients
+    ]
+    for row in clients:
+        speed = federation.fleet.speed(row.round, federation.fleet.clients[row.client])
+        assert row.compute_s == pytest.approx(nominal[row.client] / speed)
 
 
 def test_boxes_are_planned_by_their_own_images_and_devices(make, make_federation, make_grid, caplog):
