@@ -1,5 +1,6 @@
-"""Dynamic convolutions: the operators, their factory, temperature, diagnostics and reference checkpoints."""
+"""Dynamic convolutions: the operators, their factory, temperature, diagnostics, ablation, reference weights."""
 
+from fedfmd.conv.ablation import only_attentions, recorded_attentions
 from fedfmd.conv.diagnostics import AttentionRecord, record_attention
 from fedfmd.conv.factory import CONVS, make_conv
 from fedfmd.conv.layers import CondConv2d, DyConv2d, DynamicConv2d, FMDConv2d, ODConv2d
@@ -19,6 +20,8 @@ __all__ = [
     "TemperatureSchedule",
     "load_reference_state_dict",
     "make_conv",
+    "only_attentions",
     "record_attention",
+    "recorded_attentions",
     "set_temperature",
 ]
