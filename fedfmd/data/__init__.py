@@ -5,7 +5,7 @@ so that importing this package costs no more than importing torch.
 """
 
 from fedfmd.data.batches import batches
-from fedfmd.data.images import Dataset, ImageSet, load_image_set
+from fedfmd.data.images import Dataset, ImageSet, load_image_set, read_image
 from fedfmd.data.partition import (
     Partition,
     cached_partition,
@@ -30,5 +30,6 @@ __all__ = [
     "load_partition",
     "make_partition",
     "plot_partition",
+    "read_image",
     "save_partition",
 ]

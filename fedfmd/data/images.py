@@ -89,6 +89,22 @@ def fit(images: Tensor, size: int) -> Tensor:
     )
 
 
+def read_image(path: Path, size: int) -> Tensor:
+    """Decode a file in RGB and `fit` it: uint8 3 x size x size.
+
+    Raises:
+        ValueError: one line that starts with the path.
+    """
+    from torchvision.datasets.folder import default_loader
+    from torchvision.transforms.functional import pil_to_tensor
+
+    try:
+        image = default_loader(path)
+    except OSError as error:
+        raise ValueError(f"{path}: not a readable image ({error}); replace or remove it") from None
+    return fit(pil_to_tensor(image)[None], size)[0]
+
+
 def load_image_set(
     path: Path, image_size: int | None = None, class_names: Sequence[str] | None = None
 ) -> ImageSet:
@@ -140,7 +156,6 @@ def _read_npz(path: Path, image_size: int | None, class_names: Sequence[str] | N
 
 def _read_folder(path: Path, image_size: int, class_names: Sequence[str] | None) -> ImageSet:
     from torchvision.datasets import ImageFolder
-    from torchvision.transforms.functional import pil_to_tensor
 
     try:
         folder = ImageFolder(path)
@@ -151,11 +166,7 @@ def _read_folder(path: Path, image_size: int, class_names: Sequence[str] | None)
         raise ValueError(f"{path}: class folders {', '.join(unknown)} are not among {', '.join(names)}")
     images = torch.empty(len(folder), 3, image_size, image_size, dtype=torch.uint8)
     for index, (file, _) in enumerate(folder.samples):
-        try:
-            image = folder.loader(file)
-        except OSError as error:
-            raise ValueError(f"{file}: not a readable image ({error}); replace or remove it") from None
-        images[index] = fit(pil_to_tensor(image)[None], image_size)[0]
+        images[index] = read_image(Path(file), image_size)
     label_of = torch.tensor([names.index(name) for name in folder.classes])
     return ImageSet(images, label_of[torch.tensor(folder.targets)])
 

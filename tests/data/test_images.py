@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fedfmd.data import ImageSet, load_image_set
+from fedfmd.data import ImageSet, load_image_set, read_image
 from fedfmd.data.images import channel_statistics
 
 
@@ -132,6 +132,12 @@ def test_folder_without_images_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=f"{tmp_path}: .*empty"):
         load_image_set(tmp_path)
+
+
+def test_an_image_of_any_mode_is_read_in_rgb_and_its_centre_cut(tmp_path):
+    grey = Image.fromarray(np.array([[9, 50, 50, 9]] * 2, np.uint8))
+    grey.save(tmp_path / "wide.png")
+    assert torch.equal(read_image(tmp_path / "wide.png", 2), torch.full((3, 2, 2), 50, dtype=torch.uint8))
 
 
 def test_damaged_image_is_named(folder):
