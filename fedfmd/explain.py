@@ -1,0 +1,81 @@
+"""Where a network looks: Grad-CAM++ maps of its classes on given images."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+FINE_ENOUGH = 7
+"""Pixels per side of the maps that Grad-CAM++ is used with on ImageNet (a ResNet's last stage at 224 × 224)."""
+
+
+def feature_layers(model: nn.Module) -> tuple[str, ...]:
+    """The stages and residual blocks of a network of `fedfmd.models`: `layer1`, `layer1.0`, … in order."""
+    return tuple(name for name, _ in model.named_modules() if re.fullmatch(r"layer\d+(\.\d+)?", name))
+
+
+@torch.no_grad()
+def default_layer(model: nn.Sequential, images: Tensor) -> str:
+    """The deepest stage with features of at least 7 × 7 for these images, or the first if there is none.
+
+    Deeper features are closer to the class, but small images leave too few of them to show a place: the last
+    stage of a ResNet-18 has 4 × 4 at 32 × 32 pixels.
+    """
+    stages, chosen, x = feature_layers(model), "", images[:1]
+    for name, module in model.named_children():
+        x = module(x)
+        if name in stages and (not chosen or min(x.shape[2:]) >= FINE_ENOUGH):
+            chosen = name
+    return chosen
+
+
+def grad_cam_pp(model: nn.Module, layer: str, images: Tensor, classes: Tensor | None = None) -> Tensor:
+    """Grad-CAM++ (Chattopadhay et al., WACV 2018, arXiv:1710.11063): how much each pixel speaks for a class.
+
+    With the layer's features A ≥ 0 and the gradient g = ∂S/∂A of the class's logit S, channel k has the weight
+    w_k = Σ_ij relu(g_ij) / (2 + g_ij Σ_ab A_ab), and the map is Σ_k w_k A^k. This is the paper's closed form for
+    the score exp(S), with numerator and denominator of α divided by g², and without the factor exp(S), which
+    cancels when the map is scaled. It takes S to be piecewise linear in A: that holds between the last stage
+    and the logits; from earlier layers on, normalisation by group and attention make it an approximation.
+
+    Args:
+        model: a classifier in evaluation mode; nothing of it is changed.
+        layer: name of the submodule whose (last) output is explained (see `feature_layers`).
+        images: N × 3 × H × W, normalised as the model expects.
+        classes: int64 N, the class to explain in each image; by default the predicted one.
+
+    Returns:
+        N × H × W in [0, 1]: bilinear from the layer's resolution to the images', each map divided by its
+        highest value. A map of an image where nothing speaks for the class is 0.
+
+    Raises:
+        AttributeError: no such layer.
+        ValueError: a layer whose output is no feature maps, or has negative values.
+    """
+    features: list[Tensor] = []
+
+    def start_here(_module: nn.Module, _inputs: object, out: Tensor) -> Tensor:
+        features.append(out.detach().requires_grad_())
+        return features[-1].clone()  # what follows may work in place
+
+    handle = model.get_submodule(layer).register_forward_hook(start_here)
+    try:
+        with torch.enable_grad():
+            logits = model(images)
+            chosen = logits.argmax(1) if classes is None else classes
+            score = logits.gather(1, chosen[:, None]).sum()
+    finally:
+        handle.remove()
+    maps = features[-1]
+    if maps.ndim != 4 or (maps < 0).any():
+        raise ValueError(f"layer = {layer!r}: Grad-CAM++ needs feature maps without negative values")
+    (gradient,) = torch.autograd.grad(score, maps)
+    maps = maps.detach()
+    rising = gradient.relu()
+    weights = (rising / (2 + rising * maps.sum((2, 3), keepdim=True))).sum((2, 3), keepdim=True)
+    cam = F.interpolate((weights * maps).sum(1, keepdim=True), images.shape[2:], mode="bilinear")[:, 0]
+    highest = cam.amax((1, 2), keepdim=True)
+    return cam / torch.where(highest > 0, highest, 1)
