@@ -165,6 +165,29 @@ def export(
     typer.echo(export_checkpoint(checkpoint, target.value, out, image_size))
 
 
+@cli.command(epilog="Example: fedfmd cam runs/quickstart-0123abcd/checkpoints/round-00015.safetensors test:3")
+def cam(
+    checkpoint: Annotated[Path, typer.Argument(help="A run's checkpoints/round-….safetensors.")],
+    images: Annotated[
+        list[str], typer.Argument(help="Image files, or test:3 for image 3 of the run's test set.")
+    ],
+    out: Annotated[Path, typer.Option(dir_okay=False, help="Picture to write (PNG).")] = Path("cam.png"),
+    layer: Annotated[
+        str | None,
+        typer.Option(
+            help="Stage or residual block, such as layer2; by default the deepest with 7×7 or more."
+        ),
+    ] = None,
+    class_index: Annotated[
+        int | None, typer.Option("--class", help="Class to explain; by default each image's predicted one.")
+    ] = None,
+) -> None:
+    """Draw where a trained model looks (Grad-CAM++), with each of its attentions alone and with all."""
+    from fedfmd.experiment.cam import write_cam
+
+    typer.echo(write_cam(checkpoint, images, out, layer, class_index))
+
+
 def main() -> None:
     """Entry point: a user's mistake ends in one line and exit status 2, a failed run in one line and 1."""
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")

@@ -46,3 +46,18 @@ def write_yaml(tmp_path):
         return path
 
     return write
+
+
+@pytest.fixture
+def write_checkpoint(tiny_settings, tmp_path):
+    """Writes a checkpoint of an untrained model of the tiny settings; changes as dotted keys."""
+    from fedfmd.federation import build_model
+    from fedfmd.tracking import save_checkpoint
+
+    def write(**changes):
+        settings = tiny_settings(**changes)
+        state = build_model(settings, classes=10).state_dict()
+        save_checkpoint(tmp_path, 7, state, {}, settings.flat())
+        return tmp_path / "round-00007.safetensors"
+
+    return write

@@ -4,6 +4,7 @@ import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from fedfmd import cli
 from fedfmd.conv import CONVS
@@ -198,6 +199,65 @@ def test_export_prints_the_file(fedfmd, monkeypatch, tmp_path):
 
 def test_export_of_a_missing_checkpoint_is_one_line(fedfmd):
     status, _, err = fedfmd("export", "none.safetensors")
+    assert status == 2
+    assert err.startswith("fedfmd: cannot read the checkpoint: ")
+    assert err.count("\n") == 1
+
+
+def wide_runs(row):
+    """How many runs of more than 100 pixels that aren't white a row of a picture has."""
+    inked = np.concatenate([[0], (row != 255).any(1), [0]]).astype(int)
+    starts, ends = np.flatnonzero(np.diff(inked) == 1), np.flatnonzero(np.diff(inked) == -1)
+    return int((ends - starts > 100).sum())
+
+
+@pytest.mark.parametrize(("conv", "panels"), [("fmdconv", 5), ("dyconv", 2), ("static", 2)])
+def test_cam_draws_a_row_per_image_and_a_column_per_attention(
+    conv, panels, fedfmd, write_checkpoint, tmp_path
+):
+    Image.new("RGB", (20, 30), "red").save(tmp_path / "red.png")
+    Image.new("RGB", (8, 8), "blue").save(tmp_path / "blue.png")
+    checkpoint = write_checkpoint(**{"model.conv": conv})
+    status, out, err = fedfmd("cam", checkpoint, "red.png", "blue.png", "test:3", "--out", "maps.png")
+    assert (status, out, err) == (0, "maps.png\n", "")
+    pixels = np.asarray(Image.open(tmp_path / "maps.png").convert("RGB"))
+    (red_y, red_x), (blue_y, blue_x) = (
+        np.argwhere((pixels == colour).all(2)).mean(0) for colour in ([255, 0, 0], [0, 0, 255])
+    )
+    assert red_x == pytest.approx(blue_x, abs=2)
+    assert red_x < pixels.shape[1] / panels
+    assert red_y < blue_y
+    assert [wide_runs(pixels[round(y)]) for y in (red_y, blue_y, 2 * blue_y - red_y)] == [panels] * 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["none.png"], "none.png: no such image; give a file, or test:N for "),
+        (["test:360"], "test:360: the run's test set has the images 0..359\n"),
+        (["round-00007.json"], "round-00007.json: not a readable image ("),
+        (["test:0", "--class", "10"], "--class = 10: the classes are 0..9\n"),
+        (["test:0", "--class", "-1"], "--class = -1: the classes are 0..9\n"),
+        (
+            ["test:0", "--layer", "layr2"],
+            "--layer = 'layr2': must be one of layer1, layer1.0, layer2, layer2.0, layer3, layer3.0; "
+            "did you mean 'layer2'?\n",
+        ),
+    ],
+)
+def test_cam_of_unusable_input_is_one_line(arguments, message, fedfmd, write_checkpoint, tmp_path):
+    status, out, err = fedfmd("cam", write_checkpoint(), *arguments)
+    assert (status, out) == (2, "")
+    assert err.startswith(f"fedfmd: {message}")
+    assert err.count("\n") == 1
+    assert not (tmp_path / "cam.png").exists()
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no checkpoint"])
+def test_cam_of_what_is_no_checkpoint_is_one_line(content, fedfmd, tmp_path):
+    if content is not None:
+        (tmp_path / "file.safetensors").write_bytes(content)
+    status, _, err = fedfmd("cam", "file.safetensors", "test:0")
     assert status == 2
     assert err.startswith("fedfmd: cannot read the checkpoint: ")
     assert err.count("\n") == 1
