@@ -22,6 +22,9 @@ from fedfmd.federation import build_dataset
 TYPICAL_IMAGES = 128
 """Images of the training set over which an attention that is switched off is averaged."""
 
+LINE = 30
+"""Characters that fit above a picture."""
+
 UNLABELLED = -1
 """The label of an image of unknown class."""
 
@@ -111,20 +114,24 @@ def plot_cam(
     figure.suptitle(f"Grad-CAM++ at {layer}", fontsize=11)
     grid = figure.subplots(count, width, squeeze=False)
     for axes, heading in zip(grid[0], ("image", *(column.title for column in columns)), strict=True):
-        axes.annotate(heading, (0.5, 1.17), xycoords="axes fraction", ha="center", weight="bold", fontsize=9)
+        axes.set_title(heading, weight="bold", fontsize=9)
     for row, (original, *overlays) in enumerate(grid):
         label, explained = int(shown.labels[row]), int(classes[row])
         original.imshow(shown.images[row].permute(1, 2, 0).numpy())
         known = "" if label == UNLABELLED else f" (label {class_names[label]})"
-        original.set_title(fill(f"{names[row]}{known}", 32), fontsize=8)
-        original.set_ylabel(f"maps of class {class_names[explained]}", fontsize=8)
+        original.set_xlabel(fill(f"{names[row]}{known}", LINE), fontsize=8)
+        original.set_ylabel(fill(f"maps of class {class_names[explained]}", LINE), fontsize=8)
         for axes, column in zip(overlays, columns, strict=True):
             axes.imshow(shown.images[row].float().mean(0).numpy(), cmap="gray", vmin=0, vmax=255)
             heat = axes.imshow(column.maps[row].numpy(), cmap="turbo", vmin=0, vmax=1, alpha=0.55)
-            axes.set_title(_prediction(column.probabilities[row], explained, class_names), fontsize=8)
+            prediction = _prediction(column.probabilities[row], explained, class_names)
+            axes.set_xlabel(fill(prediction, LINE), fontsize=8)
     for axes in grid.flat:
         axes.set(xticks=[], yticks=[])
-    figure.colorbar(heat, ax=grid, label="speaks for the class (1 = most in this map)", aspect=15 * count)
+        axes.xaxis.set_label_position("top")
+    bar = figure.colorbar(heat, ax=grid, aspect=15 * count)
+    bar.set_label("share of the map's highest value", fontsize=8)
+    bar.ax.tick_params(labelsize=8)
     return figure
 
 

@@ -52,14 +52,14 @@ def test_the_grid_names_images_classes_and_predictions():
     figure.savefig(BytesIO(), format="png")
     *grid, bar = figure.axes
     assert figure.get_suptitle() == "Grad-CAM++ at layer2"
-    assert [axes.texts[0].get_text() for axes in grid[:3]] == ["image", "kernel only", "all"]
-    assert [axes.get_title() for axes in grid] == [
+    assert [axes.get_title() for axes in grid[:3]] == ["image", "kernel only", "all"]
+    assert [axes.get_xlabel() for axes in grid] == [
         *("test:3 (label dog)", "dog: 75%", "cat: 75%, dog: 25%"),
         *("pet.png", "cat: 60%", "dog: 60%, cat: 40%"),
     ]
     assert [grid[row].get_ylabel() for row in (0, 3)] == ["maps of class dog", "maps of class cat"]
     assert torch.equal(torch.from_numpy(grid[5].images[1].get_array().filled()), maps[1] / 2)
-    assert bar.get_ylabel() == "speaks for the class (1 = most in this map)"
+    assert bar.get_ylabel() == "share of the map's highest value"
 
 
 @pytest.mark.parametrize(
