@@ -47,12 +47,26 @@ class Assignment:
 
 @dataclass(frozen=True)
 class Instruction:
-    """A node's part of a round."""
+    """A node's part of a round.
+
+    Attributes:
+        round, lr, temperature: of all its clients.
+        assignments: its clients' work.
+        normalised: each client's update of parameters is divided by its effective steps (FedNova).
+        local_norm: a client trains its own normalisation layers, which it keeps (FedBN).
+        run: a name of the run, under which clients keep what they need in later rounds; "" if nothing is kept.
+    """
 
     round: int
     lr: float
     temperature: float
     assignments: tuple[Assignment, ...]
+    normalised: bool = False
+    local_norm: bool = False
+    run: str = ""
+
+
+SCALARS = tuple(field.name for field in fields(Instruction) if field.name != "assignments")
 
 
 @dataclass(frozen=True)
@@ -186,26 +200,16 @@ def from_record(record: ArrayRecord) -> Arrays:
 
 def write_instruction(instruction: Instruction, arrays: ArrayRecord) -> RecordDict:
     """Pack a node's part of a round; `arrays` (the global state) may be shared between messages."""
-    config = ConfigRecord(
-        {
-            "round": instruction.round,
-            "lr": instruction.lr,
-            "temperature": instruction.temperature,
-            **_columns(instruction.assignments, Assignment),
-        }
-    )
-    return RecordDict({ARRAYS: arrays, CONFIG: config})
+    scalars = {name: getattr(instruction, name) for name in SCALARS}
+    columns = _columns(instruction.assignments, Assignment)
+    return RecordDict({ARRAYS: arrays, CONFIG: ConfigRecord(scalars | columns)})
 
 
 def read_instruction(content: RecordDict) -> tuple[Instruction, Arrays]:
     """Unpack a node's part of a round and the global arrays."""
     config = content[CONFIG]
-    instruction = Instruction(
-        round=int(config["round"]),
-        lr=float(config["lr"]),
-        temperature=float(config["temperature"]),
-        assignments=tuple(_rows(config, Assignment)),
-    )
+    scalars = {name: config[name] for name in SCALARS}
+    instruction = Instruction(assignments=tuple(_rows(config, Assignment)), **scalars)
     return instruction, from_record(content[ARRAYS])
 
 

@@ -137,8 +137,10 @@ def test_payload_is_what_the_values_need():
     assert payload_bytes({"w": np.zeros((2, 3), np.float32), "n": np.array(1)}) == 2 * 3 * 4 + 8
 
 
-def test_an_instruction_comes_back_with_its_arrays():
-    instruction = Instruction(4, 0.05, 21.5, (Assignment(7, 12, 32, 4), Assignment(2, 1, 8, 1, BY_ATTENTION)))
+@pytest.mark.parametrize("how", [{}, {"normalised": True}, {"local_norm": True, "run": "a-3"}])
+def test_an_instruction_comes_back_with_its_arrays(how):
+    work = Assignment(7, 12, 32, 4), Assignment(2, 1, 8, 1, BY_ATTENTION)
+    instruction = Instruction(4, 0.05, 21.5, work, **how)
     read, arrays = read_instruction(write_instruction(instruction, to_record({"w": np.arange(3.0)})))
     assert read == instruction
     assert np.array_equal(arrays["w"], np.arange(3.0))
