@@ -1,0 +1,214 @@
+"""Run folders as a report reads them: which of them can be compared, and how they differ."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedfmd.conv import CONVS
+from fedfmd.cost import Cost, count
+from fedfmd.data.files import read_npz
+from fedfmd.errors import SettingsError
+from fedfmd.federation import build_dataset, build_model
+from fedfmd.settings import DataSettings, Settings, read_yaml
+from fedfmd.tracking import ClientRow, RoundRow, read_clients, read_rounds
+
+TASK = ("data.", "partition.")
+"""Settings that say what is to be learnt; runs that differ in them solve different tasks."""
+
+CIFAR = {"cifar10": (10, 32), "cifar100": (100, 32)}
+"""Classes and pixels of the data sets whose images a report needn't have."""
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A run folder with at least one finished round.
+
+    Attributes:
+        folder: where it lies.
+        settings: all of them.
+        rounds: rows of rounds.csv.
+        clients: rows of clients.csv, of these rounds; none if there is no such file.
+        label_counts: images, clients x classes; None if there is no partition.npz.
+        environment: environment.json; empty if there is none.
+        cost: what the network costs for one image; None if its data set is not on this machine.
+        task: how its data and their split differ from the other runs', such as `alpha 0.1`.
+        variant: how it differs in all else but the seed, such as `fmdconv, kernels 2`.
+    """
+
+    folder: Path
+    settings: Settings
+    rounds: tuple[RoundRow, ...]
+    clients: tuple[ClientRow, ...] = ()
+    label_counts: np.ndarray | None = None
+    environment: dict[str, Any] = field(default_factory=dict)
+    cost: Cost | None = None
+    task: str = ""
+    variant: str = ""
+
+    @property
+    def label(self) -> str:
+        """All in which it differs from the other runs, the seed aside."""
+        return ", ".join(filter(None, (self.variant, self.task))) or "all runs"
+
+    @property
+    def conv(self) -> str:
+        """Its convolution."""
+        return self.settings.model.conv
+
+    @property
+    def seed(self) -> int:
+        """Its seed."""
+        return self.settings.seed
+
+    @property
+    def finished(self) -> bool:
+        """Whether it did all its rounds."""
+        return self.rounds[-1].round >= self.settings.server.rounds
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The runs that can be compared, and `notes` on what was left out or is to be known of them."""
+
+    runs: tuple[Run, ...]
+    notes: tuple[str, ...]
+
+
+def read_comparison(folders: Iterable[Path]) -> Comparison:
+    """Read every run below these folders.
+
+    Unfinished runs are left out, unless there are no others; so is a run whose settings another one has.
+
+    Raises:
+        SettingsError: there is no run with a finished round, or a file of one can't be read.
+    """
+    folders = list(folders)
+    found = sorted(
+        {
+            path.parent.resolve()
+            for folder in folders
+            for name in ("rounds.csv", "environment.json")
+            for path in folder.rglob(name)
+        }
+    )
+    read = [(folder, _read(folder)) for folder in found]
+    started = [run for _, run in read if run]
+    if not started:
+        raise SettingsError(f"no run with a finished round below {', '.join(map(str, folders))}")
+    unfinished = [run for run in started if not run.finished]
+    finished = [run for run in started if run.finished]
+    states = [f"{folder.name} (no round)" for folder, run in read if run is None]
+    states += [f"{run.folder.name} ({_state(run)})" for run in unfinished]
+    notes = []
+    if states:
+        treatment = "left out" if finished else "compared as far as they are, because no run is finished"
+        notes.append(f"Unfinished runs, {treatment}: {', '.join(states)}.")
+    runs, twins = _without_twins(finished or unfinished)
+    if twins:
+        names = ", ".join(run.folder.name for run in twins)
+        notes.append(f"Left out, because another run has the same settings: {names}.")
+    commits = sorted({str(run.environment.get("commit"))[:12] for run in runs if run.environment})
+    if len(commits) > 1:
+        notes.append(f"The runs come from different code: commits {', '.join(commits)}.")
+    return Comparison(_labelled(runs), tuple(notes))
+
+
+def _read(folder: Path) -> Run | None:
+    """A run, or None if no round has an accuracy."""
+    settings = Settings.from_mapping(read_yaml(folder / "settings.yaml"))
+    rounds = _rows(read_rounds, folder / "rounds.csv")
+    if all(row.accuracy is None for row in rounds):
+        return None
+    clients = _rows(read_clients, folder / "clients.csv")
+    split, environment = folder / "partition.npz", folder / "environment.json"
+    try:
+        counts = read_npz(split, "label_counts")[0] if split.exists() else None
+        known = json.loads(environment.read_text(encoding="utf-8")) if environment.exists() else {}
+    except ValueError as error:
+        raise SettingsError(f"{folder}: {error}") from None
+    return Run(
+        folder,
+        settings,
+        tuple(rounds),
+        tuple(row for row in clients if row.round <= rounds[-1].round),
+        counts,
+        known,
+        _cost(settings.model_copy(update={"seed": 0, "run_dir": ""})),
+    )
+
+
+def _rows(read: Callable[[Path], list], path: Path) -> list:
+    try:
+        return read(path) if path.exists() else []
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
+
+
+@lru_cache
+def _cost(settings: Settings) -> Cost | None:
+    """Count the network of these settings, None where its data set can't be loaded."""
+    try:
+        classes, pixels = _shape(settings.data)
+    except SettingsError:
+        return None
+    return count(build_model(settings, classes), pixels)
+
+
+def _shape(data: DataSettings) -> tuple[int, int]:
+    """Number of classes; height and width in pixels."""
+    if data.dataset in CIFAR:
+        classes, pixels = CIFAR[data.dataset]
+        return classes, data.image_size or pixels
+    dataset = build_dataset(Settings(data=data))
+    return dataset.classes, dataset.image_size
+
+
+def _state(run: Run) -> str:
+    return f"{run.rounds[-1].round} of {run.settings.server.rounds} rounds"
+
+
+def _without_twins(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
+    """The first run of each settings, and the others."""
+    firsts: dict[str, Run] = {}
+    for run in runs:
+        firsts.setdefault(run.settings.digest(), run)
+    kept = list(firsts.values())
+    return kept, [run for run in runs if run not in kept]
+
+
+def _labelled(runs: Sequence[Run]) -> tuple[Run, ...]:
+    """The runs with `task` and `variant`, as short as they tell them apart, in the order of their values."""
+    flats = [run.settings.flat() for run in runs]
+    ignored = Settings.NEUTRAL | {"seed"}
+    differing = [key for key in flats[0] if key not in ignored and len({flat[key] for flat in flats}) > 1]
+    shorts = [key.rpartition(".")[2] for key in differing]
+    names = {
+        key: key if shorts.count(short) > 1 else short for key, short in zip(differing, shorts, strict=True)
+    }
+    task = [key for key in differing if key.startswith(TASK)]
+    variant = [key for key in differing if key not in task]
+
+    def part(flat: dict[str, Any], keys: Iterable[str]) -> str:
+        return ", ".join(
+            _text(flat[key]) if key == "model.conv" else f"{names[key]} {_text(flat[key])}" for key in keys
+        )
+
+    def order(run: Run) -> tuple[Any, ...]:
+        flat = run.settings.flat() | {"model.conv": list(CONVS).index(run.conv)}
+        return (*(flat[key] for key in (*task, *variant)), run.seed)
+
+    return tuple(
+        replace(run, task=part(run.settings.flat(), task), variant=part(run.settings.flat(), variant))
+        for run in sorted(runs, key=order)
+    )
+
+
+def _text(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
