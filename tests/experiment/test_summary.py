@@ -1,0 +1,130 @@
+import math
+
+import pytest
+
+from fedfmd.experiment.summary import (
+    Estimate,
+    client_accuracies,
+    estimate,
+    paired_difference,
+    summarise,
+    to_target,
+    worst_decile,
+)
+
+
+def test_an_estimate_is_mean_and_sample_standard_deviation():
+    assert estimate([80, 90]) == Estimate(85, pytest.approx(math.sqrt(50)), 2)  # n - 1 = 1
+    assert estimate([80]) == Estimate(80, 0, 1)
+    assert estimate([None, 80]) == Estimate(80, 0, 1)
+    assert estimate([None]) is None
+
+
+def test_the_score_of_a_network_that_is_always_wrong_is_infinite():
+    infinite = estimate([1.0, math.inf])
+    assert infinite.mean == math.inf
+    assert math.isnan(infinite.std)
+
+
+def test_a_paired_difference_has_students_interval():
+    # differences 1, 2, 3: mean 2, s = 1; t(0.975, 2) = 4.303 from a table, so 2 ± 4.303 / sqrt(3)
+    gain = paired_difference([(71, 70), (82, 80), (93, 90)])
+    assert (gain.mean, gain.pairs) == (2, 3)
+    assert (gain.low, gain.high) == (pytest.approx(2 - 2.484, abs=1e-3), pytest.approx(2 + 2.484, abs=1e-3))
+    # differences 0 and 2: s = sqrt(2), t(0.975, 1) = 12.706, half width 12.706
+    assert paired_difference([(70, 70), (82, 80)]).high == pytest.approx(1 + 12.706, abs=1e-3)
+
+
+def test_one_pair_has_no_interval():
+    assert paired_difference([(71, 70)]) is None
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "worst"),
+    [
+        ([50], 50),
+        ([90, 20, 70], 20),  # a tenth of three clients is one
+        ([*range(40, 59), 30], 35),  # a tenth of twenty is two: 30 and 40
+        ([*range(40, 60), 30], (30 + 40 + 41) / 3),  # 2.1 clients are three
+    ],
+)
+def test_the_worst_decile_is_the_mean_of_the_lowest_tenth(accuracies, worst):
+    assert worst_decile(accuracies) == pytest.approx(worst)
+
+
+def test_a_client_counts_by_the_last_round_in_which_it_trained(make_run):
+    first, second = (make_run([0.5], clients=own).clients for own in ((0.2, 0.4), (0.6, None)))
+    assert client_accuracies([*first, *second]) == [pytest.approx(60), pytest.approx(40)]
+
+
+def test_the_cost_of_a_target_is_that_until_the_first_round_that_reaches_it(make_run):
+    runs = [make_run(a) for a in ([0.5, 0.8, 0.7], [0.8, 0.9, 0.9], [0.1, 0.2, 0.3])]
+    target = to_target(runs, 80)
+    assert (target.reached, target.seeds) == (2, 3)
+    assert target.virtual_s == Estimate(15, pytest.approx(math.sqrt(50)), 2)  # 20 and 10 s
+    assert target.gflops.mean == 1.5
+    assert target.mb.mean == pytest.approx(7.5)  # 5 MB up and down per round
+
+
+def test_a_target_that_nobody_reaches_has_no_cost(make_run):
+    target = to_target([make_run([0.5])], 80)
+    assert (target.reached, target.virtual_s, target.gflops, target.mb) == (0, None, None, None)
+
+
+def test_groups_hold_means_over_seeds(make_run):
+    runs = [make_run([0.5, 0.8], seed=1), make_run([0.95, 0.9], clients=(0.7, 0.4), seed=0)]
+    (group,) = summarise(runs).groups
+    assert [run.seed for run in group.runs] == [0, 1]
+    assert group.final == Estimate(pytest.approx(85), pytest.approx(math.sqrt(50)), 2)
+    assert group.best.mean == pytest.approx(87.5)
+    assert group.worst_clients == Estimate(pytest.approx(40), 0, 1)
+    assert (group.virtual_s.mean, group.gflops.mean, group.mb.mean, group.energy_kj.mean) == (20, 2, 10, 1)
+    assert group.latency_ms.mean == pytest.approx(2)
+    assert group.ies_infer_ms.mean == pytest.approx((2 / 0.8 + 2 / 0.9) / 2)
+    assert group.rcs_train.mean == pytest.approx((0.08 + 0.09) / 2)
+
+
+def test_the_target_is_the_lowest_final_mean_unless_asked(make_run):
+    runs = [make_run([0.5, 0.6]), make_run([0.5, 0.7], **{"model.conv": "static"})]
+    summary = summarise(runs)
+    assert (summary.target, summary.asked) == (pytest.approx(60), False)
+    assert [group.target.reached for group in summary.groups] == [1, 1]
+    asked = summarise(runs, 65)
+    assert (asked.target, asked.asked) == (65, True)
+    assert [group.target.reached for group in asked.groups] == [0, 1]
+
+
+def test_the_difference_to_static_pairs_runs_of_the_same_seed_and_settings(make_run):
+    static = [
+        make_run([0.6], seed=0, **{"model.conv": "static"}),
+        make_run([0.7], seed=1, **{"model.conv": "static"}),
+        make_run([0.1], seed=2, **{"model.conv": "static", "train.lr": 0.2}),  # another learning rate
+    ]
+    dynamic = [
+        make_run([accuracy], seed=seed, **{"model.kernels": 2, "temperature.initial": 9.0})
+        for seed, accuracy in enumerate((0.65, 0.73, 0.99))
+    ]
+    *_, group = summarise(static + dynamic).groups
+    assert group.difference.pairs == 2
+    assert group.difference.mean == pytest.approx(4)  # of 5 and 3 points
+    assert summarise(static + dynamic).groups[0].difference is None
+    assert summarise(static[:1] + dynamic).groups[1].difference is None
+
+
+def test_fronts_are_those_of_a_task(make_run):
+    def group(variant, accuracy, task, rounds=1):
+        return make_run([accuracy] * rounds, task=task, variant=variant)
+
+    runs = [
+        group("cheap", 0.7, "alpha 0.1"),
+        group("dear", 0.8, "alpha 0.1", rounds=2),
+        group("dear and bad", 0.6, "alpha 0.1", rounds=2),
+        group("alone", 0.9, "alpha 0.5"),
+    ]
+    fronts = {group.variant: group.fronts for group in summarise(runs).groups}
+    assert fronts == {
+        "cheap": ("time", "FLOPs", "bytes"),  # in latency all are equal, and dear is more accurate
+        "dear": ("time", "FLOPs", "bytes", "latency"),
+        "dear and bad": (),
+        "alone": (),
+    }
