@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 
 from fedfmd.conv import CONVS
@@ -50,13 +50,13 @@ def cost_table(rows: Sequence[Row], title: str) -> Table:
     table = Table("", title=title, box=box.SIMPLE)
     for row in rows:
         table.add_column(row["conv"], justify="right", no_wrap=True)
-    lines = {"parameters": [_si(row["params"]) for row in rows], "MACs": [_si(row["macs"]) for row in rows]}
+    lines = {"parameters": [si(row["params"]) for row in rows], "MACs": [si(row["macs"]) for row in rows]}
     lines |= {
-        f"  {kind}": [_si(row["macs_by_kind"][kind]) for row in rows] for kind in rows[0]["macs_by_kind"]
+        f"  {kind}": [si(row["macs_by_kind"][kind]) for row in rows] for kind in rows[0]["macs_by_kind"]
     }
-    lines["training FLOPs"] = [_si(row["train_flops"]) for row in rows]
-    lines["model"] = [_si(row["bytes"], "B") for row in rows]
-    lines["activations"] = [_si(row["activation_bytes"], "B") for row in rows]
+    lines["training FLOPs"] = [si(row["train_flops"]) for row in rows]
+    lines["model"] = [si(row["bytes"], "B") for row in rows]
+    lines["activations"] = [si(row["activation_bytes"], "B") for row in rows]
     if "latency_s" in rows[0]:
         lines["latency"] = [f"{1000 * row['latency_s']:.2f} ms" for row in rows]
     for label, cells in lines.items():
@@ -90,7 +90,7 @@ def partition_table(rows: Sequence[Row], title: str) -> Table:
     return table
 
 
-def show(rows: Sequence[Mapping[str, Any]], table: Table, as_json: bool, console: Console) -> None:
+def show(rows: Sequence[Mapping[str, Any]], table: RenderableType, as_json: bool, console: Console) -> None:
     """Print the rows for a program, or the table for a person."""
     if as_json:
         console.out(json.dumps(rows, indent=1), highlight=False)
@@ -102,7 +102,7 @@ def _class_cells(row: Row, names: Sequence[str]) -> list[str]:
     return [str(row["images_by_class"][name] or "·") for name in names]
 
 
-def _si(value: float, unit: str = "") -> str:
+def si(value: float, unit: str = "") -> str:
     """Four digits with an SI prefix, such as `11.20 M`."""
     for prefix, factor in PREFIXES.items():
         if value >= factor:

@@ -1,0 +1,91 @@
+import io
+
+import pytest
+from rich.console import Console
+
+from fedfmd.experiment.sheets import flat_row, make_sheets, markdown, terminal_table
+from fedfmd.experiment.summary import summarise
+
+
+@pytest.fixture
+def summary(make_run):
+    """Static with 70 and 80 %, fmdconv with 80 and 86 %: paired differences of 10 and 6 points."""
+    return summarise(
+        [
+            make_run([accuracy], seed=seed, clients=clients, **{"model.conv": conv})
+            for conv, seed, accuracy, clients in (
+                ("static", 0, 0.7, (0.9, 0.5)),
+                ("static", 1, 0.8, (0.9, 0.7)),
+                ("fmdconv", 0, 0.8, ()),
+                ("fmdconv", 1, 0.86, ()),
+            )
+        ]
+    )
+
+
+def lines(sheet):
+    return dict(zip(sheet.columns, zip(*sheet.lines, strict=True), strict=True))
+
+
+def test_the_cells_are_the_statistics_with_their_units(summary):
+    accuracy, target, cost, network = map(lines, make_sheets(summary))
+    assert accuracy == {
+        "runs": ("static", "fmdconv"),
+        "seeds": ("2", "2"),
+        "final %": ("75.0 ± 7.1", "83.0 ± 4.2"),
+        "best %": ("75.0 ± 7.1", "83.0 ± 4.2"),
+        "worst clients %": ("60.0 ± 14.1", "–"),
+        "minus static": ("–", "+8.0 [-17.4, +33.4]"),  # 12.706 * sqrt(8) / sqrt(2)
+    }
+    assert target["reached"] == ("1 of 2", "2 of 2")
+    assert target["virtual s"] == ("10.0", "10.0 ± 0.0")
+    assert cost["MB"] == ("5.00 ± 0.00", "5.00 ± 0.00")
+    assert cost["on the front in"] == ("–", "time, FLOPs, bytes, latency")
+    assert network["latency ms"] == ("2.000", "2.000")
+    assert "parameters" not in network  # nobody knows them
+
+
+def test_the_target_is_explained(summary, make_run):
+    assert "75.0 % (the lowest mean of the final accuracies)" in make_sheets(summary)[1].caption
+    asked = make_sheets(summarise([make_run([0.5])], 90))[1]
+    assert "90.0 % (as asked)" in asked.caption
+    assert lines(asked)["virtual s"] == ("not reached",)
+
+
+def test_a_network_that_is_always_wrong_has_an_infinite_score(make_run):
+    run = make_run([0.5])
+    object.__setattr__(run.rounds[-1], "ies_infer", float("inf"))
+    summary = summarise([run])
+    assert lines(make_sheets(summary)[3])["IES ms"] == ("∞",)
+    assert flat_row(summary.groups[0], 50)["ies_infer_ms"] == "inf"
+
+
+def test_tables_fit_a_terminal_of_100_columns(summary, make_run):
+    names = [f"fmdconv, attentions input,kernel,output, alpha 0.{place}" for place in range(3)]
+    runs = [make_run([0.5], clients=[0.1], variant=name, seed=seed) for name in names for seed in (0, 1)]
+    for sheet in make_sheets(summarise(runs)):
+        console = Console(file=io.StringIO(), width=100)
+        console.print(terminal_table(sheet))
+        text = console.file.getvalue()
+        assert all(len(line) <= 100 for line in text.splitlines())
+        assert all(cell in text for line in sheet.lines for cell in line[1:])  # no number is broken
+        assert all(column in text for column in sheet.columns)
+
+
+def test_markdown_is_a_table_under_its_title(summary):
+    text = markdown(make_sheets(summary)[1])
+    assert text.startswith("### To reach 75.0 %\n\nUntil the first round")
+    assert "| runs | reached | virtual s | GFLOPs | MB |\n| --- | ---: | ---: | ---: | ---: |\n" in text
+    assert "| static | 1 of 2 | 10.0 | 1.00 | 5.00 |\n" in text
+
+
+def test_a_row_holds_all_figures(summary):
+    row = flat_row(summary.groups[1], summary.target)
+    assert (row["label"], row["seeds"], row["rounds"]) == ("fmdconv", 2, 1)
+    assert (row["final"], row["minus_static"], row["minus_static_pairs"]) == (
+        pytest.approx(83),
+        pytest.approx(8),
+        2,
+    )
+    assert (row["target"], row["target_reached"], row["mb"]) == (pytest.approx(75), 2, 5)
+    assert (row["worst_clients"], row["params"]) == (None, None)
