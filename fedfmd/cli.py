@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -75,22 +74,34 @@ def run(
         _fail("stopped; finished rounds are kept, run the same command again to go on", 130)
 
 
-@cli.command(epilog="Example: fedfmd report runs --out report")
+@cli.command(epilog="Example: fedfmd report runs --target 90 --out report")
 def report(
     folders: Annotated[list[Path], typer.Argument(help="Run folders, or folders that hold some.")],
     out: Annotated[
         Path | None, typer.Option(file_okay=False, help="Where to write; by default the first folder.")
     ] = None,
+    target: Annotated[
+        float | None,
+        typer.Option(
+            min=1,
+            max=100,
+            help="Test accuracy in percent whose cost is told; by default the lowest final mean.",
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compare finished runs: a table over seeds (report.md, report.csv) and learning curves (curves.png)."""
-    from rich.console import Console
+    """Compare runs over seeds: report.html with all plots, tables in report.md and report.csv, curves.png."""
+    from rich.console import Console, Group
 
-    from fedfmd.experiment.report import report_table, write_report
+    from fedfmd.experiment.report import write_report
+    from fedfmd.experiment.sheets import flat_row, make_sheets, terminal_table
     from fedfmd.experiment.tables import show
 
-    groups = write_report(folders, out or folders[0])
-    show([asdict(group) for group in groups], report_table(groups), as_json, Console())
+    summary, notes = write_report(folders, out or folders[0], target)
+    rows = [flat_row(group, summary.target) for group in summary.groups]
+    for note in notes:
+        typer.echo(note, err=True)
+    show(rows, Group(*map(terminal_table, make_sheets(summary))), as_json, Console())
 
 
 @cli.command(epilog="Example: fedfmd cost --model resnet18 --image-size 224 --classes 1000 --stem imagenet")

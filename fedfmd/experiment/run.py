@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -25,6 +26,8 @@ def run_experiment(
 ) -> list[Path]:
     """Run every cell, going on where it was stopped; returns the run folders.
 
+    Each folder gets a page at its end, and several runs a comparison beside their folders.
+
     Without `out` and ``run-dir``, folders are named by experiment and settings below ``runs/`` of the current
     folder, so that runs with other settings never meet. All cells are checked before the first one starts.
 
@@ -34,7 +37,10 @@ def run_experiment(
     cells = [(cell, cell.settings.in_folder(_folder(experiment, cell, out))) for cell in experiment.cells]
     for _, settings in cells:
         prepare(settings)
-    return [_run_cell(cell, settings, engine, workers, console) for cell, settings in cells]
+    folders = [_run_cell(cell, settings, engine, workers, console) for cell, settings in cells]
+    if len(folders) > 1:
+        _write_report(folders, folders[0].parent, console)
+    return folders
 
 
 def available_cores() -> int:
@@ -51,7 +57,23 @@ def _run_cell(cell: Cell, settings: Settings, engine: Engine, workers: int, cons
             with display.handling(logging.getLogger("fedfmd")):
                 threads = settings.threads or max(1, available_cores() // workers)
                 run_inline(server_app, client_app, settings.flat(), workers, threads)
+    _write_report([folder], folder, console)
     return folder
+
+
+def _write_report(folders: Sequence[Path], out: Path, console: Console) -> None:
+    """Write the page of a run, or compare several; a run is not lost because that fails."""
+    from fedfmd.experiment.report import write_page, write_report
+
+    try:
+        if len(folders) == 1:
+            write_page(out)
+            return
+        write_report(folders, out)
+        message = f"report: {out}"
+    except Exception as error:
+        message = f"no report in {out}: {' '.join(str(error).split())}"
+    console.print(message, markup=False, highlight=False, soft_wrap=True)
 
 
 def _folder(experiment: Experiment, cell: Cell, out: Path | None) -> Path:

@@ -1,69 +1,57 @@
-from __future__ import annotations
-
 import csv
-from pathlib import Path
 
 import pytest
 
-from fedfmd.errors import SettingsError
-from fedfmd.experiment.report import FILES, read_runs, summarise, write_report
-from fedfmd.settings import Settings
-from fedfmd.tracking import RoundRow, RunFolder
+from fedfmd.experiment.report import FILES, PAGE, write_page, write_report
 
 
-def row(number: int, accuracy: float, best: float) -> RoundRow:
-    return RoundRow(
-        round=number,
-        virtual_s=10.0 * number,
-        round_s=10.0,
-        wall_s=1.0,
-        loss=1.0,
-        accuracy=accuracy,
-        best_accuracy=best,
-        clients_ok=2,
-        clients_late=0,
-        clients_failed=0,
-        train_flops=10**9,
-        cum_train_flops=number * 10**9,
-        up_bytes=3 * 10**6,
-        down_bytes=3 * 10**6,
-        energy_j=500.0,
+@pytest.fixture(scope="module")
+def report(finished_runs, tmp_path_factory):
+    """The report on finished runs: its folder, summary and notes."""
+    out = tmp_path_factory.mktemp("out") / "report"
+    return out, *write_report([finished_runs], out)
+
+
+def test_report_is_written_as_markdown_csv_picture_and_page(report):
+    out, summary, notes = report
+    assert notes == ()
+    assert sorted(path.name for path in out.iterdir()) == sorted(FILES)
+    text = (out / "report.md").read_text(encoding="utf-8")
+    assert "| fmdconv | 2 | 83.0 ± 4.2 | 85.0 ± 7.1 |" in text  # the best of 50, 80 and of 90, 86 %
+    with (out / "report.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert (
+        [line["label"] for line in lines]
+        == [group.label for group in summary.groups]
+        == ["static", "fmdconv"]
     )
+    assert (lines[1]["final"], lines[1]["minus_static"], lines[1]["mb"]) == ("83", "8", "10")
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert (out / PAGE).read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
 
 
-@pytest.fixture
-def runs(tmp_path: Path) -> Path:
-    """Two seeds of fmdconv (final 80 and 90 %) and one of static (final 70, best 75 %), two rounds each."""
-    accuracies = {("fmdconv", 0): (0.5, 0.8), ("fmdconv", 1): (0.6, 0.9), ("static", 0): (0.75, 0.7)}
-    for (conv, seed), (first, second) in accuracies.items():
-        folder = RunFolder(tmp_path / "runs" / f"{conv}-{seed}")
-        folder.write_settings(Settings.from_mapping({"model.conv": conv, "seed": seed}).flat())
-        folder.append_round(row(1, first, first), [])
-        folder.append_round(row(2, second, max(first, second)), [])
-    return tmp_path / "runs"
+def test_the_table_is_what_the_csv_files_say(report, finished_runs):
+    _, summary, _ = report
+    for group in summary.groups:
+        finals = []
+        for seed in (0, 1):
+            with (finished_runs / f"{group.label}-{seed}" / "rounds.csv").open() as file:
+                *_, last = csv.DictReader(file)
+            finals.append(100 * float(last["accuracy"]))
+        assert group.final.mean == pytest.approx(sum(finals) / 2)
+        assert group.final.std == pytest.approx(abs(finals[0] - finals[1]) / 2**0.5)
 
 
-def test_groups_are_means_over_seeds(runs):
-    fmdconv, static = summarise(read_runs([runs]))
-    assert (fmdconv.label, fmdconv.seeds, fmdconv.rounds) == ("conv fmdconv", 2, 2)
-    assert fmdconv.final == pytest.approx(85)
-    assert fmdconv.final_std == pytest.approx(50**0.5)  # of 80 and 90, n - 1 = 1
-    assert (fmdconv.virtual_s, fmdconv.gflops, fmdconv.up_mb, fmdconv.energy_kj) == (20, 2, 6, 1)
-    assert (static.final, static.best) == (pytest.approx(70), pytest.approx(75))
-    assert static.final_std == 0
+def test_unfinished_runs_are_named_in_every_text_and_the_target_may_be_asked_for(runs, write_run, tmp_path):
+    write_run("half", [0.5], seed=7)
+    summary, (note,) = write_report([runs], tmp_path / "report", target=85)
+    assert [group.target.reached for group in summary.groups] == [0, 1]
+    assert "half (1 of 2 rounds)" in note
+    for name in ("report.md", PAGE):
+        assert note in (tmp_path / "report" / name).read_text(encoding="utf-8")
 
 
-def test_report_is_written_as_markdown_csv_and_picture(runs, tmp_path):
-    groups = write_report([runs], tmp_path / "report")
-    assert sorted(path.name for path in (tmp_path / "report").iterdir()) == sorted(FILES)
-    assert "| conv fmdconv | 2 | 85.0 ± 7.1 | 85.0 ± 7.1 | 20 | 2 | 6 | 1.0 |" in (
-        tmp_path / "report" / "report.md"
-    ).read_text(encoding="utf-8")
-    with (tmp_path / "report" / "report.csv").open() as file:
-        assert [line["label"] for line in csv.DictReader(file)] == [group.label for group in groups]
-    assert (tmp_path / "report" / "curves.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_folder_without_runs_is_refused(tmp_path):
-    with pytest.raises(SettingsError, match="no run with a finished round"):
-        read_runs([tmp_path])
+def test_a_run_gets_its_own_page(runs):
+    folder = runs / "static-0"
+    write_page(folder)
+    assert "resnet8 with static on digits" in (folder / PAGE).read_text(encoding="utf-8")

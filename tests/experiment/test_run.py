@@ -32,6 +32,7 @@ def test_a_run_prints_a_line_per_round_and_leaves_its_files(run, write_yaml, tmp
         "log.txt",
         "partition.npz",
         "partition.png",
+        "report.html",
         "rounds.csv",
         "settings.yaml",
     }
@@ -72,6 +73,28 @@ def test_an_engine_runs_every_cell_in_a_folder_of_its_own(engine, run, started, 
     assert [folder.parent for folder in folders] == [tmp_path / "runs" / "tiny"] * 2
     assert [folder.name.rpartition("-")[0] for folder in folders] == ["conv=static", "conv=fmdconv"]
     assert started == [(engine, str(folder)) for folder in folders]
+
+
+def test_several_runs_are_compared_beside_their_folders(run, write_yaml, tmp_path):
+    folders, text = run(write_yaml(matrix={"seed": [0, 1]}), out=Path("study"))
+    assert all((folder / "report.html").exists() for folder in folders)
+    assert {path.name for path in (tmp_path / "study").iterdir() if path.is_file()} == {
+        "report.html",
+        "report.md",
+        "report.csv",
+        "curves.png",
+    }
+    assert text.splitlines()[-1] == f"report: {tmp_path / 'study'}"
+
+
+def test_a_run_is_not_lost_because_its_page_fails(run, write_yaml, monkeypatch):
+    def fail(folder):
+        raise RuntimeError("no\nfonts")
+
+    monkeypatch.setattr("fedfmd.experiment.report.write_page", fail)
+    (folder,), text = run(write_yaml())
+    assert text.splitlines()[-1] == f"no report in {folder}: no fonts"
+    assert len(read_rounds(folder / "rounds.csv")) == 1
 
 
 def test_runs_with_other_settings_never_meet(run, started, write_yaml, tmp_path):
