@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from rich import box
@@ -29,21 +30,25 @@ class Sheet:
 
 
 def make_sheets(summary: Summary) -> list[Sheet]:
-    """Accuracy, cost to the target, cost of the whole run, and the network; columns without a value left out."""
+    """Accuracy, cost to the target, cost of the whole run, and the network."""
     origin = "as asked" if summary.asked else "the lowest mean of the final accuracies"
     return [
         _sheet(
             summary,
             "Accuracy",
-            "Test accuracy, mean ± standard deviation over seeds. Worst clients: mean of the worst 10 % of the "
-            "clients, each on its own images after local training. Minus static: paired difference of the final "
-            "accuracy over common seeds in percentage points, with its 95 % confidence interval (Student's t).",
+            "Test accuracy, mean ± standard deviation over seeds.",
             {
                 "seeds": lambda group: str(len(group.runs)),
                 "final %": lambda group: _percent(group.final),
                 "best %": lambda group: _percent(group.best),
                 "worst clients %": lambda group: _percent(group.worst_clients),
                 "minus static": _difference,
+            },
+            {
+                "worst clients %": "Worst clients: mean of the worst 10 % of the clients, each on its own images "
+                "after local training.",
+                "minus static": "Minus static: paired difference of the final accuracy over common seeds in "
+                "percentage points, with its 95 % confidence interval (Student's t).",
             },
         ),
         _sheet(
@@ -62,14 +67,17 @@ def make_sheets(summary: Summary) -> list[Sheet]:
         _sheet(
             summary,
             "Cost of the whole run",
-            "Mean ± standard deviation over seeds. On the front in: no other group of the same data and split is "
-            "at least as accurate at no more of this cost and better in one of the two.",
+            "Mean ± standard deviation over seeds.",
             {
                 "virtual s": lambda group: _amount(group.virtual_s),
                 "GFLOPs": lambda group: _amount(group.gflops),
                 "MB": lambda group: _amount(group.mb),
                 "kJ": lambda group: _amount(group.energy_kj),
                 "on the front in": lambda group: ", ".join(group.fronts) or NOTHING,
+            },
+            {
+                "on the front in": "On the front in: no other group of the same data and split is at least as "
+                "accurate at no more of this cost and better in one of the two.",
             },
         ),
         _sheet(
@@ -145,13 +153,22 @@ def flat_row(group: Group, target: float) -> dict[str, Any]:
     }
 
 
-def _sheet(summary: Summary, title: str, caption: str, cells: Cells) -> Sheet:
+def _sheet(
+    summary: Summary, title: str, caption: str, cells: Cells, notes: Mapping[str, str] = MappingProxyType({})
+) -> Sheet:
+    """Columns without a value are left out, and with them the notes that explain them in the caption."""
     columns = {"runs": [group.label for group in summary.groups]}
     for name, cell in cells.items():
         column = [cell(group) for group in summary.groups]
         if set(column) != {NOTHING}:
             columns[name] = column
-    return Sheet(title, caption, tuple(columns), tuple(zip(*columns.values(), strict=True)))
+    explained = [note for name, note in notes.items() if name in columns]
+    return Sheet(
+        title,
+        " ".join([caption, *explained]),
+        tuple(columns),
+        tuple(zip(*columns.values(), strict=True)),
+    )
 
 
 def _cell(value: float) -> float | str:

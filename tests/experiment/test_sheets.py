@@ -45,6 +45,13 @@ def test_the_cells_are_the_statistics_with_their_units(summary):
     assert "parameters" not in network  # nobody knows them
 
 
+def test_only_columns_that_are_there_are_explained(summary, make_run):
+    assert "Minus static: paired difference" in make_sheets(summary)[0].caption
+    alone = make_sheets(summarise([make_run([0.5])]))
+    assert alone[0].columns == ("runs", "seeds", "final %", "best %")
+    assert alone[0].caption == "Test accuracy, mean ± standard deviation over seeds."
+
+
 def test_the_target_is_explained(summary, make_run):
     assert "75.0 % (the lowest mean of the final accuracies)" in make_sheets(summary)[1].caption
     asked = make_sheets(summarise([make_run([0.5])], 90))[1]
