@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -18,7 +19,7 @@ from fedfmd.conv.layers import DynamicConv2d
 class AttentionRecord:
     """The attention values of a model's dynamic layers, by layer name, one entry per forward pass."""
 
-    values: dict[str, list[AttentionValues]] = field(default_factory=dict)
+    values: dict[str, Sequence[AttentionValues]] = field(default_factory=dict)
 
     def kernel_entropy(self) -> float:
         """The mean over layers and samples of H(π) / ln K: 1 if the mixture is inert, 0 if one kernel wins.
@@ -57,8 +58,8 @@ class AttentionRecord:
 
 
 @contextmanager
-def record_attention(model: nn.Module) -> Iterator[AttentionRecord]:
-    """Record the attention values of the forward passes made inside the `with` block."""
+def record_attention(model: nn.Module, last: int | None = None) -> Iterator[AttentionRecord]:
+    """Record the attention values of the (`last`) forward passes made inside the `with` block."""
     record = AttentionRecord()
     handles = []
     for name, module in model.named_modules():
@@ -66,7 +67,7 @@ def record_attention(model: nn.Module) -> Iterator[AttentionRecord]:
 
             def keep(_module: nn.Module, _inputs: object, out: AttentionValues, name: str = name) -> None:
                 kept = (value if value is None else value.detach() for value in out)
-                record.values.setdefault(name, []).append(AttentionValues(*kept))
+                record.values.setdefault(name, deque(maxlen=last)).append(AttentionValues(*kept))
 
             handles.append(module.attention.register_forward_hook(keep))
     try:

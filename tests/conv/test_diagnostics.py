@@ -52,6 +52,14 @@ def test_layers_and_passes_are_averaged_and_the_record_ends_with_the_block():
     assert record.kernel_entropy() == pytest.approx(0.5, abs=1e-6)
 
 
+def test_a_record_may_be_of_the_last_passes_only():
+    conv = make_conv("condconv", 2, 2, 1, kernels=4)
+    with record_attention(conv, last=2) as record:
+        for samples in (1, 2, 3, 4):
+            conv(torch.randn(samples, 2, 4, 4))
+    assert [len(values.kernel) for values in record.values[""]] == [3, 4]
+
+
 def test_kernel_information_is_what_the_sample_tells_of_the_kernel():
     uneven = dyconv_with_logits(9.0, 0.0)  # but the same for every sample
     told = dyconv_with_logits(0.0, 0.0)
