@@ -24,6 +24,7 @@ from fedfmd.edge import ASSIGNMENTS, KERNEL_CHOICES, LINKS, POLICIES
 from fedfmd.edge.devices import MAX_JITTER
 from fedfmd.errors import SettingsError, not_one_of
 from fedfmd.models import MODELS
+from fedfmd.transport import UPLOADS
 
 Scalar = bool | int | float | str
 
@@ -133,6 +134,7 @@ class TrainSettings(_Section):
     weight_decay: NonNegative = 5e-4
     schedule: Literal["constant", "cosine", "step"] = "cosine"
     precision: Literal["float32", "bf16"] = "float32"
+    proximal_mu: NonNegative = 0.0
 
 
 class TemperatureSettings(_Section):
@@ -145,7 +147,12 @@ class TemperatureSettings(_Section):
 
 
 class ServerSettings(_Section):
-    """The server's loop. `clients_per_round` 0 asks every client."""
+    """The server's loop and algorithm; `clients_per_round` 0 asks every client, `lr` 0 is the strategy's own.
+
+    lr, momentum (β₁), beta_2 and tau are those of server optimisers; trim is the share cut off at either end
+    by fedtrimmedavg, byzantine the number of bad clients that krum stands, buffer the number of updates that
+    fedbuff waits for, which count (1 + rounds behind)^-staleness.
+    """
 
     rounds: Count = 15
     clients_per_round: Annotated[int, Field(ge=0)] = 0
@@ -155,6 +162,14 @@ class ServerSettings(_Section):
     max_failed_share: Share = 0.5
     round_timeout_s: Positive = 3600.0
     node_timeout_s: Positive = 120.0
+    lr: NonNegative = 0.0
+    momentum: Annotated[Number, Field(ge=0, lt=1)] = 0.9
+    beta_2: Annotated[Number, Field(ge=0, lt=1)] = 0.99
+    tau: Positive = 1e-3
+    trim: Annotated[Number, Field(ge=0, lt=0.5)] = 0.2
+    byzantine: Annotated[int, Field(ge=0)] = 1
+    buffer: Count = 5
+    staleness: NonNegative = 0.5
 
 
 class FleetSettings(_Section):
@@ -186,6 +201,12 @@ class BudgetSettings(_Section):
     min_reports: Share = 0.0
 
 
+class TransportSettings(_Section):
+    """What travels: `upload` is the type that clients round their updates to, with error feedback."""
+
+    upload: Annotated[str, _one_of(UPLOADS)] = "fp32"
+
+
 class Settings(_Section):
     """All settings of one run."""
 
@@ -202,6 +223,7 @@ class Settings(_Section):
     server: ServerSettings = ServerSettings()
     fleet: FleetSettings = FleetSettings()
     budget: BudgetSettings = BudgetSettings()
+    transport: TransportSettings = TransportSettings()
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     device: str = "cpu"
     threads: Annotated[int, Field(ge=0)] = 0
