@@ -8,10 +8,11 @@ images never leave it.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -20,15 +21,17 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from torch import Tensor, nn
 
-from fedfmd.averaging import WeightedMean
-from fedfmd.conv import set_temperature
+from fedfmd.averaging import WeightedMean, effective_steps
+from fedfmd.client_state import ClientState, ClientStates, discard_old, norm_views, states_of_run
+from fedfmd.conv import AttentionRecord, record_attention, set_temperature
 from fedfmd.data import Dataset, ImageSet, load_image_set
 from fedfmd.edge import PROBE_IMAGES
-from fedfmd.federation import build_dataset, build_model, build_partition, torch_device
+from fedfmd.federation import build_dataset, build_model, build_partition, cache_dir, torch_device
 from fedfmd.kernels import Kernels, most_attended, rotated, trained_parameters
 from fedfmd.seeds import derive_seed
 from fedfmd.settings import Settings
-from fedfmd.training import LocalSGD, train
+from fedfmd.training import LocalSGD, TrainResult, train
+from fedfmd.transport import ROUNDINGS, Upload, round_update
 from fedfmd.wire import (
     BY_ATTENTION,
     CONFIG,
@@ -39,6 +42,7 @@ from fedfmd.wire import (
     Reply,
     first_non_finite,
     load,
+    parameter_names,
     read_instruction,
     trained_views,
     write_reply,
@@ -48,6 +52,11 @@ app = ClientApp()
 logger = logging.getLogger("fedfmd.client")
 _thread = threading.local()
 _loading = threading.Lock()
+
+RECORDED_STEPS = 8
+"""The last local steps whose attentions are recorded: enough for a mean, and little memory."""
+
+NOT_TRAINED = TrainResult(0, 0, math.nan, math.nan)
 
 
 @dataclass(frozen=True)
@@ -97,60 +106,137 @@ def train_clients(message: Message, context: Context) -> Message:
 
 
 def run_assignments(host: Host, instruction: Instruction, arrays: Arrays) -> Reply:
-    """Train each assigned client from the same global arrays; one that fails leaves no trace in the mean."""
+    """Train each assigned client from the same global arrays; one that fails leaves no trace in the mean.
+
+    The mean is of what the clients would send on their own. A client that is alone sends its rounded arrays.
+    """
     mean = WeightedMean()
     results = []
     for assignment in instruction.assignments:
-        result, update = _run_client(host, instruction, assignment, arrays)
+        result, upload = _run_client(host, instruction, assignment, arrays)
         if result.ok:
-            mean.add(update, result.images)
+            mean.add(upload.restored(arrays), result.images)
         results.append(result)
         logger.debug("client %d: %s", result.client, result.reason or "ok", extra={"client": result.client})
-    return Reply(mean.arrays(), tuple(results), mean.weights)
+    reply = Reply(mean.arrays(), tuple(results), mean.weights)
+    if len(results) == 1 and results[0].ok and host.settings.transport.upload in ROUNDINGS:
+        sent = {name: torch.as_tensor(array).numpy(force=True) for name, array in upload.arrays.items()}
+        return replace(reply, arrays=sent, scales=dict(upload.scales))
+    return reply
 
 
 def _run_client(
     host: Host, instruction: Instruction, assignment: Assignment, arrays: Arrays
-) -> tuple[ClientResult, dict[str, Tensor]]:
-    """What became of the client, and what it trained: views of the host's model."""
+) -> tuple[ClientResult, Upload]:
+    """What became of the client, and what it sends."""
     started = time.perf_counter()
-    settings, client = host.settings, assignment.client
-    images = 0
-
-    def result(steps: int, examples: int, loss: float, accuracy: float, reason: str = "") -> ClientResult:
-        wall_s = time.perf_counter() - started
-        return ClientResult(client, images, steps, examples, loss, accuracy, wall_s, reason)
-
+    client, images = assignment.client, 0
+    trained, attention, upload, reason = NOT_TRAINED, AttentionRecord(), Upload({}), ""
     try:
         shard = host.images_of(client)
         images = len(shard)
-        load(host.model, arrays)
-        set_temperature(host.model, instruction.temperature)
-        generator = torch.Generator().manual_seed(
-            derive_seed(settings.seed, "client", instruction.round, client)
-        )
-        options = settings.train
-        sgd = LocalSGD(
-            lr=instruction.lr,
-            momentum=options.momentum,
-            nesterov=options.nesterov,
-            weight_decay=options.weight_decay,
-            batch_size=assignment.batch_size,
-            precision=options.precision,
-        )
-        kernels = _choose_kernels(host, assignment, shard, generator)
-        with trained_parameters(host.model, kernels) as parameters:
-            optimiser = sgd.optimiser(parameters)
-            trained = train(
-                host.model, shard, host.dataset, sgd, assignment.steps, generator, host.device, optimiser
-            )
+        states = _states(host, instruction)
+        kept = states.load(client, instruction.round) if states else ClientState()
+        _prepare(host.model, instruction, arrays, kept)
+        trained, attention, kernels = _train(host, instruction, assignment, shard)
+        update = trained_views(host.model, kernels)
+        if instruction.normalised:
+            update = _normalised(host, update, arrays, trained.steps)
+        if broken := first_non_finite(update):
+            reason = f"the update has NaN or infinite values in {broken}"
+        else:
+            upload, kept = _upload(host, instruction, update, arrays, kept)
+            if states:
+                states.save(client, instruction.round, kept)
     except Exception as error:  # one client's fault must not cost the others of this node their work
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        return result(0, 0, float("nan"), float("nan"), reason), {}
-    update = trained_views(host.model, kernels)
-    broken = first_non_finite(update)
-    reason = f"the update has NaN or infinite values in {broken}" if broken else ""
-    return result(trained.steps, trained.examples, trained.loss, trained.accuracy, reason), update
+    result = ClientResult(
+        client,
+        images,
+        trained.steps,
+        trained.examples,
+        trained.loss,
+        trained.accuracy,
+        time.perf_counter() - started,
+        reason,
+        attention.kernel_entropy(),
+        attention.mean("input"),
+        attention.mean("output"),
+    )
+    return result, upload
+
+
+def _states(host: Host, instruction: Instruction) -> ClientStates | None:
+    """Where this run's clients keep what they need in later rounds; None if that is nothing."""
+    settings = host.settings
+    if not instruction.local_norm and settings.transport.upload not in ROUNDINGS:
+        return None
+    server = settings.server
+    return states_of_run(states_dir(), instruction.run, server.checkpoint_every, server.keep_checkpoints)
+
+
+def _prepare(model: nn.Module, instruction: Instruction, arrays: Arrays, kept: ClientState) -> None:
+    """Give the model the global arrays and the round's temperature, and FedBN's client its own layers back."""
+    load(model, arrays)
+    set_temperature(model, instruction.temperature)
+    if instruction.local_norm:
+        views = norm_views(model)
+        with torch.no_grad():
+            for name, tensor in kept.norm.items():
+                views[name].copy_(tensor)
+
+
+def _train(
+    host: Host, instruction: Instruction, assignment: Assignment, shard: ImageSet
+) -> tuple[TrainResult, AttentionRecord, Kernels]:
+    """Train the host's model; with the attentions of the last steps and the kernels that it chose."""
+    settings = host.settings
+    options = settings.train
+    generator = torch.Generator().manual_seed(
+        derive_seed(settings.seed, "client", instruction.round, assignment.client)
+    )
+    sgd = LocalSGD(
+        lr=instruction.lr,
+        momentum=options.momentum,
+        nesterov=options.nesterov,
+        weight_decay=options.weight_decay,
+        batch_size=assignment.batch_size,
+        precision=options.precision,
+        proximal=options.proximal_mu,
+    )
+    kernels = _choose_kernels(host, assignment, shard, generator)
+    with (
+        trained_parameters(host.model, kernels) as parameters,
+        record_attention(host.model, last=RECORDED_STEPS) as attention,
+    ):
+        optimiser = sgd.optimiser(parameters)
+        trained = train(
+            host.model, shard, host.dataset, sgd, assignment.steps, generator, host.device, optimiser
+        )
+    return trained, attention, kernels
+
+
+def _normalised(host: Host, update: Mapping[str, Tensor], arrays: Arrays, steps: int) -> dict[str, Tensor]:
+    """FedNova's w₀ + (w − w₀) / a for the parameters w; buffers as they are."""
+    train, parameters = host.settings.train, parameter_names(host.model)
+    share = 1 / effective_steps(steps, train.momentum, train.nesterov)
+    return {
+        name: torch.as_tensor(arrays[name], device=tensor.device).lerp(tensor, share)
+        if name in parameters
+        else tensor
+        for name, tensor in update.items()
+    }
+
+
+def _upload(
+    host: Host, instruction: Instruction, update: Mapping[str, Tensor], arrays: Arrays, kept: ClientState
+) -> tuple[Upload, ClientState]:
+    """What the client sends, and what it keeps for its next round."""
+    upload, residual = Upload(update), kept.residual
+    rounding = host.settings.transport.upload
+    if rounding in ROUNDINGS:
+        upload, residual = round_update(update, arrays, residual, rounding, parameter_names(host.model))
+    return upload, ClientState(norm_views(host.model) if instruction.local_norm else {}, residual)
 
 
 def _choose_kernels(
@@ -162,6 +248,11 @@ def _choose_kernels(
         return rotated(host.model, first, count)
     probe = shard.subset(torch.randperm(len(shard), generator=generator)[:PROBE_IMAGES])
     return most_attended(host.model, probe, host.dataset, count, host.device)
+
+
+def states_dir() -> Path:
+    """Where the clients of all runs keep what they need between rounds."""
+    return cache_dir() / "clients"
 
 
 def _host_of(context: Context) -> Host:
@@ -176,6 +267,7 @@ def _load_host(run_config: tuple[tuple[str, bool | int | float | str], ...], dat
     settings = Settings.from_mapping(dict(run_config))
     device = torch_device(settings)
     dataset = build_dataset(settings)
+    discard_old(states_dir())
     if data is None:
         partition = build_partition(settings, dataset)
         images_of = lru_cache(maxsize=None)(lambda client: dataset.train.subset(partition.indices[client]))

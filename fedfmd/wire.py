@@ -17,7 +17,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor, nn
 
-ARRAYS, CONFIG, METRICS, WEIGHTS = "arrays", "config", "metrics", "weights"
+ARRAYS, CONFIG, METRICS, WEIGHTS, SCALES = "arrays", "config", "metrics", "weights", "scales"
 WEIGHT = "num-examples"
 BY_ATTENTION = -1
 BANKS = ("bank", "bias_bank")
@@ -73,7 +73,9 @@ SCALARS = tuple(field.name for field in fields(Instruction) if field.name != "as
 class ClientResult:
     """What became of one client: `images` is the size of its shard, `examples` the images processed.
 
-    An empty `reason` means that the update was sent; loss and accuracy are those met while training.
+    An empty `reason` means that the update was sent; loss and accuracy are those met while training. The
+    last three are means over dynamic layers and the images of the last local steps (kernel entropy: H(π)/ln K),
+    NaN where the operator has no such attention.
     """
 
     client: int
@@ -84,6 +86,9 @@ class ClientResult:
     accuracy: float
     wall_s: float
     reason: str = ""
+    kernel_entropy: float = math.nan
+    input_attention: float = math.nan
+    output_attention: float = math.nan
 
     @property
     def ok(self) -> bool:
@@ -96,12 +101,13 @@ class Reply:
     """A node's answer: each array's mean over the clients that trained it, weighted by their images.
 
     `weights` holds the images behind each array; arrays that nobody trained are left out, and all of them if
-    no client succeeded.
+    no client succeeded. A single client's arrays may be rounded (see `fedfmd.transport.Upload`), with `scales`.
     """
 
     arrays: Arrays
     results: tuple[ClientResult, ...]
     weights: dict[str, float] = field(default_factory=dict)
+    scales: dict[str, float] = field(default_factory=dict)
 
     @property
     def weight(self) -> int:
@@ -134,6 +140,12 @@ def wire_views(module: nn.Module) -> dict[str, Tensor]:
         else:
             views[name] = tensor
     return views
+
+
+def parameter_names(module: nn.Module) -> frozenset[str]:
+    """Names on the wire of what an optimiser trains, as opposed to buffers."""
+    buffers = {name for name, _ in module.named_buffers()}
+    return frozenset(wire_views(module).keys() - buffers)
 
 
 def pack(module: nn.Module) -> Arrays:
@@ -221,6 +233,7 @@ def write_reply(reply: Reply) -> RecordDict:
         {
             ARRAYS: to_record(reply.arrays),
             WEIGHTS: MetricRecord(reply.weights),
+            SCALES: MetricRecord(reply.scales),
             METRICS: MetricRecord({WEIGHT: reply.weight, **columns}),
             CONFIG: reasons,
         }
@@ -231,7 +244,7 @@ def read_reply(content: RecordDict) -> Reply:
     """Unpack a node's answer."""
     columns = dict(content[METRICS]) | dict(content[CONFIG])
     results = tuple(_rows(columns, ClientResult))
-    return Reply(from_record(content[ARRAYS]), results, dict(content[WEIGHTS]))
+    return Reply(from_record(content[ARRAYS]), results, dict(content[WEIGHTS]), dict(content[SCALES]))
 
 
 def _columns(rows: Sequence[object], cls: type) -> dict[str, list]:

@@ -1,17 +1,22 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from flwr.app import Message, RecordDict
 from flwr.app.message_type import MessageType
+from flwr.common.serde import recorddict_to_proto
 
 from fedfmd.averaging import WeightedMean
 from fedfmd.client_app import Host, app, run_assignments
+from fedfmd.client_state import ClientStates, norm_views
+from fedfmd.conv import CONVS, AttentionRecord, record_attention
 from fedfmd.data import Dataset, ImageSet
 from fedfmd.engines.inline import InlineGrid
 from fedfmd.federation import build_model
 from fedfmd.settings import Settings
+from fedfmd.transport import ROUNDINGS, UPLOADS, Upload, upload_bytes
 from fedfmd.wire import (
     BY_ATTENTION,
     CONFIG,
@@ -20,10 +25,12 @@ from fedfmd.wire import (
     bank_of,
     load,
     pack,
+    parameter_names,
     payload_bytes,
     read_reply,
     to_record,
     write_instruction,
+    write_reply,
 )
 
 BROKEN, POISONED = 8, 9
@@ -48,18 +55,17 @@ def make_host():
         first, count = ((0, 1), (1, 11), (12, 12), (24, 13))[client]
         return images.subset(torch.arange(first, first + count))
 
-    def make(conv="fmdconv", norm="batch"):
-        settings = Settings.from_mapping(
-            {"model.conv": conv, "model.norm": norm, "model.width": 0.25, "train.batch-size": 8, "seed": 3}
-        )
+    def make(conv="fmdconv", norm="batch", **changes):
+        tiny = {"model.conv": conv, "model.norm": norm, "model.width": 0.25, "train.batch-size": 8, "seed": 3}
+        settings = Settings.from_mapping(tiny | changes)
         return Host(settings, dataset, images_of, torch.device("cpu"))
 
     return make
 
 
-def instruction(*clients, round=1, steps=3, batch_size=8, kernels=4, first_kernel=0):
+def instruction(*clients, round=1, steps=3, batch_size=8, kernels=4, first_kernel=0, **how):
     work = (Assignment(client, steps, batch_size, kernels, first_kernel) for client in clients)
-    return Instruction(round, 0.05, 20.0, tuple(work))
+    return Instruction(round, 0.05, 20.0, tuple(work), **how)
 
 
 def global_arrays(host):
@@ -213,6 +219,195 @@ def test_arrays_of_another_model_are_named(make_host):
     host = make_host("static")
     (result,) = run_assignments(host, instruction(1), global_arrays(make_host("fmdconv"))).results
     assert result.reason.startswith("ValueError: array layer1.0.conv1.")
+
+
+def restored(reply, arrays):
+    return {
+        name: tensor.numpy() for name, tensor in Upload(reply.arrays, reply.scales).restored(arrays).items()
+    }
+
+
+def assert_close(arrays, others, atol=1e-6):
+    assert arrays.keys() == others.keys()
+    for name, array in arrays.items():
+        np.testing.assert_allclose(array, others[name], rtol=1e-4, atol=atol, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("momentum", "nesterov", "way"), [(0.0, False, 3), (0.5, False, 4.25), (0.5, True, 5.125)]
+)
+def test_fednova_divides_the_update_by_the_steps_that_momentum_makes_of_them(
+    make_host, momentum, nesterov, way
+):
+    """Three steps with momentum 0.5 go 1 + 1.5 + 1.75 learning rates along one gradient, Nesterov's one more each."""
+    train = {"train.momentum": momentum, "train.nesterov": nesterov}
+    host = make_host(**train)
+    arrays = global_arrays(host)
+    full = run_assignments(host, instruction(1), arrays).arrays
+    short = run_assignments(host, instruction(1, normalised=True), arrays).arrays
+    parameters = parameter_names(host.model)
+    expected = {
+        name: arrays[name] + (array - arrays[name]) / way if name in parameters else array
+        for name, array in full.items()
+    }
+    assert_close(short, expected)
+
+
+OWN = {"local_norm": True, "run": "own"}
+
+
+@pytest.fixture
+def states(tmp_path, monkeypatch):
+    """The folder of the clients' states, empty at first."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "fedfmd" / "clients"
+
+
+def norms(host, reply):
+    return {name: reply.arrays[name] for name in norm_views(host.model)}
+
+
+@pytest.mark.parametrize("norm", ["batch", "group"])
+def test_fedbn_clients_go_on_with_their_own_normalisation(make_host, states, norm):
+    """With a learning rate of nearly 0, a client's second round ends with the parameters of its first."""
+    host = make_host(norm=norm)
+    arrays = global_arrays(host)
+    first = {c: norms(host, run_assignments(host, instruction(c, **OWN), arrays)) for c in (1, 2)}
+    assert not equal(first[1], first[2])
+    still = replace(instruction(1, 2, round=2, **OWN), lr=1e-12)
+    run_assignments(host, still, arrays)
+    kept = {c: ClientStates(states / "own").load(c, before_round=3).norm for c in (1, 2)}
+    for client, other in ((1, 2), (2, 1)):
+        for name, array in first[client].items():
+            if name.endswith((".weight", ".bias")):
+                np.testing.assert_allclose(kept[client][name], array, rtol=1e-6)
+        assert not torch.equal(kept[client]["bn1.weight"], kept[other]["bn1.weight"])
+        if norm == "batch":
+            assert kept[client]["bn1.num_batches_tracked"] == 6
+            assert not torch.equal(kept[client]["bn1.running_mean"], kept[other]["bn1.running_mean"])
+
+
+@pytest.mark.parametrize("norm", ["batch", "group"])
+def test_fedbn_clients_of_one_node_do_not_notice_each_other(make_host, states, norm):
+    """The second rounds of two clients are the same on one node and on two."""
+    together, apart = make_host(norm=norm), [make_host(norm=norm) for _ in range(2)]
+    arrays = global_arrays(together)
+    for round in (1, 2):
+        run_assignments(together, instruction(1, 2, round=round, local_norm=True, run="together"), arrays)
+        for client, host in enumerate(apart, start=1):
+            run_assignments(host, instruction(client, round=round, local_norm=True, run="apart"), arrays)
+    for client in (1, 2):
+        one, two = (ClientStates(states / run).load(client, 3).norm for run in ("together", "apart"))
+        torch.testing.assert_close(one, two, rtol=0, atol=0)
+
+
+def test_fedbn_sends_what_it_keeps(make_host, states):
+    host = make_host()
+    reply = run_assignments(host, instruction(1, **OWN), global_arrays(host))
+    kept = ClientStates(states / "own").load(1, before_round=2).norm
+    assert equal(norms(host, reply), {name: tensor.numpy() for name, tensor in kept.items()})
+    assert reply.arrays.keys() == global_arrays(host).keys()
+
+
+@pytest.mark.parametrize("how", [{"model.norm": "batch"}, {"transport.upload": "int8"}])
+def test_a_resumed_round_is_the_same_again(make_host, states, how):
+    host = make_host(**how)
+    arrays = global_arrays(host)
+    rounds = [
+        run_assignments(host, instruction(1, 2, round=r, **OWN), arrays).arrays for r in (1, 2, 3, 2, 3)
+    ]
+    assert equal(rounds[1], rounds[3])
+    assert equal(rounds[2], rounds[4])
+    assert not equal(rounds[1], rounds[2])
+
+
+def test_a_failed_client_keeps_what_it_had(make_host, states):
+    host = make_host()
+    run_assignments(host, instruction(POISONED, BROKEN, **OWN), global_arrays(host))
+    assert not list(states.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize(("how", "changes"), [({"local_norm": True}, {}), ({}, {"transport.upload": "int8"})])
+def test_clients_can_keep_nothing_without_a_name_of_the_run(make_host, states, how, changes):
+    host = make_host(**changes)
+    (result,) = run_assignments(host, instruction(1, **how), global_arrays(host)).results
+    assert result.reason.startswith("ValueError: run = '' must name the run")
+
+
+@pytest.mark.parametrize("kernels", [4, 2])
+@pytest.mark.parametrize("upload", ROUNDINGS)
+def test_a_client_alone_sends_what_it_rounded(make_host, states, upload, kernels):
+    exact, host = make_host(), make_host(**{"transport.upload": upload})
+    arrays = global_arrays(host)
+    work = instruction(1, kernels=kernels, normalised=True, run="rounded")
+    reply = run_assignments(host, work, arrays)
+    full = run_assignments(exact, work, arrays)
+    assert reply.weights == full.weights
+    parameters = parameter_names(host.model)
+    for name, array in restored(reply, arrays).items():
+        if name in parameters:
+            assert reply.arrays[name].dtype == {"fp16": np.float16, "int8": np.int8}[upload]
+            largest = np.abs(full.arrays[name] - arrays[name]).max()
+            np.testing.assert_allclose(array, full.arrays[name], rtol=1e-6, atol=largest / 253 + 1e-8)
+        else:
+            assert np.array_equal(array, full.arrays[name])
+    bytes_sent = sum(array.nbytes for array in reply.arrays.values()) + 8 * len(reply.scales)
+    assert bytes_sent == upload_bytes(full.arrays, upload, parameters)
+
+
+@pytest.mark.parametrize("upload", UPLOADS)
+def test_a_node_averages_what_its_clients_would_send(make_host, states, upload):
+    host = make_host(**{"transport.upload": upload})
+    arrays = global_arrays(host)
+    for round in (1, 2):  # in the second one, clients have something left over
+        together = run_assignments(host, instruction(1, 2, round=round, run="together"), arrays)
+        mean = WeightedMean()
+        for client in (1, 2):
+            alone = run_assignments(host, instruction(client, round=round, run="apart"), arrays)
+            mean.add(restored(alone, arrays), alone.weight)
+        assert together.scales == {}
+        assert equal(together.arrays, mean.arrays())
+
+
+def test_a_broken_update_is_refused_before_it_is_rounded(make_host, states):
+    host = make_host(**{"transport.upload": "int8"})
+    reply = run_assignments(host, instruction(POISONED, run="rounded"), global_arrays(host))
+    assert reply.results[0].reason.startswith("the update has NaN or infinite values in conv1.weight")
+    assert reply.arrays == reply.scales == {}
+
+
+@pytest.mark.parametrize(("upload", "share"), [("fp16", 1 / 2), ("int8", 1 / 4)])
+def test_rounded_messages_are_smaller(make_host, states, upload, share):
+    sizes = {}
+    for name in ("fp32", upload):
+        host = make_host(**{"transport.upload": name, "model.width": 1.0})
+        reply = run_assignments(host, instruction(0, steps=1, run="rounded"), global_arrays(host))
+        sizes[name] = recorddict_to_proto(write_reply(reply)).ByteSize()
+    assert share < sizes[upload] / sizes["fp32"] < share + 0.04  # names and shapes are as long as before
+
+
+@pytest.mark.parametrize("conv", CONVS)
+def test_a_client_tells_what_its_attentions_were(make_host, conv):
+    host = make_host(conv)
+    (result,) = run_assignments(host, instruction(1, steps=2), global_arrays(host)).results
+    told = {
+        "kernel": not math.isnan(result.kernel_entropy),
+        "input": 0 < result.input_attention < 1,
+        "output": 0 < result.output_attention < 1,
+    }
+    has = {"static": (), "condconv": ("kernel",), "dyconv": ("kernel",)}.get(conv, tuple(told))
+    assert told == {name: name in has for name in told}
+
+
+def test_attentions_are_those_of_the_last_eight_steps(make_host):
+    host = make_host()
+    with record_attention(host.model) as record:
+        (result,) = run_assignments(host, instruction(1, steps=11), global_arrays(host)).results
+    last = AttentionRecord({name: list(values)[-8:] for name, values in record.values.items()})
+    assert {len(values) for values in last.values.values()} == {8}
+    assert result.kernel_entropy == last.kernel_entropy() != record.kernel_entropy()
+    assert result.input_attention == last.mean("input")
+    assert result.output_attention == last.mean("output")
 
 
 @pytest.fixture

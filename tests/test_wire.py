@@ -19,6 +19,7 @@ from fedfmd.wire import (
     from_record,
     load,
     pack,
+    parameter_names,
     payload_bytes,
     read_instruction,
     read_reply,
@@ -157,6 +158,29 @@ def test_a_reply_comes_back_and_weighs_what_its_trained_clients_do():
     assert reply.weight == 110
     assert reply.weights == {"w": 110}
     assert np.array_equal(reply.arrays["w"], np.arange(3.0))
+
+
+def test_a_single_clients_reply_may_be_rounded_with_scales():
+    sent = {"w": np.array([127, -3], np.int8), "v": np.array([0.5], np.float16), "n": np.array(4)}
+    client = ClientResult(3, 100, 4, 64, 1.5, 0.25, 0.1, "", 0.9, 0.5, 0.25)
+    reply = read_reply(write_reply(Reply(sent, (client,), dict.fromkeys(sent, 100), {"w": 0.02})))
+    assert reply.scales == {"w": 0.02}
+    assert {name: array.dtype for name, array in reply.arrays.items()} == {
+        name: array.dtype for name, array in sent.items()
+    }
+    assert reply.results == (client,)
+
+
+def test_parameters_are_what_is_no_buffer():
+    module = nn.Sequential(OrderedDict(conv=make_conv("dyconv", 4, 4, 3, kernels=2), bn=nn.BatchNorm2d(4)))
+    names = parameter_names(module)
+    assert {"conv.bank.0", "conv.bank.1", "conv.bias_bank.0", "bn.weight"} < names
+    assert pack(module).keys() - names == {
+        "conv.temperature",
+        "bn.running_mean",
+        "bn.running_var",
+        "bn.num_batches_tracked",
+    }
 
 
 def test_a_reply_without_a_trained_client_has_no_arrays():
