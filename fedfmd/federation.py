@@ -32,12 +32,17 @@ from fedfmd.errors import SettingsError
 from fedfmd.models import make_model
 from fedfmd.seeds import derive_seed
 from fedfmd.settings import DataSettings, Settings
-from fedfmd.wire import pack, payload_bytes
+from fedfmd.transport import upload_bytes
+from fedfmd.wire import bank_of, pack, parameter_names, payload_bytes
 
 
 @dataclass(frozen=True)
 class Federation:
-    """Everything that is fixed during a run, on the server's side; `sizes` counts each client's images."""
+    """Everything that is fixed during a run, on the server's side; `sizes` counts each client's images.
+
+    `payload_bytes` are those of the whole model, `upload_bytes` those that a client sends which trained 1, 2, …
+    kernels of each bank.
+    """
 
     settings: Settings
     dataset: Dataset
@@ -50,6 +55,7 @@ class Federation:
     temperature: TemperatureSchedule
     device: torch.device
     payload_bytes: int
+    upload_bytes: tuple[int, ...]
 
     def workload(self, client: int) -> Workload:
         """Full work of a round for a client."""
@@ -60,6 +66,7 @@ class Federation:
             epochs=train.local_epochs,
             cost=self.cost,
             payload_bytes=self.payload_bytes,
+            upload_bytes=self.upload_bytes,
         )
 
     @property
@@ -80,6 +87,7 @@ def build_federation(settings: Settings) -> Federation:
     sizes = tuple(partition.sizes.tolist())
     fleet = build_fleet(settings, sizes)
     model = build_model(settings, dataset.classes).to(device)
+    cost = count(model, dataset.image_size)
     schedule = settings.temperature
     return Federation(
         settings=settings,
@@ -88,11 +96,12 @@ def build_federation(settings: Settings) -> Federation:
         sizes=sizes,
         fleet=fleet,
         model=model,
-        cost=count(model, dataset.image_size),
+        cost=cost,
         budget=build_budget(settings),
         temperature=TemperatureSchedule(schedule.initial, schedule.final, schedule.rounds, schedule.shape),
         device=device,
         payload_bytes=payload_bytes(pack(model)),
+        upload_bytes=tuple(_upload_bytes(model, settings, kernels + 1) for kernels in range(cost.kernels)),
     )
 
 
@@ -191,6 +200,16 @@ def build_model(settings: Settings, classes: int) -> nn.Module:
             mixing=model.mixing,
             temperature=settings.temperature.initial,
         )
+
+
+def _upload_bytes(model: nn.Module, settings: Settings, kernels: int) -> int:
+    """Bytes that a client sends which trained so many kernels of each bank."""
+    sent = {
+        name: array
+        for name, array in pack(model).items()
+        if (kernel := bank_of(name)) is None or kernel[1] < kernels
+    }
+    return upload_bytes(sent, settings.transport.upload, parameter_names(model))
 
 
 def torch_device(settings: Settings) -> torch.device:

@@ -1,12 +1,13 @@
 import pytest
 import torch
 
+from fedfmd.conv import CONVS
 from fedfmd.cost import count, frozen_bytes
 from fedfmd.edge import Budget
 from fedfmd.errors import SettingsError
 from fedfmd.federation import build_dataset, build_federation, build_model, cache_dir, torch_device
 from fedfmd.settings import Settings
-from fedfmd.wire import bank_of, pack
+from fedfmd.wire import bank_of, pack, parameter_names
 
 
 def test_a_federation_fits_its_settings(tiny_settings):
@@ -28,13 +29,28 @@ def test_a_workload_is_a_full_round(tiny_settings):
     assert workload.steps(64) == 2 * 8
     assert workload.cost == federation.cost
     assert workload.payload_bytes == federation.payload_bytes
+    assert workload.upload_bytes == federation.upload_bytes
 
 
 def test_what_frozen_kernels_save_is_what_they_weigh_on_the_wire(tiny_settings):
     federation = build_federation(tiny_settings(**{"model.kernels": 3}))
     arrays = pack(federation.model)
     second = [array for name, array in arrays.items() if (kernel := bank_of(name)) and kernel[1] == 1]
-    assert frozen_bytes(federation.cost, 2) == sum(array.nbytes for array in second)
+    weight = sum(array.nbytes for array in second)
+    assert frozen_bytes(federation.cost, 2) == weight
+    assert federation.upload_bytes == tuple(
+        federation.payload_bytes - frozen * weight for frozen in (2, 1, 0)
+    )
+
+
+@pytest.mark.parametrize("conv", CONVS)
+@pytest.mark.parametrize(("upload", "number_bytes", "scale_bytes"), [("fp16", 2, 0), ("int8", 1, 8)])
+def test_rounded_parameters_weigh_less_on_the_way_up(tiny_settings, conv, upload, number_bytes, scale_bytes):
+    federation = build_federation(tiny_settings(**{"model.conv": conv, "transport.upload": upload}))
+    arrays, parameters = pack(federation.model), parameter_names(federation.model)
+    saved = sum((4 - number_bytes) * arrays[name].size - scale_bytes for name in parameters)
+    assert federation.upload_bytes[-1] == federation.payload_bytes - saved
+    assert len(federation.upload_bytes) == federation.cost.kernels
 
 
 def test_the_settings_may_replace_what_devices_say(tiny_settings, tmp_path):

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from fedfmd.cost import Cost, frozen_bytes, training_flops, training_memory
+from fedfmd.cost import Cost, training_flops, training_memory
 from fedfmd.edge.fleet import Client
 
 PROBE_IMAGES = 256
@@ -56,7 +56,8 @@ class Workload:
         batch_size: images per local step; an epoch's last batch may be smaller.
         epochs: local epochs, at least 1.
         cost: the model's.
-        payload_bytes: of the whole model on the wire, which the client receives; it sends back what it trained.
+        payload_bytes: of the whole model on the wire, which the client receives.
+        upload_bytes: of what it sends back after training 1, 2, … kernels of each bank.
     """
 
     images: int
@@ -64,6 +65,7 @@ class Workload:
     epochs: int
     cost: Cost
     payload_bytes: int
+    upload_bytes: Sequence[int]
 
     def largest_batch(self, memory_bytes: float, kernels: int) -> int:
         """Images per step that a device can hold, up to `batch_size`; 0 if not even one."""
@@ -245,7 +247,7 @@ def _work(
     train_flops = examples * training_flops(cost, kernels)
     probed = budget.kernel_choice == "attention" and kernels < cost.kernels
     probe_flops = min(workload.images, PROBE_IMAGES) * cost.flops if probed else 0
-    up_bytes = workload.payload_bytes - frozen_bytes(cost, kernels)
+    up_bytes = workload.upload_bytes[kernels - 1]
     return WorkPlan(
         client=client,
         latency_s=_latency(client, workload),

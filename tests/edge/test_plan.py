@@ -38,7 +38,8 @@ COST = Cost(
     kernel_params=50_000,
     kernel_gradient_macs=50_000_000,
 )
-WORKLOAD = Workload(images=25, batch_size=10, epochs=2, cost=COST, payload_bytes=10**6)
+UPLOADS = (400_000, 600_000, 800_000, 10**6)
+WORKLOAD = Workload(25, batch_size=10, epochs=2, cost=COST, payload_bytes=10**6, upload_bytes=UPLOADS)
 CLIENTS = [
     client(0, gflops=30, down_mbps=8, up_mbps=4),  # 1 + 5 + 2 = 8 s
     client(1, gflops=15, down_mbps=16, up_mbps=16),  # 0.5 + 10 + 0.5 = 11 s
@@ -257,7 +258,7 @@ def test_a_round_needs_its_share_of_reports_and_at_least_one(share, wanted, need
 def test_communication_can_outweigh_computing():
     """ResNet-18 with the CIFAR stem (0.5564 GMAC) on 500 images: slow boards compute, fast ones upload."""
     cost = Cost(11_174_000, 44_700_000, {"convolution": 556_400_000}, activation_bytes=10**7)
-    workload = Workload(500, 32, 1, cost, 44_700_000)
+    workload = Workload(500, 32, 1, cost, payload_bytes=44_700_000, upload_bytes=[44_700_000])
     link = LINKS["wifi"].sample(0.5)
     pi, nano = (
         plan_work(Client(0, DEVICES[name], link), workload, Budget()) for name in ("pi-4", "jetson-nano")
