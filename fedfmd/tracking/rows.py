@@ -80,6 +80,9 @@ class ClientRow:
         loss, accuracy: of the client's model on its own shard.
         latency_s: modelled seconds of inference per image on its device.
         ies, rcs: latency_s / accuracy, accuracy / latency_s.
+        kernel_entropy: mean over dynamic layers and images of H(π)/ln K; like the next two, over the images of
+            its last eight local steps at most, and None where the operator has no such attention.
+        input_attention, output_attention: means over layers, images and channels.
     """
 
     round: int
@@ -106,6 +109,9 @@ class ClientRow:
     latency_s: float | None = None
     ies: float | None = None
     rcs: float | None = None
+    kernel_entropy: float | None = None
+    input_attention: float | None = None
+    output_attention: float | None = None
 
 
 Row = TypeVar("Row", RoundRow, ClientRow)

@@ -38,6 +38,7 @@ def federation(make_federation):
         cost=MODEL,
         budget=Budget(50.0, policy="drop"),
         payload_bytes=MEGABYTE,
+        upload_bytes=(MEGABYTE // 2, MEGABYTE * 3 // 4, MEGABYTE),
     )
 
 
@@ -53,7 +54,7 @@ def plan(federation):
 
 
 def result(client, reason=""):
-    return ClientResult(client, 10, 2, 20, 1.25, 0.5, 0.1, reason)
+    return ClientResult(client, 10, 2, 20, 1.25, 0.5, 0.1, reason, 0.9, 0.4, math.nan)
 
 
 def rows_of(federation, results):
@@ -91,6 +92,9 @@ def test_a_trained_client_by_hand(clients):
         latency_s=0.2,  # 1 GFLOP at 5 GFLOP/s
         ies=0.4,
         rcs=2.5,
+        kernel_entropy=0.9,
+        input_attention=0.4,
+        output_attention=None,  # the operator has none
     )
     assert asdict(clients[0]) == pytest.approx(asdict(expected))
 
@@ -104,7 +108,7 @@ def test_a_late_client_costs_but_has_no_results(clients):
         pytest.approx(123 * 5),
     )
     assert "needs 123.000 s for 4 of 4 steps" in late.reason
-    assert [late.loss, late.accuracy, late.wall_s, late.ies, late.rcs] == [None] * 5
+    assert [late.loss, late.accuracy, late.wall_s, late.ies, late.rcs, late.kernel_entropy] == [None] * 6
     assert late.cum_train_flops == 122 * 10**9
 
 
@@ -112,7 +116,7 @@ def test_a_failed_client_keeps_its_reason_and_costs(clients):
     failed = clients[2]
     assert (failed.status, failed.reason, failed.node) == ("failed", "OSError: no disk", 1)
     assert failed.energy_j == pytest.approx(21 * 20)
-    assert [failed.loss, failed.accuracy, failed.ies, failed.rcs] == [None] * 4
+    assert [failed.loss, failed.accuracy, failed.ies, failed.rcs, failed.kernel_entropy] == [None] * 5
 
 
 def test_an_unfit_client_costs_nothing(federation):
@@ -128,9 +132,9 @@ def test_a_client_that_trains_some_kernels_sends_less(federation):
     budget = Budget(policy="kernels", kernels=1)
     row = rows_of(replace(federation, budget=budget), {0: result(0)})[0]
     assert (row.kernels, row.down_bytes) == (1, MEGABYTE)
-    assert row.up_bytes == MEGABYTE - 2 * 4 * 50_000
+    assert row.up_bytes == MEGABYTE // 2
     assert row.train_flops == 20 * (3 * 10**9 - 2 * 2 * 10_000_000)
-    assert row.up_s == pytest.approx(2 * 0.6)
+    assert row.up_s == pytest.approx(2 * 0.5)
 
 
 def make_round(federation, clients, accuracy=0.8, kernel_entropy=0.9, void=False):

@@ -62,14 +62,18 @@ CLIENT = ClientRow(
     latency_s=0.02,
     ies=0.0222,
     rcs=45.0,
+    kernel_entropy=0.75,
+    input_attention=0.5,
+    output_attention=0.25,
 )
+ATTENTIONS = ("kernel_entropy", "input_attention", "output_attention")
 UNFIT = replace(
     CLIENT,
     client=8,
     node=None,
     status="unfit",
     reason='can\'t hold "2 GB",\n  naïvely',
-    **dict.fromkeys(["wall_s", "loss", "accuracy", "latency_s", "ies", "rcs"]),
+    **dict.fromkeys(["wall_s", "loss", "accuracy", "latency_s", "ies", "rcs", *ATTENTIONS]),
 )
 
 
@@ -87,7 +91,8 @@ def test_the_columns_are_those_that_users_rely_on():
     )
     assert ",".join(CLIENT_COLUMNS) == (
         "round,client,node,device,status,reason,examples,steps,kernels,train_flops,cum_train_flops,compute_s,"
-        "down_s,up_s,total_s,wall_s,up_bytes,down_bytes,energy_j,loss,accuracy,latency_s,ies,rcs"
+        "down_s,up_s,total_s,wall_s,up_bytes,down_bytes,energy_j,loss,accuracy,latency_s,ies,rcs,"
+        "kernel_entropy,input_attention,output_attention"
     )
 
 
@@ -101,7 +106,7 @@ def test_the_files_read_as_their_columns(tmp_path):
     )
     assert folder.clients.read_text().splitlines()[2] == (
         '3,8,,pi-4,unfit,"can\'t hold ""2 GB"", naïvely",45,5,4,100000000000,300000000000,9,0.5,1,10.5,,'
-        "2000000,1000000,75.6,,,,,"
+        "2000000,1000000,75.6,,,,,,,,"
     )
 
 
