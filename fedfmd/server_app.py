@@ -54,7 +54,7 @@ def prepare(settings: Settings) -> Federation:
     Raises:
         SettingsError: the settings can't be used, or their run folder holds another run.
     """
-    find_strategy(settings.server.strategy)
+    find_strategy(settings)
     _run_path(settings)
     return build_federation(settings)
 

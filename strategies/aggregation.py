@@ -1,47 +1,103 @@
-"""From the nodes' means to the next global state, through one of Flower's strategies."""
+"""From the nodes' replies to the next global state, through one of Flower's strategies."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import cast
 
 import numpy as np
-from flwr.app import Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
 from fedfmd.averaging import WeightedMean
 from fedfmd.wire import ARRAYS, METRICS, WEIGHT, Arrays, Reply, from_record, to_record
 
+Replies = Sequence[tuple[Message, Reply]]
+
 
 def aggregate(
     inner: FedAvg,
     server_round: int,
-    replies: Sequence[tuple[Message, Reply]],
+    replies: Replies,
     current: Arrays,
     parameters: Collection[str],
+    separate: bool = False,
 ) -> Arrays:
     """Average each array over the clients that trained it, and let `inner` step from `current` to that mean.
 
-    `inner` gets one message with all parameters, where those that nobody trained have their current values;
-    whatever it makes of these, they keep them bit for bit. Buffers take their plain mean: a server optimiser
-    would treat running variances as weights and drive them below zero, and integers would not stay integers.
+    `inner` gets one message with the mean of all parameters, or the update of every reply if it needs them
+    separately; in both, arrays that were not trained have their current values. Those that nobody trained keep
+    them bit for bit, whatever `inner` makes of them. Buffers take their plain mean: a server optimiser would
+    treat running variances as weights and drive them below zero, and integers would not stay integers.
     Parameters keep their dtype: some of Flower's optimisers return float64.
     """
     mean = WeightedMean()
     for _, reply in replies:
         mean.add(reply.arrays, reply.weights)
     trained = mean.arrays()
-    complete = current | trained
-    message = replies[0][0]
-    message.content = RecordDict(
-        {
-            ARRAYS: to_record({name: array for name, array in complete.items() if name in parameters}),
-            METRICS: MetricRecord({WEIGHT: sum(reply.weight for _, reply in replies)}),
-        }
-    )
-    record, _ = inner.aggregate_train(server_round, [message])
+    if separate:
+        states = [(message, reply.arrays, reply.weight) for message, reply in replies]
+    else:
+        states = [(replies[0][0], trained, sum(reply.weight for _, reply in replies))]
+
+    def of_parameters(state: Mapping[str, np.ndarray]) -> Arrays:
+        return {name: array for name, array in (current | state).items() if name in parameters}
+
+    _start_from(inner, server_round, of_parameters({}))
+    for message, state, weight in states:
+        message.content = RecordDict(
+            {ARRAYS: to_record(of_parameters(state)), METRICS: MetricRecord({WEIGHT: weight})}
+        )
+    record, _ = inner.aggregate_train(server_round, [message for message, _, _ in states])
     stepped = from_record(record)
-    return complete | {
+    return (current | trained) | {
         name: np.asarray(stepped[name], dtype=array.dtype)
         for name, array in trained.items()
         if name in parameters
     }
+
+
+def lengthen(replies: Replies, current: Arrays, parameters: Collection[str], factor: float) -> Replies:
+    """Multiply the way from the current parameters to those of each reply by a factor; buffers stay."""
+    return [
+        (
+            message,
+            Reply(
+                reply.arrays
+                | {
+                    name: _along(current[name], array, factor)
+                    for name, array in reply.arrays.items()
+                    if name in parameters
+                },
+                reply.results,
+                reply.weights,
+            ),
+        )
+        for message, reply in replies
+    ]
+
+
+def transplant(reply: Reply, start: Arrays, current: Arrays, factor: float) -> Reply:
+    """What an update would be if it had begun at `current` and not at `start`, and were shorter by a factor.
+
+    Integer buffers count on from the current ones by whole numbers.
+    """
+    arrays = {}
+    for name, array in reply.arrays.items():
+        moved = current[name] + factor * (np.asarray(array, np.float64) - start[name])
+        whole = np.issubdtype(array.dtype, np.integer)
+        arrays[name] = np.asarray(np.rint(moved) if whole else moved, array.dtype)
+    return Reply(arrays, reply.results, reply.weights)
+
+
+def _along(start: np.ndarray, end: np.ndarray, factor: float) -> np.ndarray:
+    return np.asarray(start + factor * (end - start), end.dtype)
+
+
+def _start_from(inner: FedAvg, server_round: int, arrays: Arrays) -> None:
+    """Tell `inner` the parameters that its step starts from: server optimisers note them in `configure_train`."""
+    if getattr(inner, "current_arrays", None) is not None:
+        inner.current_arrays = None  # FedAvgM takes over only what it is told first
+    inner.fraction_train = 0.0  # it is to pick no nodes, and needs no grid to pick them from
+    inner.configure_train(server_round, to_record(arrays), ConfigRecord(), cast("Grid", None))

@@ -81,16 +81,20 @@ def on_boxes(federation: Federation, nodes: Sequence[Node]) -> Federation:
     return replace(federation, sizes=tuple(sizes), fleet=replace(federation.fleet, clients=tuple(clients)))
 
 
-def assign(nodes: Sequence[Node], plans: Sequence[WorkPlan]) -> dict[int, list[WorkPlan]]:
-    """Give each client of the round to a node: node id → plans, only for nodes that have work.
+def assign(
+    nodes: Sequence[Node], plans: Sequence[WorkPlan], separate: bool = False
+) -> list[tuple[int, list[WorkPlan]]]:
+    """Give each client of the round to a node: node id and plans, one entry per message that is to be sent.
 
-    Boxes get their own client; workers are dealt clients so that all are busy equally long.
+    Boxes get their own client; workers are dealt clients so that all are busy equally long. A message holds
+    all that a node has to do, or a single client if the updates are needed separately.
     """
     if has_boxes(nodes):
-        hands = {node.id: [plan for plan in plans if plan.client.id == node.client] for node in nodes}
+        hands = [[plan for plan in plans if plan.client.id == node.client] for node in nodes]
     else:
-        hands = dict(zip((node.id for node in nodes), deal_out(plans, len(nodes)), strict=True))
-    return {node: hand for node, hand in hands.items() if hand}
+        hands = deal_out(plans, len(nodes))
+    dealt = [(node.id, hand) for node, hand in zip(nodes, hands, strict=True) if hand]
+    return [(node, [plan]) for node, hand in dealt for plan in hand] if separate else dealt
 
 
 def has_boxes(nodes: Iterable[Node]) -> bool:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flwr.app import Message
 
 from fedfmd.kernels import rotation
+from fedfmd.transport import Upload
 from fedfmd.wire import (
     BY_ATTENTION,
+    Arrays,
     Assignment,
     ClientResult,
     Reply,
@@ -20,15 +22,15 @@ from fedfmd.wire import (
     read_reply,
 )
 
-Asked = Mapping[int, Sequence[Assignment]]
-"""What each node was asked to do, by its id."""
+Asked = Mapping[str, Sequence[Assignment]]
+"""What each message asked its node to do, by the message's id."""
 
 
 @dataclass(frozen=True)
 class NodeReply:
-    """One node's share of a round. Where `reply` is None, all its clients failed for `reason`."""
+    """The answer to one message. Where `reply` is None, all clients that it asked failed for `reason`."""
 
-    node: int
+    request: str
     reply: Reply | None
     reason: str = ""
 
@@ -36,20 +38,21 @@ class NodeReply:
 def read_replies(
     messages: Iterable[Message],
     asked: Asked,
-    shapes: Mapping[str, tuple[int, ...]],
+    received: Mapping[str, Arrays],
 ) -> list[NodeReply]:
-    """Check every reply against what its node was asked; one entry per node, in that order.
+    """Check every reply against what its message asked; one entry per message sent, in that order.
 
-    `shapes` is the model's layout on the wire. A reply that is missing, broken or not finite fails all
-    clients of its node.
+    `received` holds the arrays that each message carried. They tell the model's layout on the wire, and rounded
+    updates are added to them. A reply that is missing, broken or not finite fails all clients of its node.
     """
-    answers = {message.metadata.src_node_id: message for message in messages}
-    # Flower answers for a vanished node in its own name, so such an error has no node of ours as source.
-    strays = [message for node, message in answers.items() if node not in asked]
-    unheard = error_text(strays[0]) if strays else "no reply within server.round-timeout-s"
+    # Flower answers for a vanished node in its own name: only the message's id tells whose error it is.
+    answers = {message.metadata.reply_to_message_id: message for message in messages}
+    unheard = "no reply within server.round-timeout-s"
     return [
-        _read(node, answers[node], work, shapes) if node in answers else NodeReply(node, None, unheard)
-        for node, work in asked.items()
+        _read(request, answers[request], work, received[request])
+        if request in answers
+        else NodeReply(request, None, unheard)
+        for request, work in asked.items()
     ]
 
 
@@ -57,7 +60,7 @@ def client_results(replies: Iterable[NodeReply], asked: Asked) -> dict[int, Clie
     """One result per client that was asked to train."""
     results = {}
     for node_reply in replies:
-        for assignment in asked[node_reply.node]:
+        for assignment in asked[node_reply.request]:
             results[assignment.client] = ClientResult(
                 assignment.client, 0, 0, 0, float("nan"), float("nan"), float("nan"), node_reply.reason
             )
@@ -66,17 +69,19 @@ def client_results(replies: Iterable[NodeReply], asked: Asked) -> dict[int, Clie
     return results
 
 
-def _read(
-    node: int, message: Message, work: Sequence[Assignment], shapes: Mapping[str, tuple[int, ...]]
-) -> NodeReply:
+def _read(request: str, message: Message, work: Sequence[Assignment], received: Arrays) -> NodeReply:
     if message.has_error():
-        return NodeReply(node, None, error_text(message))
+        return NodeReply(request, None, error_text(message))
     try:
         reply = read_reply(message.content)
-        _check(reply, work, shapes)
+        _check(reply, work, {name: array.shape for name, array in received.items()})
+        restored = Upload(reply.arrays, reply.scales).restored(received)
+        if broken := first_non_finite(restored):
+            raise ValueError(f"NaN or infinite values in {broken}")
     except (KeyError, TypeError, ValueError) as error:
-        return NodeReply(node, None, f"unusable reply: {error}")
-    return NodeReply(node, reply)
+        return NodeReply(request, None, f"unusable reply: {error}")
+    arrays = {name: tensor.numpy() for name, tensor in restored.items()}
+    return NodeReply(request, replace(reply, arrays=arrays, scales={}))
 
 
 def _check(reply: Reply, work: Sequence[Assignment], shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -91,11 +96,8 @@ def _check(reply: Reply, work: Sequence[Assignment], shapes: Mapping[str, tuple[
     trained = {result.client: result.images for result in reply.results if result.ok}
     if bool(reply.arrays) != bool(trained):
         raise ValueError("it must have arrays if, and only if, a client succeeded")
-    if not trained:
-        return
-    _check_arrays(reply, [(a, trained[a.client]) for a in work if a.client in trained], shapes)
-    if broken := first_non_finite(reply.arrays):
-        raise ValueError(f"NaN or infinite values in {broken}")
+    if trained:
+        _check_arrays(reply, [(a, trained[a.client]) for a in work if a.client in trained], shapes)
 
 
 def _check_arrays(

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
+import secrets
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
@@ -13,6 +16,7 @@ from flwr.app.message_type import MessageType
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Strategy
 
+from fedfmd.averaging import effective_steps
 from fedfmd.conv import set_temperature
 from fedfmd.edge import WorkPlan, keep_first, plan_work, round_seconds
 from fedfmd.errors import RunError
@@ -22,6 +26,7 @@ from fedfmd.tracking import ClientRow, RunFolder, latest_checkpoint, save_checkp
 from fedfmd.training import Evaluation, evaluate, learning_rate
 from fedfmd.wire import (
     BY_ATTENTION,
+    Arrays,
     Assignment,
     ClientResult,
     Instruction,
@@ -32,9 +37,10 @@ from fedfmd.wire import (
     wire_views,
     write_instruction,
 )
-from strategies.aggregation import aggregate
+from strategies.aggregation import Replies, aggregate, lengthen
 from strategies.lines import header_lines, round_text
 from strategies.nodes import Node, assign, has_boxes, meet_nodes, on_boxes
+from strategies.optimiser import optimiser_arrays, restore_optimiser
 from strategies.replies import client_results, read_replies
 from strategies.rows import client_rows, round_row
 
@@ -45,26 +51,57 @@ RETRY_S = 60.0
 
 
 @dataclass(frozen=True)
+class Algorithm:
+    """How a strategy departs from FedAvg, apart from the server's step, which Flower's part of it makes.
+
+    Attributes:
+        separate: the server needs every client's update on its own, not the mean of a node's clients.
+        normalised: FedNova's clients divide their update by their own effective steps.
+        local_norm: FedBN's clients keep their own normalisation layers.
+        proximal: FedProx's clients need train.proximal-mu.
+    """
+
+    separate: bool = False
+    normalised: bool = False
+    local_norm: bool = False
+    proximal: bool = False
+
+
+@dataclass(frozen=True)
 class Progress:
-    """Where a run is, beside its global arrays: what a resume needs."""
+    """Where a run is, beside its arrays: what a resume needs. `run` names it among all runs."""
 
     round: int
     virtual_s: float
     best_accuracy: float
     client_flops: tuple[int, ...]
+    run: str = field(default_factory=lambda: secrets.token_hex(8))
 
 
 @dataclass(frozen=True)
-class _Round:
-    """A round between sending and aggregating: its plans, virtual seconds, and what each node was asked.
+class Request:
+    """A message to a node, and what it asks of whom."""
+
+    message: Message
+    assignments: tuple[Assignment, ...]
+
+    @property
+    def id(self) -> str:
+        """The message's id, which Flower gives it when it is sent."""
+        return self.message.metadata.message_id
+
+
+@dataclass(frozen=True)
+class Round:
+    """A round between sending and aggregating: its plans, its virtual seconds, what was asked of the nodes.
 
     At least `needed` updates must come, or it is void.
     """
 
-    plans: list[WorkPlan]
-    seconds: float
-    asked: dict[int, tuple[Assignment, ...]]
-    needed: int
+    plans: Sequence[WorkPlan] = ()
+    seconds: float = 0.0
+    requests: Sequence[Request] = ()
+    needed: int = 0
 
 
 class TrackedStrategy(Strategy):
@@ -73,15 +110,18 @@ class TrackedStrategy(Strategy):
     `run` is the loop with rows, checkpoints and resume. The hooks follow Flower's `Strategy`.
     """
 
-    def __init__(self, inner: FedAvg, federation: Federation, folder: RunFolder) -> None:
+    def __init__(
+        self, inner: FedAvg, federation: Federation, folder: RunFolder, algorithm: Algorithm
+    ) -> None:
         self.inner = inner
+        self.algorithm = algorithm
         self.federation = federation
         self.folder = folder
         self.nodes: tuple[Node, ...] = ()
         self.results: dict[int, ClientResult] = {}
-        self._round = _Round([], 0.0, {}, 0)
+        self._run_token = ""
+        self._round = Round()
         views = wire_views(federation.model)
-        self._shapes = {name: tuple(view.shape) for name, view in views.items()}
         self._parameters = _parameter_names(federation)
         self._annealed = any(name.endswith(".temperature") for name in views)
 
@@ -109,7 +149,7 @@ class TrackedStrategy(Strategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Sample and plan the round's clients; one message per node that has work.
+        """Sample and plan the round's clients; the messages for the nodes that have work.
 
         `config` tells the virtual time at which the round starts, `virtual-s`.
         """
@@ -122,49 +162,41 @@ class TrackedStrategy(Strategy):
             seconds = round_seconds(plans, budget, wanted)
         else:
             seconds = self.federation.fleet.idle_seconds(time_s, budget.deadline_s or RETRY_S)
-        hands = assign(self.nodes, [plan for plan in plans if plan.status == "ok"])
-        asked = {
-            node: tuple(self._assignment(server_round, plan) for plan in hand) for node, hand in hands.items()
-        }
-        self._round = _Round(plans, seconds, asked, budget.needed(wanted))
-        lr = learning_rate(
-            settings.train.lr, settings.train.schedule, (server_round - 1) / settings.server.rounds
-        )
-        return [
-            Message(
-                write_instruction(
-                    Instruction(
-                        server_round,
-                        lr,
-                        self.federation.temperature.at(server_round - 1),
-                        assignments,
-                    ),
-                    arrays,
-                ),
-                node,
-                MessageType.TRAIN,
-            )
-            for node, assignments in asked.items()
+        working = [plan for plan in plans if plan.status == "ok"]
+        requests = [
+            self._request(node, hand, server_round, server_round - 1, arrays)
+            for node, hand in assign(self.nodes, working, self.algorithm.separate)
         ]
+        self._round = Round(plans, seconds, requests, budget.needed(wanted))
+        return [request.message for request in requests]
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Check the replies and combine what is usable; (None, None) if too few clients succeeded."""
         replies = list(replies)
-        asked = self._round.asked
-        answers = read_replies(replies, asked, self._shapes)
+        asked = {request.id: request.assignments for request in self._round.requests}
+        current = pack(self.federation.model)
+        received = {request: self._start_of(work, current) for request, work in asked.items()}
+        answers = read_replies(replies, asked, received)
         self.results = client_results(answers, asked)
-        messages = {message.metadata.src_node_id: message for message in replies}
+        if sum(result.ok for result in self.results.values()) < max(1, self._round.needed):
+            return None, None
+        messages = {message.metadata.reply_to_message_id: message for message in replies}
         usable = [
-            (messages[answer.node], answer.reply)
+            (messages[answer.request], answer.reply)
             for answer in answers
             if answer.reply is not None and answer.reply.arrays
         ]
-        if sum(result.ok for result in self.results.values()) < self._round.needed:
-            return None, None
+        arrays = aggregate(
+            self.inner,
+            server_round,
+            self._comparable(usable, current),
+            current,
+            self._parameters,
+            self.algorithm.separate,
+        )
         weight = sum(reply.weight for _, reply in usable)
-        arrays = aggregate(self.inner, server_round, usable, pack(self.federation.model), self._parameters)
         return to_record(arrays), MetricRecord({"num-examples": weight})
 
     def configure_evaluate(
@@ -191,7 +223,12 @@ class TrackedStrategy(Strategy):
         if arrays is not None:
             load(model, from_record(arrays))
         evaluation = self._evaluate()
-        ranks = {a.client: node.rank for node in self.nodes for a in self._round.asked.get(node.id, ())}
+        places = {node.id: node.rank for node in self.nodes}
+        ranks = {
+            assignment.client: places[request.message.metadata.dst_node_id]
+            for request in self._round.requests
+            for assignment in request.assignments
+        }
         clients = client_rows(server_round, self._round.plans, self.results, ranks, progress.client_flops)
         row = round_row(
             server_round,
@@ -209,7 +246,13 @@ class TrackedStrategy(Strategy):
         flops = list(progress.client_flops)
         for client_row in clients:
             flops[client_row.client] = client_row.cum_train_flops
-        progress = Progress(server_round, row.virtual_s, row.best_accuracy, tuple(flops))
+        progress = replace(
+            progress,
+            round=server_round,
+            virtual_s=row.virtual_s,
+            best_accuracy=row.best_accuracy,
+            client_flops=tuple(flops),
+        )
         self.folder.append_round(row, clients)
         if server_round % settings.server.checkpoint_every == 0 or server_round == settings.server.rounds:
             self._save(progress)
@@ -232,6 +275,41 @@ class TrackedStrategy(Strategy):
         speed = federation.fleet.speed(server_round, owner)
         return plan_work(owner, federation.workload(client), federation.budget, speed)
 
+    def _request(
+        self, node: int, hand: Iterable[WorkPlan], server_round: int, done: int, arrays: ArrayRecord
+    ) -> Request:
+        """The message for a node: its clients start from `arrays`, with the rates after `done` rounds.
+
+        `server_round` is what the clients' randomness and their rotation of kernels follow.
+        """
+        settings = self.federation.settings
+        assignments = tuple(self._assignment(server_round, plan) for plan in hand)
+        instruction = Instruction(
+            server_round,
+            learning_rate(settings.train.lr, settings.train.schedule, done / settings.server.rounds),
+            self.federation.temperature.at(done),
+            assignments,
+            normalised=self.algorithm.normalised,
+            local_norm=self.algorithm.local_norm,
+            run=self._run_token,
+        )
+        return Request(Message(write_instruction(instruction, arrays), node, MessageType.TRAIN), assignments)
+
+    def _start_of(self, work: Sequence[Assignment], current: Arrays) -> Arrays:
+        """The arrays that these clients were sent."""
+        del work
+        return current
+
+    def _comparable(self, replies: Replies, current: Arrays) -> Replies:
+        """The replies as updates of the current state, so that they can be averaged."""
+        if not self.algorithm.normalised:
+            return replies
+        train = self.federation.settings.train
+        done = [result for result in self.results.values() if result.ok]
+        ways = (r.images * effective_steps(r.steps, train.momentum, train.nesterov) for r in done)
+        factor = math.fsum(ways) / sum(result.images for result in done)
+        return lengthen(replies, current, self._parameters, factor)
+
     def _assignment(self, server_round: int, plan: WorkPlan) -> Assignment:
         """A client's kernels in rotation start one further with every round, and with every client."""
         client, budget = plan.client.id, self.federation.budget
@@ -252,22 +330,40 @@ class TrackedStrategy(Strategy):
             self.folder.checkpoints,
             progress.round,
             self.federation.model.state_dict(),
-            asdict(progress),
+            asdict(progress) | {"strategy": self._state()},
             settings.kept(),
+            self._arrays(),
             keep=settings.server.keep_checkpoints,
         )
 
     def _resume(self) -> Progress:
-        start = Progress(0, 0.0, 0.0, (0,) * self.federation.settings.partition.clients)
+        progress = Progress(0, 0.0, 0.0, (0,) * self.federation.settings.partition.clients)
         checkpoint = latest_checkpoint(self.folder.checkpoints)
         if checkpoint is None:
             self.folder.truncate_after(0)
-            return start
-        self.federation.model.load_state_dict(checkpoint.arrays)
-        self.folder.truncate_after(checkpoint.round)
-        logger.info("going on after round %d", checkpoint.round)
-        saved = {name: checkpoint.state[name] for name in asdict(start)}
-        return Progress(**saved | {"client_flops": tuple(saved["client_flops"])})
+        else:
+            self.federation.model.load_state_dict(checkpoint.arrays)
+            self.folder.truncate_after(checkpoint.round)
+            logger.info("going on after round %d", checkpoint.round)
+            saved = {name: checkpoint.state[name] for name in asdict(progress)}
+            progress = Progress(**saved | {"client_flops": tuple(saved["client_flops"])})
+            extra = {name: tensor.numpy() for name, tensor in checkpoint.extra_arrays.items()}
+            self._restore(checkpoint.state["strategy"], extra)
+        self._run_token = progress.run
+        return progress
+
+    def _state(self) -> dict[str, Any]:
+        """What the strategy needs for a resume beside arrays, as JSON knows it."""
+        return {}
+
+    def _arrays(self) -> Arrays:
+        """The arrays that the strategy needs for a resume beside the model."""
+        return optimiser_arrays(self.inner)
+
+    def _restore(self, state: Mapping[str, Any], arrays: Arrays) -> None:
+        """Take back what `_state` and `_arrays` gave."""
+        del state
+        restore_optimiser(self.inner, arrays)
 
     def _stop_if_hopeless(self, server_round: int, clients: Sequence[ClientRow]) -> None:
         limit = self.federation.settings.server.max_failed_share

@@ -17,7 +17,7 @@ from fedfmd.errors import RunError
 from fedfmd.federation import build_federation
 from fedfmd.server_app import app as server_app
 from fedfmd.tracking import RunFolder, latest_checkpoint, read_clients, read_rounds
-from strategies import make_strategy
+from strategies import STRATEGIES, make_strategy
 
 SKEWED = {
     "partition.scheme": "dirichlet",
@@ -85,7 +85,16 @@ def test_a_run_leaves_its_results_and_they_are_the_same_each_time(run):
     assert same_arrays(again, whole)
 
 
-@pytest.mark.parametrize("changes", [{}, UNRELIABLE], ids=["all kernels", "unreliable fleet"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        UNRELIABLE,
+        {"server.strategy": "fedadam"},
+        {"server.strategy": "fedbuff", "server.buffer": 2, "server.clients-per-round": 3},
+    ],
+    ids=["all kernels", "unreliable fleet", "fedadam", "fedbuff"],
+)
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(run, monkeypatch, changes):
     save = strategies.tracked.save_checkpoint
 
@@ -109,13 +118,32 @@ def test_the_number_of_workers_changes_rounding_at_most(run, changes):
     one, two, again = run("one", **changes), *(run(n, workers=2, **changes) for n in ("two", "again"))
     assert rows_of(two) == rows_of(again)
     assert same_arrays(two, again)
-    measured = {"node", "loss", "accuracy", "ies", "rcs"}
+    attentions = {"kernel_entropy", "input_attention", "output_attention"}
+    measured = {"node", "loss", "accuracy", "ies", "rcs"} | attentions
     for ours, theirs in zip(rows_of(one)[1], rows_of(two)[1], strict=True):
         assert all(ours[name] == theirs[name] for name in ours.keys() - measured)
         assert float(ours["loss"]) == pytest.approx(float(theirs["loss"]), rel=1e-3)
     for ours, theirs in zip(read_rounds(one / "rounds.csv"), read_rounds(two / "rounds.csv"), strict=True):
         assert (ours.virtual_s, ours.energy_j) == (theirs.virtual_s, theirs.energy_j)
         assert ours.loss == pytest.approx(theirs.loss, rel=1e-3)
+
+
+OPTIONS = {
+    "fedprox": {"train.proximal-mu": 0.01},
+    "fedavgm": {"server.momentum": 0.2},
+    "krum": {"server.byzantine": 0},
+    "multikrum": {"server.byzantine": 0},
+    "fedbuff": {"server.buffer": 4},
+}
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_every_strategy_learns(run, name):
+    easy = {"train.batch-size": 16, "model.norm": "batch", "partition.scheme": "iid", "server.strategy": name}
+    folder = run(name, **easy | OPTIONS.get(name, {}))
+    first, last = read_rounds(folder / "rounds.csv")
+    assert last.loss < first.loss
+    assert {row.status for row in read_clients(folder / "clients.csv")} == {"ok"}
 
 
 def poison(images):

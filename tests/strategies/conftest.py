@@ -75,11 +75,16 @@ def is_trained(name, work, arrays):
 
 @pytest.fixture
 def reply_of(make_grid):
-    """Makes the message that node `node` answers with `content`, a record or an error."""
+    """Makes the message that node `node` answers with `content`, a record or an error.
+
+    The id of what it was sent is the node's.
+    """
     make_grid([])  # Messages need an identity of the process, which a grid gives it
 
     def make(node, content):
-        return Message(content, reply_to=Message(RecordDict(), node, MessageType.TRAIN))
+        request = Message(RecordDict(), node, MessageType.TRAIN)
+        request.metadata.__dict__["_message_id"] = str(node)
+        return Message(content, reply_to=request)
 
     make.error = lambda node, reason: make(node, Error(2, reason))
     return make

@@ -109,18 +109,23 @@ def plans(make_federation):
     ]
 
 
-def hands(nodes, plans):
-    return {node: [plan.client.id for plan in hand] for node, hand in assign(nodes, plans).items()}
+def hands(nodes, plans, separate=False):
+    return [(node, [plan.client.id for plan in hand]) for node, hand in assign(nodes, plans, separate)]
 
 
 def test_workers_are_busy_equally_long(plans):
-    assert hands([Node(5, 0, None, 0, ""), Node(6, 1, None, 0, "")], plans) == {5: [0], 6: [1, 2]}
+    assert hands([Node(5, 0, None, 0, ""), Node(6, 1, None, 0, "")], plans) == [(5, [0]), (6, [1, 2])]
 
 
 def test_workers_without_work_get_no_message(plans):
-    assert hands([Node(5, 0, None, 0, ""), Node(6, 1, None, 0, "")], plans[1:2]) == {5: [1]}
+    assert hands([Node(5, 0, None, 0, ""), Node(6, 1, None, 0, "")], plans[1:2]) == [(5, [1])]
 
 
 def test_boxes_get_their_own_client_if_it_was_picked(plans):
     boxes = [Node(5, 0, 2, 10, ""), Node(6, 1, 1, 20, ""), Node(7, 2, 0, 30, "")]
-    assert hands(boxes, plans[1:]) == {5: [2], 6: [1]}
+    assert hands(boxes, plans[1:]) == [(5, [2]), (6, [1])]
+
+
+def test_a_message_holds_one_client_where_updates_are_needed_separately(plans):
+    workers = [Node(5, 0, None, 0, ""), Node(6, 1, None, 0, "")]
+    assert hands(workers, plans, separate=True) == [(5, [0]), (6, [1]), (6, [2])]

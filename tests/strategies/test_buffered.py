@@ -1,0 +1,127 @@
+import numpy as np
+import pytest
+
+import strategies.buffered
+from fedfmd.edge import WorkPlan
+from fedfmd.edge.devices import DEVICES, Bandwidth
+from fedfmd.edge.fleet import Client
+from fedfmd.tracking import RunFolder, read_clients, read_rounds
+from fedfmd.wire import pack
+from strategies import BufferedStrategy, make_strategy
+from strategies.buffered import Flight, fill_buffer
+
+SECONDS = {0: 1.0, 1: 2.5, 2: 4.0, 3: 4.0}  # what a flight of each client takes
+ASYNCHRONOUS = {
+    "server.strategy": "fedbuff",
+    "server.buffer": 2,
+    "server.clients-per-round": 2,
+    "server.rounds": 4,
+    "partition.clients": 4,
+    "fleet.devices": "pi-4:2, jetson-nano:2",
+}
+
+
+def flight(number, version, start_s, client, status="ok"):
+    plan = WorkPlan(
+        client=Client(client, DEVICES["pi-4"], Bandwidth(1e6, 1e6)),
+        latency_s=0.0,
+        compute_s=SECONDS[client],
+        status=status,
+    )
+    return Flight(number, version, start_s, start_s + SECONDS[client], plan)
+
+
+def starter(version, order, first=4):
+    """Starts the clients of `order`, one after another, as flights `first`, `first` + 1, …"""
+    waiting = list(order)
+
+    def start(now, busy):
+        taken = {other.plan.client.id for other in busy}
+        if not waiting or waiting[0] in taken:
+            return None
+        number = first + len(order) - len(waiting)
+        return flight(number, version, now, waiting.pop(0))
+
+    return start
+
+
+def story(flights):
+    return [(f.number, f.plan.client.id, f.version, f.end_s) for f in flights]
+
+
+def test_the_order_of_events_by_hand():
+    """Clients 0, 1 and 2 start at 0 s; client 3 takes the place of 0, which is back after 1 s.
+
+    Client 1 lands at 2.5 s and fills the buffer of two: the server steps, and nobody has taken its place yet.
+    """
+    start = starter(0, [3])
+    landed, working, now = fill_buffer([flight(n, 0, 0.0, n - 1) for n in (1, 2, 3)], 2, start)
+    assert story(landed) == [(1, 0, 0, 1.0), (2, 1, 0, 2.5)]
+    assert story(working) == [(3, 2, 0, 4.0), (4, 3, 0, 5.0)]
+    assert now == 2.5
+    # the next buffer: client 0 started at 2.5 s on the new version overtakes those that are at work
+    working.append(flight(5, 1, 2.5, 0))
+    landed, working, now = fill_buffer(working, 2, starter(1, [1], first=6))
+    assert story(landed) == [(5, 0, 1, 3.5), (3, 2, 0, 4.0)]
+    assert story(working) == [(4, 3, 0, 5.0), (6, 1, 1, 6.0)]
+    assert now == 4.0
+
+
+def test_landings_at_the_same_time_are_in_the_order_of_the_starts():
+    landed, _, _ = fill_buffer([flight(2, 0, 0.0, 3), flight(1, 0, 0.0, 2)], 2, lambda now, busy: None)
+    assert [f.number for f in landed] == [1, 2]
+
+
+def test_a_late_client_lands_without_filling_the_buffer():
+    late = flight(1, 0, 0.0, 0, status="late")
+    landed, working, now = fill_buffer([late, flight(2, 0, 0.0, 1)], 1, starter(0, [2], first=3))
+    assert [f.number for f in landed] == [1, 2]
+    assert story(working) == [(3, 2, 0, 5.0)]
+    assert now == 2.5
+
+
+def test_where_nobody_is_left_the_buffer_stays_short():
+    landed, working, now = fill_buffer([flight(1, 0, 0.0, 0)], 3, lambda now, busy: None)
+    assert (len(landed), working, now) == (1, [], 1.0)
+    assert fill_buffer([], 3, lambda now, busy: None) == ([], [], 0.0)
+
+
+@pytest.fixture
+def run(make_federation, make_grid, tmp_path):
+    def run(name="run", **changes):
+        strategy = make_strategy(make_federation(ASYNCHRONOUS | changes), RunFolder(tmp_path / name))
+        strategy.start = pack(strategy.federation.model)
+        strategy.run(make_grid())
+        return strategy
+
+    return run
+
+
+def test_rounds_follow_the_clock_and_fast_clients_come_more_often(run):
+    strategy = run()
+    assert isinstance(strategy, BufferedStrategy)
+    rounds, clients = read_rounds(strategy.folder.rounds), read_clients(strategy.folder.clients)
+    assert [row.clients_ok for row in rounds] == [2, 2, 2, 2]
+    times = [row.virtual_s for row in rounds]
+    assert times == sorted(times)
+    assert rounds[-1].virtual_s == pytest.approx(sum(row.round_s for row in rounds))
+    assert len({row.client for row in clients if row.round == 1}) == 2
+    nano = sum(row.device == "jetson-nano" for row in clients)
+    assert nano > len(clients) / 2
+
+
+def test_an_update_counts_less_the_older_it_is(run, monkeypatch):
+    """A stub client c adds c + 1 to the arrays it began with; each update fills the buffer on its own."""
+    steps = []
+
+    def spy(flights, size, start):
+        result = fill_buffer(flights, size, start)
+        steps.append(result[0])
+        return result
+
+    monkeypatch.setattr(strategies.buffered, "fill_buffer", spy)
+    strategy = run(**{"server.buffer": 1, "server.staleness": 1.0, "server.rounds": 6})
+    growth = sum((f.plan.client.id + 1) / (1 + version - f.version) for version, (f,) in enumerate(steps))
+    assert any(version > f.version for version, (f,) in enumerate(steps))
+    state, start = strategy.federation.model.fc.bias, strategy.start["fc.bias"]
+    np.testing.assert_allclose(state.detach(), start + growth, rtol=1e-5)

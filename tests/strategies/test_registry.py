@@ -1,0 +1,54 @@
+import pytest
+from flwr.serverapp.strategy import FedMedian
+
+from fedfmd.errors import SettingsError
+from strategies import STRATEGIES, find_strategy
+
+FIVE = {"partition.clients": 5, "fleet.devices": "pi-4"}
+
+
+class Mine(FedMedian):
+    """A user's strategy."""
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_every_name_is_found(tiny_settings, name):
+    prox = {"train.proximal-mu": 0.1} if name == "fedprox" else {}
+    assert find_strategy(tiny_settings(**FIVE, **prox, **{"server.strategy": name})) is STRATEGIES[name]
+
+
+def test_a_class_of_ones_own_gets_every_update_in_a_message(tiny_settings, monkeypatch):
+    monkeypatch.setitem(
+        __import__("sys").modules, "mine", __import__("types").SimpleNamespace(Mine=Mine, x=1)
+    )
+    settings = tiny_settings(**{"server.strategy": "mine:Mine"})
+    entry = find_strategy(settings)
+    assert isinstance(entry.inner(settings), Mine)
+    assert entry.algorithm.separate
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"server.strategy": "fedavgn"}, r"server\.strategy = 'fedavgn': .*fedavg"),
+        ({"server.strategy": "nowhere:Mine"}, r"'nowhere:Mine' can't be imported .*PYTHONPATH"),
+        ({"server.strategy": "math:Mine"}, r"'math:Mine' can't be imported"),
+        ({"server.strategy": "math:pi"}, r"must be a class that derives from Flower's FedAvg"),
+        (
+            {"server.trim": 0.3},
+            r"server\.trim = 0\.3 has no effect with server\.strategy = fedavg: .*trimmed",
+        ),
+        ({"server.strategy": "fedprox"}, r"needs train\.proximal-mu > 0"),
+        (
+            {"server.strategy": "krum", "server.byzantine": 2},
+            r"server\.byzantine = 2: krum needs more than 6",
+        ),
+        (
+            {"server.strategy": "fedbuff", "server.buffer": 9},
+            r"server\.buffer = 9 must not exceed the 5 clients",
+        ),
+    ],
+)
+def test_what_cannot_be_used_is_named(tiny_settings, changes, message):
+    with pytest.raises(SettingsError, match=message):
+        find_strategy(tiny_settings(**FIVE, **changes))
