@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import cast
 
 import numpy as np
@@ -63,36 +64,35 @@ def lengthen(replies: Replies, current: Arrays, parameters: Collection[str], fac
     return [
         (
             message,
-            Reply(
-                reply.arrays
+            replace(
+                reply,
+                arrays=reply.arrays
                 | {
-                    name: _along(current[name], array, factor)
+                    name: np.asarray(current[name] + factor * (array - current[name]), array.dtype)
                     for name, array in reply.arrays.items()
                     if name in parameters
                 },
-                reply.results,
-                reply.weights,
             ),
         )
         for message, reply in replies
     ]
 
 
-def transplant(reply: Reply, start: Arrays, current: Arrays, factor: float) -> Reply:
+def transplant(
+    reply: Reply, start: Arrays, current: Arrays, parameters: Collection[str], factor: float
+) -> Reply:
     """What an update would be if it had begun at `current` and not at `start`, and were shorter by a factor.
 
-    Integer buffers count on from the current ones by whole numbers.
+    Buffers go that share of the way from the current ones to the client's: moved like parameters, a running
+    variance could end below zero.
     """
     arrays = {}
     for name, array in reply.arrays.items():
-        moved = current[name] + factor * (np.asarray(array, np.float64) - start[name])
+        origin = start[name] if name in parameters else current[name]
+        moved = current[name] + factor * (np.asarray(array, np.float64) - origin)
         whole = np.issubdtype(array.dtype, np.integer)
         arrays[name] = np.asarray(np.rint(moved) if whole else moved, array.dtype)
-    return Reply(arrays, reply.results, reply.weights)
-
-
-def _along(start: np.ndarray, end: np.ndarray, factor: float) -> np.ndarray:
-    return np.asarray(start + factor * (end - start), end.dtype)
+    return replace(reply, arrays=arrays)
 
 
 def _start_from(inner: FedAvg, server_round: int, arrays: Arrays) -> None:

@@ -149,7 +149,8 @@ class BufferedStrategy(TrackedStrategy):
         for message, reply in replies:
             flight = self._landed[reply.results[0].client]
             weight = (1 + newest - flight.version) ** -self.federation.settings.server.staleness
-            comparable.append((message, transplant(reply, self._versions[flight.version], current, weight)))
+            start = self._versions[flight.version]
+            comparable.append((message, transplant(reply, start, current, self._parameters, weight)))
         return comparable
 
     def _state(self) -> dict[str, Any]:

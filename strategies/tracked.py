@@ -33,6 +33,7 @@ from fedfmd.wire import (
     from_record,
     load,
     pack,
+    parameter_names,
     to_record,
     wire_views,
     write_instruction,
@@ -122,7 +123,7 @@ class TrackedStrategy(Strategy):
         self._run_token = ""
         self._round = Round()
         views = wire_views(federation.model)
-        self._parameters = _parameter_names(federation)
+        self._parameters = parameter_names(federation.model)
         self._annealed = any(name.endswith(".temperature") for name in views)
 
     def summary(self) -> None:
@@ -378,9 +379,3 @@ class TrackedStrategy(Strategy):
                 f"round {server_round}: {len(reasons)} of {len(clients)} clients failed, more than "
                 f"server.max-failed-share = {limit:g}; the last reason: {reasons[-1]}"
             )
-
-
-def _parameter_names(federation: Federation) -> set[str]:
-    """Names on the wire of what the optimiser trains, as opposed to buffers."""
-    buffers = {name for name, _ in federation.model.named_buffers()}
-    return {name for name in wire_views(federation.model) if name not in buffers}

@@ -1,4 +1,3 @@
-import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.app.message_type import MessageType
@@ -59,7 +58,8 @@ def stub_app(behave):
             results.append(ClientResult(client, images, work.steps, images, 1.0, 0.5, 0.1, reason))
             if not reason:
                 own = {name: array for name, array in arrays.items() if is_trained(name, work, arrays)}
-                mean.add({name: array + np.float32(client + 1) for name, array in own.items()}, images)
+                added = {name: (array + client + 1).astype(array.dtype) for name, array in own.items()}
+                mean.add(added, images)
         return Message(write_reply(Reply(mean.arrays(), tuple(results), mean.weights)), reply_to=message)
 
     return app

@@ -128,10 +128,10 @@ def test_lengthening_stretches_the_way_of_parameters_only(replies):
 
 def test_an_old_update_is_moved_to_the_current_state(replies):
     old = state(5.0)  # what the client of node 6, which now says 9, began with
-    moved = transplant(replies[1][1], old, CURRENT, 0.5)
+    moved = transplant(replies[1][1], old, CURRENT, PARAMETERS, 0.5)
     np.testing.assert_allclose(moved.arrays["w"], 100 + 0.5 * 4)
-    np.testing.assert_allclose(moved.arrays["running_var"], 102)
-    assert moved.arrays["num_batches_tracked"] == 102
+    np.testing.assert_allclose(moved.arrays["running_var"], (100 + 9) / 2)
+    assert moved.arrays["num_batches_tracked"] == 54
     assert moved.arrays["num_batches_tracked"].dtype == CURRENT["num_batches_tracked"].dtype
 
 

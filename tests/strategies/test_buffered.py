@@ -125,3 +125,9 @@ def test_an_update_counts_less_the_older_it_is(run, monkeypatch):
     assert any(version > f.version for version, (f,) in enumerate(steps))
     state, start = strategy.federation.model.fc.bias, strategy.start["fc.bias"]
     np.testing.assert_allclose(state.detach(), start + growth, rtol=1e-5)
+
+
+def test_running_variances_stay_positive(run):
+    strategy = run(**{"model.norm": "batch", "server.rounds": 6})
+    variances = [b for n, b in strategy.federation.model.named_buffers() if n.endswith("running_var")]
+    assert all((variance > 0).all() for variance in variances)
