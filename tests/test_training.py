@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from fedfmd.conv import CONVS
+from fedfmd.cost import count
 from fedfmd.data import Dataset, ImageSet, load_dataset
 from fedfmd.edge import Workload
 from fedfmd.models import make_model
@@ -40,10 +41,10 @@ def run(model, dataset, steps, sgd=None, images=None, seed=0):
 
 @pytest.mark.parametrize(("steps", "examples"), [(1, 8), (2, 16), (3, 20), (5, 36), (7, 48)])
 def test_as_many_steps_are_done_as_planned(dataset, steps, examples):
-    plan = Workload(20, 8, 3, 1, 1, 1, 1, 1)
+    plan = Workload(20, batch_size=8, epochs=3, cost=count(network(), 8), payload_bytes=1, upload_bytes=(1,))
     result = run(linear(), dataset, steps)
     assert (result.steps, result.examples) == (steps, examples)
-    assert plan.examples(steps) == examples
+    assert plan.examples(steps, batch_size=8) == examples
 
 
 @pytest.mark.parametrize("conv", ["static", "fmdconv"])
