@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -33,7 +33,7 @@ from fedfmd.models import make_model
 from fedfmd.seeds import derive_seed
 from fedfmd.settings import DataSettings, Settings
 from fedfmd.transport import upload_bytes
-from fedfmd.wire import bank_of, pack, parameter_names, payload_bytes
+from fedfmd.wire import Arrays, bank_of, pack, parameter_names, payload_bytes
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,7 @@ def build_federation(settings: Settings) -> Federation:
     fleet = build_fleet(settings, sizes)
     model = build_model(settings, dataset.classes).to(device)
     cost = count(model, dataset.image_size)
+    arrays = pack(model)
     schedule = settings.temperature
     return Federation(
         settings=settings,
@@ -100,8 +101,8 @@ def build_federation(settings: Settings) -> Federation:
         budget=build_budget(settings),
         temperature=TemperatureSchedule(schedule.initial, schedule.final, schedule.rounds, schedule.shape),
         device=device,
-        payload_bytes=payload_bytes(pack(model)),
-        upload_bytes=tuple(_upload_bytes(model, settings, kernels + 1) for kernels in range(cost.kernels)),
+        payload_bytes=payload_bytes(arrays),
+        upload_bytes=_upload_bytes(arrays, parameter_names(model), settings.transport.upload, cost.kernels),
     )
 
 
@@ -202,14 +203,17 @@ def build_model(settings: Settings, classes: int) -> nn.Module:
         )
 
 
-def _upload_bytes(model: nn.Module, settings: Settings, kernels: int) -> int:
-    """Bytes that a client sends which trained so many kernels of each bank."""
-    sent = {
-        name: array
-        for name, array in pack(model).items()
-        if (kernel := bank_of(name)) is None or kernel[1] < kernels
-    }
-    return upload_bytes(sent, settings.transport.upload, parameter_names(model))
+def _upload_bytes(arrays: Arrays, parameters: Collection[str], upload: str, kernels: int) -> tuple[int, ...]:
+    """Bytes that a client sends which trained 1, 2, … `kernels` kernels of each bank."""
+
+    def sent(trained: int) -> Arrays:
+        return {
+            name: array
+            for name, array in arrays.items()
+            if (kernel := bank_of(name)) is None or kernel[1] < trained
+        }
+
+    return tuple(upload_bytes(sent(trained + 1), upload, parameters) for trained in range(kernels))
 
 
 def torch_device(settings: Settings) -> torch.device:

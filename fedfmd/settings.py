@@ -230,6 +230,11 @@ class Settings(_Section):
     run_dir: str = ""
     resume: bool = False
 
+    @property
+    def clients_per_round(self) -> int:
+        """How many clients a round is to have: ``server.clients-per-round``, or all."""
+        return self.server.clients_per_round or self.partition.clients
+
     @model_validator(mode="after")
     def _check_combinations(self) -> Settings:
         if self.train.nesterov and not self.train.momentum:

@@ -12,19 +12,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
 from fedfmd.edge import WorkPlan
 from fedfmd.federation import Federation
-from fedfmd.seeds import derive_seed
 from fedfmd.tracking import RunFolder
 from fedfmd.wire import Arrays, Assignment, from_record, to_record
 from strategies.aggregation import Replies, transplant
 from strategies.nodes import assign
-from strategies.tracked import RETRY_S, Algorithm, Round, TrackedStrategy
+from strategies.tracked import Algorithm, Round, TrackedStrategy
 
 VERSION = "version-"
 
@@ -94,40 +92,41 @@ class BufferedStrategy(TrackedStrategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
         """Find out whose updates fill the buffer; a message to train each, from the state it was asked with."""
-        server, budget = self.federation.settings.server, self.federation.budget
+        settings = self.federation.settings
         version, time_s = server_round - 1, float(config.get("virtual-s", 0.0))
         self._versions[version] = from_record(arrays)
 
         def start(now: float, busy: Iterable[Flight]) -> Flight | None:
             return self._start(now, version, busy)
 
-        concurrency = server.clients_per_round or self.federation.settings.partition.clients
+        concurrency = settings.clients_per_round
         while len(self._flights) < concurrency and (flight := start(time_s, self._flights)):
             self._flights.append(flight)
-        landed, self._flights, now = fill_buffer(self._flights, server.buffer, start)
-        seconds = now - time_s
-        if not landed:
-            seconds = self.federation.fleet.idle_seconds(time_s, budget.deadline_s or RETRY_S)
+        landed, self._flights, now = fill_buffer(self._flights, settings.server.buffer, start)
+        seconds = now - time_s if landed else self._idle_seconds(time_s)
         self._landed = {flight.plan.client.id: flight for flight in landed}
-        states = {flight.version: to_record(self._versions[flight.version]) for flight in landed}
+        arriving = [flight for flight in landed if flight.arrives]
+        begun = {flight.version for flight in arriving}
+        states = {version: to_record(self._versions[version]) for version in begun}
         requests = []
-        for node, hand in assign(self.nodes, [f.plan for f in landed if f.arrives], separate=True):
+        for node, hand in assign(self.nodes, [flight.plan for flight in arriving], separate=True):
             flight = self._landed[hand[0].client.id]
             requests.append(self._request(node, hand, flight.number, flight.version, states[flight.version]))
         plans = [flight.plan for flight in landed]
-        self._round = Round(plans, seconds, requests, budget.needed(server.buffer))
+        needed = self.federation.budget.needed(settings.server.buffer)
+        self._round = Round(plans, seconds, requests, needed)
         return [request.message for request in requests]
 
     def _start(self, now: float, version: int, busy: Iterable[Flight]) -> Flight | None:
         """Send the next client off, drawn by the number of its flight from those that are there and free."""
-        federation, number = self.federation, self._started + 1
+        number = self._started + 1
         taken = {flight.plan.client.id for flight in busy}
-        free = [client for client in federation.fleet.present(number, now) if client not in taken]
+        free = [client for client in self.federation.fleet.present(number, now) if client not in taken]
         if not free:
             return None
         self._started = number
-        generator = np.random.default_rng(derive_seed(federation.settings.seed, "sampling", number))
-        return self._flight(number, version, now, int(generator.choice(free)))
+        client = int(self._sampling_generator(number).choice(free))
+        return self._flight(number, version, now, client)
 
     def _flight(self, number: int, version: int, start_s: float, client: int) -> Flight:
         plan = self._plan(number, client)

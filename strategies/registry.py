@@ -74,8 +74,8 @@ def _krum(settings: Settings) -> FedAvg:
 
 def _multikrum(settings: Settings) -> FedAvg:
     byzantine = settings.server.byzantine
-    clients = settings.server.clients_per_round or settings.partition.clients
-    return flower.MultiKrum(**KEYS, num_malicious_nodes=byzantine, num_nodes_to_select=clients - byzantine)
+    selected = settings.clients_per_round - byzantine
+    return flower.MultiKrum(**KEYS, num_malicious_nodes=byzantine, num_nodes_to_select=selected)
 
 
 MEAN, SEPARATE = Algorithm(), Algorithm(separate=True)
@@ -155,7 +155,7 @@ def _check_options(settings: Settings, entry: Entry) -> None:
             )
     if entry.algorithm.proximal and not settings.train.proximal_mu:
         raise SettingsError(f"server.strategy = {server.strategy} needs train.proximal-mu > 0, such as 0.01")
-    clients = server.clients_per_round or settings.partition.clients
+    clients = settings.clients_per_round
     if "byzantine" in entry.options and 2 * server.byzantine + 2 >= clients:
         raise SettingsError(
             f"server.byzantine = {server.byzantine}: {server.strategy} needs more than "

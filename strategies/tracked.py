@@ -35,7 +35,6 @@ from fedfmd.wire import (
     pack,
     parameter_names,
     to_record,
-    wire_views,
     write_instruction,
 )
 from strategies.aggregation import Replies, aggregate, lengthen
@@ -122,9 +121,8 @@ class TrackedStrategy(Strategy):
         self.results: dict[int, ClientResult] = {}
         self._run_token = ""
         self._round = Round()
-        views = wire_views(federation.model)
         self._parameters = parameter_names(federation.model)
-        self._annealed = any(name.endswith(".temperature") for name in views)
+        self._annealed = any(name.endswith(".temperature") for name, _ in federation.model.named_buffers())
 
     def summary(self) -> None:
         """Log what runs, on which fleet."""
@@ -154,15 +152,12 @@ class TrackedStrategy(Strategy):
 
         `config` tells the virtual time at which the round starts, `virtual-s`.
         """
-        settings, budget = self.federation.settings, self.federation.budget
-        wanted = settings.server.clients_per_round or settings.partition.clients
+        budget = self.federation.budget
+        wanted = self.federation.settings.clients_per_round
         time_s = float(config.get("virtual-s", 0.0))
         clients = self._sample(server_round, time_s, budget.asked(wanted))
         plans = keep_first((self._plan(server_round, client) for client in clients), wanted)
-        if plans:
-            seconds = round_seconds(plans, budget, wanted)
-        else:
-            seconds = self.federation.fleet.idle_seconds(time_s, budget.deadline_s or RETRY_S)
+        seconds = round_seconds(plans, budget, wanted) if plans else self._idle_seconds(time_s)
         working = [plan for plan in plans if plan.status == "ok"]
         requests = [
             self._request(node, hand, server_round, server_round - 1, arrays)
@@ -267,8 +262,17 @@ class TrackedStrategy(Strategy):
         """Clients of the round among those that are there, from (seed, round) alone."""
         federation = self.federation
         present = federation.fleet.present(server_round, time_s)
-        generator = np.random.default_rng(derive_seed(federation.settings.seed, "sampling", server_round))
+        generator = self._sampling_generator(server_round)
         return sorted(generator.choice(present, min(count, len(present)), replace=False).tolist())
+
+    def _sampling_generator(self, number: int) -> np.random.Generator:
+        """Draws clients, for the round or the flight of this number."""
+        return np.random.default_rng(derive_seed(self.federation.settings.seed, "sampling", number))
+
+    def _idle_seconds(self, time_s: float) -> float:
+        """Virtual seconds until the server looks again, where nobody is there."""
+        federation = self.federation
+        return federation.fleet.idle_seconds(time_s, federation.budget.deadline_s or RETRY_S)
 
     def _plan(self, server_round: int, client: int) -> WorkPlan:
         federation = self.federation

@@ -142,16 +142,15 @@ def run(variant: Variant, dataset: Dataset, epochs: int, seed: int) -> dict[str,
         for group in optimiser.param_groups:
             group["lr"] = group["factor"] * learning_rate(SGD.lr, "cosine", epoch / epochs)
         trained = train(model, dataset.train, dataset, SGD, steps, generator, optimiser=optimiser)
-        tested = evaluate(model, dataset.test, dataset)
+        with record_attention(model) as record:
+            tested = evaluate(model, dataset.test, dataset)
         best = max(best, tested.accuracy)
-    with record_attention(model) as record:
-        evaluate(model, dataset.test, dataset)
     return {
         "accuracy": tested.accuracy,
         "best_accuracy": best,
         "loss": tested.loss,
         "train_accuracy": trained.accuracy,
-        "kernel_entropy": record.kernel_entropy(),
+        "kernel_entropy": tested.kernel_entropy,
         "kernel_information": record.kernel_information(),
         "seconds": time.perf_counter() - started,
     }

@@ -96,7 +96,18 @@ def render_page(summary: Summary, sheets: Sequence[Sheet], notes: Sequence[str])
 
 
 def _sections(summary: Summary, facets: Sequence[Facet], runs: Sequence[Run]) -> Iterator[Section]:
-    yield Section(
+    yield _accuracy(facets, summary.target)
+    if compared := [facet for facet in facets if len(facet.series) > 1]:
+        yield _front(compared)
+        yield _scores(compared)
+    yield _clients(facets)
+    yield _split(runs)
+    yield _timeline(summary.groups)
+    yield _entropy(facets)
+
+
+def _accuracy(facets: Sequence[Facet], target: float) -> Section:
+    return Section(
         "accuracy",
         "Accuracy over rounds, time and compute",
         "Accuracy of the global model on the test set. Thick: mean over seeds; band: ± one standard deviation; "
@@ -108,54 +119,61 @@ def _sections(summary: Summary, facets: Sequence[Facet], runs: Sequence[Run]) ->
             + _plots(
                 f"accuracy{number}",
                 [
-                    Picture(label, plots.plot_accuracy(facet.series, column, summary.target))
+                    Picture(label, plots.plot_accuracy(facet.series, column, target))
                     for column, label in CURVES.items()
                 ],
             )
             for number, facet in enumerate(facets)
         ),
     )
-    compared = [facet for facet in facets if len(facet.series) > 1]
-    if compared:
-        yield Section(
-            "front",
-            "Accuracy against cost",
-            "Final accuracy, with standard deviations over seeds as bars. The grey line is the Pareto front: no "
-            "group beats those on it in both. Up and to the left is better.",
-            "".join(
-                _heading(facet)
-                + _legend(facet.series)
-                + _plots(
-                    f"front{number}",
-                    [
-                        Picture(f"Against {label}", plots.plot_front(facet.series, field, label))
-                        for field, label in FRONTS.items()
-                        if any(getattr(one.group, field) for one in facet.series)
-                    ],
-                )
-                for number, facet in enumerate(compared)
-            ),
-        )
-        yield Section(
-            "scores",
-            "IES and RCS",
-            "IES = response time / accuracy, RCS = accuracy / response time. In inference the response time is the "
-            "modelled latency per image, in training the virtual seconds of the last round. Bars: mean over seeds, "
-            "± standard deviation. Both say little where many answers are wrong: look at the accuracy too.",
-            "".join(
-                _heading(facet)
-                + _plots(
-                    f"scores{number}",
-                    [
-                        Picture(label, plots.plot_scores(facet.series, values, label))
-                        for field, label in SCORES.items()
-                        if any(values := [getattr(one.group, field) for one in facet.series])
-                    ],
-                )
-                for number, facet in enumerate(compared)
-            ),
-        )
-    yield Section(
+
+
+def _front(facets: Sequence[Facet]) -> Section:
+    return Section(
+        "front",
+        "Accuracy against cost",
+        "Final accuracy, with standard deviations over seeds as bars. The grey line is the Pareto front: no "
+        "group beats those on it in both. Up and to the left is better.",
+        "".join(
+            _heading(facet)
+            + _legend(facet.series)
+            + _plots(
+                f"front{number}",
+                [
+                    Picture(f"Against {label}", plots.plot_front(facet.series, field, label))
+                    for field, label in FRONTS.items()
+                    if any(getattr(one.group, field) for one in facet.series)
+                ],
+            )
+            for number, facet in enumerate(facets)
+        ),
+    )
+
+
+def _scores(facets: Sequence[Facet]) -> Section:
+    return Section(
+        "scores",
+        "IES and RCS",
+        "IES = response time / accuracy, RCS = accuracy / response time. In inference the response time is the "
+        "modelled latency per image, in training the virtual seconds of the last round. Bars: mean over seeds, "
+        "± standard deviation. Both say little where many answers are wrong: look at the accuracy too.",
+        "".join(
+            _heading(facet)
+            + _plots(
+                f"scores{number}",
+                [
+                    Picture(label, plots.plot_scores(facet.series, values, label))
+                    for field, label in SCORES.items()
+                    if any(values := [getattr(one.group, field) for one in facet.series])
+                ],
+            )
+            for number, facet in enumerate(facets)
+        ),
+    )
+
+
+def _clients(facets: Sequence[Facet]) -> Section:
+    return Section(
         "clients",
         "Spread over the clients",
         "Accuracy of each client on its own images after it last trained, all seeds. Box: the middle half, with "
@@ -168,22 +186,31 @@ def _sections(summary: Summary, facets: Sequence[Facet], runs: Sequence[Run]) ->
             ],
         ),
     )
-    yield Section(
+
+
+def _split(runs: Sequence[Run]) -> Section:
+    return Section(
         "split",
         "Label split",
         "Training images of each class that each client has; white is none.",
         _plots("split", list(_splits(runs))),
     )
-    yield Section(
+
+
+def _timeline(groups: Sequence[Group]) -> Section:
+    return Section(
         "timeline",
         "Time line of a round",
         "The last round of each group's first seed, the first client to finish at the bottom. Red: clients "
         "whose update was not used, and why."
-        + (f" The first {MAX_TIMELINES} groups." if len(summary.groups) > MAX_TIMELINES else ""),
-        _plots("timeline", list(_timelines(summary.groups[:MAX_TIMELINES]))),
+        + (f" The first {MAX_TIMELINES} groups." if len(groups) > MAX_TIMELINES else ""),
+        _plots("timeline", list(_timelines(groups[:MAX_TIMELINES]))),
     )
+
+
+def _entropy(facets: Sequence[Facet]) -> Section:
     mixing = _facets_with(facets, lambda group: group.runs[0].rounds[-1].kernel_entropy is not None)
-    yield Section(
+    return Section(
         "entropy",
         "Kernel entropy",
         "Mean over layers and images of H(π)/ln K: at 1 all kernels count alike and the mixture is inert, at 0 "
