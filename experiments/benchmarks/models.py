@@ -5,10 +5,11 @@
 The networks have the CIFAR stem and take 32×32 images. A training step is forward pass, loss, backward pass
 and SGD with momentum; inference is a forward pass in evaluation mode. Each number is the median over
 repetitions, and each repetition runs every variant once, so that a slow moment of the machine meets all of
-them. On the CPU: one thread, process time. On a GPU, where there is one: CUDA events, in float32 (PyTorch's
-defaults: TF32 in convolutions) and under bf16 autocast. Ratios are to the static network and to the same
-convolution mixed by one grouped convolution over the folded batch, as in the published code; for ODConv,
-that code also multiplies out all B×K kernels ("multiplied").
+them; every other one in reverse order, so that no variant always finds its weights in the cache. On the CPU:
+one thread, process time. On a GPU, where there is one: CUDA events, in float32 (PyTorch's defaults: TF32 in
+convolutions) and under bf16 autocast. Ratios are to the static network and to the same convolution mixed by
+one grouped convolution over the folded batch, as in the published code; for ODConv, that code also multiplies
+out all B×K kernels ("multiplied").
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ def measure(place: Place, chosen: list[Variant], repeats: int) -> dict[tuple[Var
     }
     seconds = defaultdict(list)
     for repetition in range(WARM_UP + repeats):
-        for phase, variant in product(PHASES, chosen):
+        for phase, variant in product(PHASES, chosen[:: (-1) ** repetition]):
             taken = steps[variant.conv, variant.kernels](phase, variant.mixing)
             if repetition >= WARM_UP:
                 seconds[variant, phase].append(taken)
