@@ -6,6 +6,7 @@ All ways give the same numbers. One is forced by its name, or chosen from layer 
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -65,14 +66,20 @@ def choose_mixing(x: Tensor, bank: Tensor, geometry: Geometry) -> str:
     of the fused ways and grouped convolutions are slow, while K times as many outputs keep matrix units busy:
     that rule comes from reasoning, not from measurements.
     """
-    if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
         return "outputs"  # leaves the batch size free
-    batch, image, kernel = x.shape[0], tuple(x.shape[1:]), tuple(bank.shape[1:])
+    rule = _rule.__wrapped__ if torch.compiler.is_compiling() else _rule  # compilers see through the cache
+    return rule(x.device.type, tuple(x.shape), tuple(bank.shape[1:]), geometry)
+
+
+@lru_cache(maxsize=1024)  # small layers are done in the time that the arithmetic takes
+def _rule(device: str, images: tuple[int, ...], kernel: tuple[int, ...], geometry: Geometry) -> str:
+    batch, *image = images
     if batch == 1:
         return "folded"  # one plain convolution
-    if x.device.type != "cpu":
+    if device != "cpu":
         return "outputs"
-    if batch <= Direct(geometry, kernel).block(image):
+    if batch <= Direct(geometry, kernel).block(tuple(image)):
         return "folded"  # kernels and images of the whole batch fit the cache
-    positions = math.prod(geometry.output_size(image[1:], kernel[2:]))
+    positions = math.prod(geometry.output_size(tuple(image[1:]), kernel[2:]))
     return "unfold" if kernel[0] // geometry.groups > positions else "per_sample"

@@ -178,6 +178,14 @@ def test_shapes_on_the_meta_device(name):
         assert make_conv(name, 8, 12, 3, padding=1)(torch.empty(5, 8, 6, 6)).shape == (5, 12, 6, 6)
 
 
+@pytest.mark.parametrize("name", DYNAMIC)
+def test_a_traced_layer_takes_batches_of_any_size(name):
+    conv = layer(name).eval()
+    traced = torch.jit.trace(conv, images())
+    more = torch.cat([images(), images()])
+    torch.testing.assert_close(traced(more), conv(more))
+
+
 @pytest.mark.parametrize("mixing", ["auto", "per_sample"])
 def test_a_compiled_layer(mixing):
     conv, x = layer("fmdconv", mixing=mixing).eval(), images()
