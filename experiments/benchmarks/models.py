@@ -2,14 +2,14 @@
 
     python experiments/benchmarks/models.py --arch resnet18 --batch 8 32 --repeats 5 --out models.csv
 
-The networks have the CIFAR stem and take 32×32 images. A training step is forward pass, loss, backward pass
-and SGD with momentum; inference is a forward pass in evaluation mode. Each number is the median over
-repetitions, and each repetition runs every variant once, so that a slow moment of the machine meets all of
-them; every other one in reverse order, so that no variant always finds its weights in the cache. On the CPU:
-one thread, process time. On a GPU, where there is one: CUDA events, in float32 (PyTorch's defaults: TF32 in
-convolutions) and under bf16 autocast. Ratios are to the static network and to the same convolution mixed by
-one grouped convolution over the folded batch, as in the published code; for ODConv, that code also multiplies
-out all B×K kernels ("multiplied").
+The networks have the CIFAR stem and take 32×32 images. A training step is forward pass, loss, backward pass and
+SGD with momentum; inference is a forward pass in evaluation mode. Seconds are the median over repetitions, and
+so are ratios, each between two times of the same repetition: a repetition runs every variant once, so that a
+slow moment of the machine meets all of them, and every other one in reverse order, so that no variant always
+finds its weights in the cache. On the CPU: one thread, process time. On a GPU, where there is one: CUDA events,
+in float32 (PyTorch's defaults: TF32 in convolutions) and under bf16 autocast. Ratios are to the static network
+and to the same convolution mixed by one grouped convolution over the folded batch, as in the published code;
+for ODConv, that code also multiplies out all B×K kernels ("multiplied").
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ def variants(convs: list[str], kernels: int, mixings: list[str]) -> Iterator[Var
                 yield Variant(conv, kernels, mixing)
 
 
-def measure(place: Place, chosen: list[Variant], repeats: int) -> dict[tuple[Variant, str], float]:
-    """Median seconds of each variant and phase; the variants of a convolution share one network."""
+def measure(place: Place, chosen: list[Variant], repeats: int) -> dict[tuple[Variant, str], list[float]]:
+    """Seconds of each variant and phase by repetition; the variants of a convolution share one network."""
     steps = {
         (conv, kernels): make_steps(place, conv, kernels)
         for conv, kernels in dict.fromkeys((v.conv, v.kernels) for v in chosen)
@@ -90,7 +90,7 @@ def measure(place: Place, chosen: list[Variant], repeats: int) -> dict[tuple[Var
             taken = steps[variant.conv, variant.kernels](phase, variant.mixing)
             if repetition >= WARM_UP:
                 seconds[variant, phase].append(taken)
-    return {key: median(values) for key, values in seconds.items()}
+    return dict(seconds)
 
 
 def make_steps(place: Place, conv: str, kernels: int) -> Callable[[str, str], float]:
@@ -138,7 +138,7 @@ def cuda_seconds(step: Callable[[], None]) -> float:
     return start.elapsed_time(end) / 1000
 
 
-def rows(place: Place, seconds: dict[tuple[Variant, str], float]) -> Iterator[dict[str, object]]:
+def rows(place: Place, seconds: dict[tuple[Variant, str], list[float]]) -> Iterator[dict[str, object]]:
     """One row per variant and phase, with its ratios."""
     for (variant, phase), taken in seconds.items():
         folded = seconds.get((replace(variant, mixing="folded"), phase))
@@ -146,10 +146,14 @@ def rows(place: Place, seconds: dict[tuple[Variant, str], float]) -> Iterator[di
             **asdict(place),
             "phase": phase,
             **asdict(variant),
-            "ms": round(1000 * taken, 3),
-            "to_static": round(taken / seconds[STATIC, phase], 3),
-            "to_folded": round(taken / folded, 3) if folded else "",
+            "ms": round(1000 * median(taken), 3),
+            "to_static": ratio(taken, seconds[STATIC, phase]),
+            "to_folded": ratio(taken, folded) if folded else "",
         }
+
+
+def ratio(seconds: list[float], others: list[float]) -> float:
+    return round(median(one / other for one, other in zip(seconds, others, strict=True)), 3)
 
 
 def print_table(place: Place, table_rows: list[dict[str, object]]) -> None:
