@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from enum import StrEnum
@@ -59,14 +58,16 @@ def run(
     engine: Annotated[
         EngineName, typer.Option(help="inline: in this process. flwr: Flower's simulation on Ray.")
     ] = EngineName.inline,
-    workers: Annotated[int, typer.Option(min=0, help="Nodes that train at once; 0: one per core.")] = 0,
+    workers: Annotated[
+        int,
+        typer.Option(min=0, help="Nodes that train at once, or cells of a matrix; 0: one per core."),
+    ] = 0,
 ) -> None:
     """Run an experiment; run it again to go on where it was stopped."""
     from rich.console import Console
 
     from fedfmd.experiment import available_cores, load_experiment, run_experiment
 
-    logging.getLogger("flwr").setLevel(logging.WARNING)  # only now: importing flwr sets its own
     experiment = load_experiment(file, overrides)
     try:
         run_experiment(experiment, out, engine.value, workers or available_cores(), Console())

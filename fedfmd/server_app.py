@@ -55,7 +55,7 @@ def prepare(settings: Settings) -> Federation:
         SettingsError: the settings can't be used, or their run folder holds another run.
     """
     find_strategy(settings)
-    _run_path(settings)
+    run_path(settings)
     return build_federation(settings)
 
 
@@ -67,7 +67,7 @@ def open_run_folder(settings: Settings) -> RunFolder:
             can't be made.
     """
     try:
-        folder = RunFolder(_run_path(settings))
+        folder = RunFolder(run_path(settings))
     except ValueError as error:
         raise SettingsError(str(error)) from error
     folder.write_settings(settings.kept())
@@ -75,8 +75,12 @@ def open_run_folder(settings: Settings) -> RunFolder:
     return folder
 
 
-def _run_path(settings: Settings) -> Path:
-    """The run's folder, once it is clear that no other run is kept there."""
+def run_path(settings: Settings) -> Path:
+    """The run's folder, once it is clear that no other run is kept there.
+
+    Raises:
+        SettingsError: the folder holds a run that has other settings, or that is not to be resumed.
+    """
     path = Path(settings.run_dir).expanduser() if settings.run_dir else _new_path(settings)
     known = path / "settings.yaml"
     if known.exists():

@@ -1,6 +1,12 @@
 """What a run leaves behind, safe against crashes: its folder, rows, checkpoints and log lines."""
 
-from fedfmd.tracking.checkpoint import Checkpoint, latest_checkpoint, load_model, save_checkpoint
+from fedfmd.tracking.checkpoint import (
+    Checkpoint,
+    latest_checkpoint,
+    latest_round,
+    load_model,
+    save_checkpoint,
+)
 from fedfmd.tracking.files import atomic_write
 from fedfmd.tracking.folder import RunFolder
 from fedfmd.tracking.rows import (
@@ -23,6 +29,7 @@ __all__ = [
     "RunFolder",
     "atomic_write",
     "latest_checkpoint",
+    "latest_round",
     "load_model",
     "parse_round_line",
     "read_clients",
