@@ -54,14 +54,22 @@ class Task:
         return self.done == self.rounds
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How cores are used: `cells` at a time, each on so many `nodes` of so many `threads`."""
+
+    cells: int
+    nodes: int
+    threads: int
+
+
 def run_experiment(
     experiment: Experiment, out: Path | None, engine: Engine, workers: int, console: Console
 ) -> list[Path]:
     """Run every cell, going on where it was stopped; returns the run folders.
 
-    A single cell trains on `workers` nodes in this process. Of several, `workers` run at a time, each in a process
-    of its own on one node and one thread, so that `workers` changes no result; with Flower's engine they run one
-    after another. Each folder gets a page at its end, and several a comparison beside them.
+    `lay_out` says how it uses `workers` cores. Each folder gets a page at its end, and several a comparison beside
+    them.
 
     All cells are checked before the first one starts; finished ones stay as they are.
 
@@ -74,7 +82,7 @@ def run_experiment(
     with ExperimentDisplay(
         console, len(tasks), sum(task.rounds for task in tasks), sum(task.done for task in tasks)
     ) as display:
-        failures = _run_all(tasks, engine, workers, display)
+        failures = _run_all(tasks, engine, lay_out(len(tasks), engine, workers), display)
         if len(tasks) > 1:
             display.print(_compare([task.folder for task in tasks], tasks[0].folder.parent))
         for name, error in failures.items():
@@ -94,6 +102,19 @@ def place_cells(experiment: Experiment, out: Path | None) -> list[Task]:
     folder, so that runs with other settings never meet.
     """
     return [_place(cell, _folder(experiment, cell, out)) for cell in experiment.cells]
+
+
+def lay_out(cells: int, engine: Engine, workers: int) -> Layout:
+    """Share `workers` cores out: to the nodes of a single cell, or of Flower's engine, which runs cells in turn.
+
+    Of several cells, as many run at once, each in a process with one node and one thread, so that `workers`
+    changes no result.
+    """
+    if engine == "flwr":
+        return Layout(cells=1, nodes=workers, threads=1)
+    if cells == 1:
+        return Layout(cells=1, nodes=workers, threads=max(1, available_cores() // workers))
+    return Layout(cells=workers, nodes=1, threads=1)
 
 
 def available_cores() -> int:
@@ -117,7 +138,7 @@ def _folder(experiment: Experiment, cell: Cell, out: Path | None) -> Path:
 
 
 def _run_all(
-    tasks: Sequence[Task], engine: Engine, workers: int, display: ExperimentDisplay
+    tasks: Sequence[Task], engine: Engine, layout: Layout, display: ExperimentDisplay
 ) -> dict[str, str]:
     """Do what is left to do; returns why cells failed, by their names, where there are several."""
     for task in tasks:
@@ -128,28 +149,29 @@ def _run_all(
     waiting = [task for task in tasks if not task.finished]
     if len(tasks) == 1:
         for task in waiting:
-            _run_here(task, engine, workers, display)
+            _run_here(task, engine, layout, display)
         return {}
     if engine == "inline":
-        return _run_side_by_side(waiting, workers, display)
-    run = partial(_run_here, engine=engine, workers=workers, display=display)
+        return _run_side_by_side(waiting, layout, display)
+    run = partial(_run_here, engine=engine, layout=layout, display=display)
     return {task.name: error for task in waiting if (error := attempt(run, task).error)}
 
 
-def _run_here(task: Task, engine: Engine, workers: int, display: ExperimentDisplay) -> None:
-    """Run a cell from this process, with all `workers`."""
+def _run_here(task: Task, engine: Engine, layout: Layout, display: ExperimentDisplay) -> None:
+    """Run a cell from this process."""
     with _shown(task, display) as shown:
         if engine == "flwr":
-            run_flower(task.settings.flat(), workers, task.folder, shown.line)
+            run_flower(task.settings.flat(), layout.nodes, task.folder, shown.line)
         else:
-            _train(task.settings, workers, task.settings.threads or max(1, available_cores() // workers))
+            _train(task.settings, layout)
         _write_page(task.folder)
 
 
-def _run_side_by_side(tasks: Sequence[Task], processes: int, display: ExperimentDisplay) -> dict[str, str]:
+def _run_side_by_side(tasks: Sequence[Task], layout: Layout, display: ExperimentDisplay) -> dict[str, str]:
+    work = partial(_run_alone, layout)
     shown: dict[Task, CellDisplay] = {}
     failures = {}
-    with closing(run_jobs(_run_alone, tasks, processes)) as events:
+    with closing(run_jobs(work, tasks, layout.cells)) as events:
         for task, event in events:
             match event:
                 case Started():
@@ -164,26 +186,26 @@ def _run_side_by_side(tasks: Sequence[Task], processes: int, display: Experiment
     return failures
 
 
-def _run_alone(task: Task) -> None:
+def _run_alone(layout: Layout, task: Task) -> None:
     """Run one of several cells, in a process of its own."""
-    threads = task.settings.threads or 1
-    torch.set_num_threads(threads)
-    _train(task.settings, nodes=1, threads=threads)
+    torch.set_num_threads(task.settings.threads or layout.threads)
+    _train(task.settings, layout)
     _write_page(task.folder)
 
 
-def _train(settings: Settings, nodes: int, threads: int) -> None:
+def _train(settings: Settings, layout: Layout) -> None:
     """Do a run in this process, as its kind wants it."""
     logging.getLogger("flwr").setLevel(logging.WARNING)  # here, as importing flwr sets its own
-    run_inline(server_app, client_app, settings.flat(), nodes, threads)
+    threads = settings.threads or layout.threads
+    run_inline(server_app, client_app, settings.flat(), layout.nodes, threads)
 
 
 @contextmanager
 def _shown(task: Task, display: ExperimentDisplay) -> Iterator[CellDisplay]:
     """Show what this process logs as the cell's."""
-    with closing(display.cell(task.name, task.rounds, task.done)) as shown:
-        with shown.handling(logging.getLogger("fedfmd")):
-            yield shown
+    shown = display.cell(task.name, task.rounds, task.done)
+    with closing(shown), shown.handling(logging.getLogger("fedfmd")):
+        yield shown
 
 
 def _write_page(folder: Path, anew: bool = True) -> None:
