@@ -16,7 +16,7 @@ from rich.console import Console
 
 from fedfmd.client_app import app as client_app
 from fedfmd.engines import run_flower, run_inline
-from fedfmd.errors import RunError, one_line
+from fedfmd.errors import RunError, SettingsError, one_line
 from fedfmd.experiment.display import CellDisplay, ExperimentDisplay
 from fedfmd.experiment.files import Cell, Experiment
 from fedfmd.experiment.pool import Ended, Started, attempt, run_jobs
@@ -51,7 +51,7 @@ class Task:
     @property
     def finished(self) -> bool:
         """Whether all of them are done."""
-        return self.done == self.rounds
+        return self.done >= self.rounds
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,18 @@ def place_cells(experiment: Experiment, out: Path | None) -> list[Task]:
 
     Without `out` and ``run-dir``, folders are named by experiment and settings below ``runs/`` of the current
     folder, so that runs with other settings never meet.
+
+    Raises:
+        SettingsError: two cells have the same folder.
     """
-    return [_place(cell, _folder(experiment, cell, out)) for cell in experiment.cells]
+    tasks: dict[Path, Task] = {}
+    for cell in experiment.cells:
+        folder = _folder(experiment, cell, out)
+        if folder in tasks:
+            raise SettingsError(f"matrix: two cells are called {cell.name}: give each value once")
+        done = latest_round(folder / "checkpoints")
+        tasks[folder] = Task(cell.name, cell.settings.in_folder(folder), done)
+    return list(tasks.values())
 
 
 def lay_out(cells: int, engine: Engine, workers: int) -> Layout:
@@ -120,11 +130,6 @@ def lay_out(cells: int, engine: Engine, workers: int) -> Layout:
 def available_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _place(cell: Cell, folder: Path) -> Task:
-    done = latest_round(folder / "checkpoints")
-    return Task(cell.name, cell.settings.in_folder(folder), min(done, cell.settings.server.rounds))
 
 
 def _folder(experiment: Experiment, cell: Cell, out: Path | None) -> Path:

@@ -209,6 +209,12 @@ def test_all_cells_are_checked_before_the_first_one_starts(run, started, write_y
     assert started == []
 
 
+def test_cells_that_would_share_a_folder_are_refused(run, started, write_yaml):
+    with pytest.raises(SettingsError, match="matrix: two cells are called seed=1: give each value once"):
+        run(write_yaml(matrix={"seed": [1, 0, 1]}))
+    assert started == []
+
+
 def test_there_is_a_core_to_run_on():
     assert available_cores() >= 1
 
