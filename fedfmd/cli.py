@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from enum import StrEnum
@@ -59,17 +58,33 @@ def run(
     engine: Annotated[
         EngineName, typer.Option(help="inline: in this process. flwr: Flower's simulation on Ray.")
     ] = EngineName.inline,
-    workers: Annotated[int, typer.Option(min=0, help="Nodes that train at once; 0: one per core.")] = 0,
+    workers: Annotated[
+        int,
+        typer.Option(min=0, help="Nodes that train at once, or cells of a matrix; 0: one per core."),
+    ] = 0,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only list the cells and what they will cost; write nothing.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the list of --dry-run as JSON.")] = False,
 ) -> None:
     """Run an experiment; run it again to go on where it was stopped."""
     from rich.console import Console
 
     from fedfmd.experiment import available_cores, load_experiment, run_experiment
 
-    logging.getLogger("flwr").setLevel(logging.WARNING)  # only now: importing flwr sets its own
+    if as_json and not dry_run:
+        raise SettingsError("--json prints the list of --dry-run: add --dry-run, or leave --json out")
     experiment = load_experiment(file, overrides)
+    workers = workers or available_cores()
+    if dry_run:
+        from fedfmd.experiment.estimate import estimate_experiment, estimate_table
+        from fedfmd.experiment.tables import show
+
+        estimate = estimate_experiment(experiment, out, engine.value, workers)
+        show(estimate.as_json(), estimate_table(estimate, experiment.name), as_json, Console())
+        return
     try:
-        run_experiment(experiment, out, engine.value, workers or available_cores(), Console())
+        run_experiment(experiment, out, engine.value, workers, Console())
     except KeyboardInterrupt:
         _fail("stopped; finished rounds are kept, run the same command again to go on", 130)
 

@@ -10,6 +10,7 @@ import re
 import shutil
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -105,8 +106,9 @@ def discard_old(root: Path, days: float = DAYS_KEPT) -> None:
     """Delete the states of the runs below `root` whose clients have kept nothing for so many days."""
     oldest = time.time() - days * 24 * 3600
     for run in root.glob("*"):
-        if all(path.stat().st_mtime < oldest for path in (run, *run.iterdir())):
-            shutil.rmtree(run, ignore_errors=True)
+        with suppress(FileNotFoundError):  # another process deletes it too
+            if all(path.stat().st_mtime < oldest for path in (run, *run.iterdir())):
+                shutil.rmtree(run, ignore_errors=True)
 
 
 def norm_views(model: nn.Module) -> dict[str, Tensor]:

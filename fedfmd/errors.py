@@ -23,3 +23,9 @@ def not_one_of(name: object, names: Iterable[str]) -> str:
     known = tuple(names)
     nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)[0]
     return f"must be one of {', '.join(known)}; did you mean {nearest!r}?"
+
+
+def one_line(error: Exception) -> str:
+    """What to say of an error in one line: its text, after its type unless it is one that a user can mend."""
+    kind = "" if isinstance(error, FedfmdError | OSError) else f"{type(error).__name__}: "
+    return kind + " ".join(str(error).split())

@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from flwr.app import Context
@@ -17,8 +18,8 @@ from fedfmd.data import save_partition
 from fedfmd.errors import SettingsError
 from fedfmd.federation import Federation, build_federation
 from fedfmd.settings import Settings, read_yaml
-from fedfmd.tracking import RunFolder, round_line
-from strategies import find_strategy, make_strategy
+from fedfmd.tracking import RunFolder, code_digest, environment, read_environment, round_line
+from strategies import find_strategy, make_strategy, own_sources
 
 app = ServerApp()
 logger = logging.getLogger("fedfmd")
@@ -55,7 +56,7 @@ def prepare(settings: Settings) -> Federation:
         SettingsError: the settings can't be used, or their run folder holds another run.
     """
     find_strategy(settings)
-    _run_path(settings)
+    run_path(settings)
     return build_federation(settings)
 
 
@@ -63,24 +64,28 @@ def open_run_folder(settings: Settings) -> RunFolder:
     """Open the folder ``run-dir``, or a new one below ``runs/`` if that is empty.
 
     Raises:
-        SettingsError: the folder holds a run that has other settings, or that is not to be resumed, or it
-            can't be made.
+        SettingsError: as `run_path`, or the folder can't be made.
     """
     try:
-        folder = RunFolder(_run_path(settings))
+        folder = RunFolder(run_path(settings))
     except ValueError as error:
         raise SettingsError(str(error)) from error
-    folder.write_settings(settings.kept())
-    folder.write_environment()
+    folder.write_environment(*own_sources(settings))
+    folder.write_settings(settings.kept())  # last: where it stands, the other does too
     return folder
 
 
-def _run_path(settings: Settings) -> Path:
-    """The run's folder, once it is clear that no other run is kept there."""
+def run_path(settings: Settings) -> Path:
+    """The run's folder, once it is clear that no other run is kept there.
+
+    Raises:
+        SettingsError: the folder holds a run that has other settings or code, or that is not to be resumed.
+    """
     path = Path(settings.run_dir).expanduser() if settings.run_dir else _new_path(settings)
     known = path / "settings.yaml"
     if known.exists():
         _check_same(settings, Settings.from_mapping(read_yaml(known)), path)
+        _check_code(settings, path)
     return path
 
 
@@ -107,6 +112,25 @@ def _check_same(settings: Settings, earlier: Settings, path: Path) -> None:
         raise SettingsError(
             f"run-dir = {path} holds a run with other settings ({changed}): name another folder"
         )
+
+
+def _check_code(settings: Settings, path: Path) -> None:
+    own = own_sources(settings)
+    try:
+        earlier = read_environment(path)
+    except ValueError as error:
+        raise SettingsError(f"{path}: environment.json is damaged ({error}): name another folder") from None
+    if earlier.get("code") != code_digest(*own):
+        raise SettingsError(
+            f"run-dir = {path} holds a run of other code ({_code(earlier)}; now {_code(environment(*own))}): "
+            "name another folder, or delete this one to start again"
+        )
+
+
+def _code(environment: Mapping[str, Any]) -> str:
+    version = environment.get("versions", {}).get("fedfmd", "unknown")
+    commit, code = environment.get("commit"), environment.get("code", "unknown")
+    return f"fedfmd {version}, {f'commit {commit[:12]}, ' if commit else ''}sources {code}"
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import importlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from flwr.serverapp import strategy as flower
 from flwr.serverapp.strategy import FedAvg
@@ -123,6 +124,17 @@ def find_strategy(settings: Settings) -> Entry:
         )
     _check_options(settings, entry)
     return entry
+
+
+def own_sources(settings: Settings) -> tuple[Path, ...]:
+    """The file of a user's own strategy; none for one of `STRATEGIES`.
+
+    Raises:
+        SettingsError: there is no such class.
+    """
+    name = settings.server.strategy
+    file = inspect.getsourcefile(_users_class(name)) if ":" in name else None
+    return (Path(file),) if file else ()
 
 
 def make_strategy(federation: Federation, folder: RunFolder) -> TrackedStrategy:

@@ -47,6 +47,29 @@ def test_a_run_ends_with_0_and_says_where_its_results_are(fedfmd, write_yaml, tm
     )
 
 
+def test_a_dry_run_lists_the_cells_and_writes_nothing(fedfmd, write_yaml, tmp_path):
+    file = write_yaml(matrix={"seed": [0, 1]})
+    before = set(tmp_path.rglob("*"))
+    status, out, err = fedfmd("run", file, "--dry-run", "--workers", 2)
+    assert (status, err) == (0, "")
+    assert "seed=0" in out
+    assert "2, 2 at a time" in out
+    status, out, _ = fedfmd("run", file, "--dry-run", "--json")
+    estimate = json.loads(out)
+    assert status == 0
+    assert [cell["cell"] for cell in estimate["cells"]] == ["seed=0", "seed=1"]
+    assert estimate["train_flops"] == sum(cell["train_flops"] for cell in estimate["cells"]) > 0
+    assert set(tmp_path.rglob("*")) == before
+
+
+def test_json_without_a_dry_run_is_refused(fedfmd, write_yaml):
+    status, _, err = fedfmd("run", write_yaml(), "--json")
+    assert (status, err) == (
+        2,
+        "fedfmd: --json prints the list of --dry-run: add --dry-run, or leave --json out\n",
+    )
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [

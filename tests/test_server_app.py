@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import yaml
 
@@ -42,6 +44,36 @@ def test_a_run_with_other_settings_is_told_which(check, tiny_settings, tmp_path)
     ):
         check(other)
     assert kept(tmp_path) == before
+
+
+@pytest.mark.parametrize("check", [prepare, open_run_folder])
+@pytest.mark.parametrize(
+    ("environment", "known"),
+    [
+        (
+            {"versions": {"fedfmd": "0.0.9"}, "commit": "0123456789abcdef", "code": "beef"},
+            "0.0.9, commit 0123456789ab, sources beef",
+        ),
+        ({"versions": {"fedfmd": "0.0.9"}, "commit": None}, "0.0.9, sources unknown"),
+    ],
+    ids=["known", "from before digests"],
+)
+def test_a_run_of_other_code_does_not_go_on(check, environment, known, tiny_settings, tmp_path):
+    settings = tiny_settings().in_folder(tmp_path)
+    open_run_folder(settings).environment.write_text(json.dumps(environment))
+    with pytest.raises(
+        SettingsError,
+        match=rf"holds a run of other code \(fedfmd {known}; now fedfmd .*\): name another folder, or delete this",
+    ):
+        check(settings)
+    assert json.loads((tmp_path / "environment.json").read_text()) == environment
+
+
+def test_a_damaged_environment_is_one_line(tiny_settings, tmp_path):
+    settings = tiny_settings().in_folder(tmp_path)
+    open_run_folder(settings).environment.write_text("{")
+    with pytest.raises(SettingsError, match=r"environment\.json is damaged \(.*\): name another folder$"):
+        prepare(settings)
 
 
 def test_without_a_name_every_run_gets_a_folder_of_its_own(tiny_settings, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""What a run looks like in a terminal: its log lines above a progress bar."""
+"""What an experiment looks like in a terminal: log lines above a bar per running cell and one for all cells."""
 
 from __future__ import annotations
 
@@ -16,17 +16,24 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 
 from fedfmd.tracking import parse_round_line
 
+SPEED_PERIOD_S = 3600.0
+"""Seconds that the estimate of the remaining time looks back: a round may take minutes."""
 
-class RunDisplay(logging.Handler):
-    """Shows the records of the ``fedfmd`` loggers, or the log lines of a run in other processes."""
 
-    def __init__(self, console: Console, rounds: int, name: str) -> None:
-        super().__init__(logging.DEBUG)
-        self._progress = Progress(
-            TextColumn("{task.description}"),
+class ExperimentDisplay:
+    """The bars of an experiment, in a terminal only: anywhere else there are log lines alone.
+
+    Several cells have a bar in common too, which counts the `rounds` of all, of which some may be `done`, and
+    their lines begin with the cell's name. Use as a context manager.
+    """
+
+    def __init__(self, console: Console, cells: int, rounds: int, done: int = 0) -> None:
+        self.progress = Progress(
+            TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis")),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("rounds{task.fields[clients]}"),
@@ -35,18 +42,53 @@ class RunDisplay(logging.Handler):
             console=console,
             transient=True,
             disable=not console.is_terminal,  # in a file it would leave an empty line
+            speed_estimate_period=SPEED_PERIOD_S,
         )
-        self._task = self._progress.add_task(name or "training", total=rounds, clients="")
-        self._trained = 0
+        self._cells, self._cells_done = cells, 0
+        self._total = self.progress.add_task(
+            self._count, total=rounds, completed=done, clients="", visible=cells > 1
+        )
 
-    def __enter__(self) -> RunDisplay:
-        self._progress.start()
+    def __enter__(self) -> ExperimentDisplay:
+        self.progress.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._progress.stop()
+        self.progress.stop()
+
+    def cell(self, name: str, rounds: int, done: int = 0) -> CellDisplay:
+        """Show a cell that begins after `done` of its rounds."""
+        return CellDisplay(self, name if self._cells > 1 else "", rounds, done)
+
+    def print(self, text: str) -> None:
+        """Print lines as they are."""
+        self.progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def advance(self, rounds: int) -> None:
+        """Count rounds of any cell."""
+        self.progress.advance(self._total, rounds)
+
+    def cell_ended(self) -> None:
+        """Count a cell."""
+        self._cells_done += 1
+        self.progress.update(self._total, description=self._count)
+
+    @property
+    def _count(self) -> str:
+        return f"{self._cells_done}/{self._cells} cells"
+
+
+class CellDisplay(logging.Handler):
+    """Shows the records of a cell's ``fedfmd`` loggers, or its log lines from other processes, until closed."""
+
+    def __init__(self, display: ExperimentDisplay, name: str, rounds: int, done: int) -> None:
+        super().__init__(logging.DEBUG)
+        self._display, self._progress = display, display.progress
+        self._prefix = f"{name} | " if name else ""
+        self._done, self._trained = done, 0
+        self._task = self._progress.add_task(name or "training", total=rounds, completed=done, clients="")
 
     @contextmanager
     def handling(self, logger: logging.Logger) -> Iterator[None]:
@@ -67,7 +109,7 @@ class RunDisplay(logging.Handler):
             self._progress.update(self._task, clients=f", {self._trained} clients trained")
             return
         if record.levelno >= logging.INFO:
-            self._print(record.getMessage())
+            self._print(self.format(record))
         if hasattr(record, "round_row"):
             self._round_done(record.round_row.round)
 
@@ -79,9 +121,17 @@ class RunDisplay(logging.Handler):
         else:
             self._round_done(row.round)
 
+    def close(self) -> None:
+        """Take the cell's bar away and count the cell."""
+        super().close()
+        self._progress.remove_task(self._task)
+        self._display.cell_ended()
+
     def _round_done(self, server_round: int) -> None:
-        self._trained = 0
+        self._display.advance(server_round - self._done)
+        self._done, self._trained = server_round, 0
         self._progress.update(self._task, completed=server_round, clients="")
 
     def _print(self, text: str) -> None:
-        self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        for line in text.splitlines():
+            self._display.print(f"{self._prefix}{line}")

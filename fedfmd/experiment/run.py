@@ -1,24 +1,66 @@
-"""Runs the cells of an experiment, one folder each, and shows how far they are."""
+"""Runs the cells of an experiment, one folder each, side by side where there are several."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import torch
 from rich.console import Console
 
 from fedfmd.client_app import app as client_app
 from fedfmd.engines import run_flower, run_inline
-from fedfmd.experiment.display import RunDisplay
+from fedfmd.errors import RunError, SettingsError, one_line
+from fedfmd.experiment.display import CellDisplay, ExperimentDisplay
 from fedfmd.experiment.files import Cell, Experiment
+from fedfmd.experiment.pool import Ended, Started, attempt, run_jobs
 from fedfmd.server_app import app as server_app
-from fedfmd.server_app import prepare
+from fedfmd.server_app import prepare, run_path
 from fedfmd.settings import Settings
+from fedfmd.tracking import latest_round
 
 Engine = Literal["inline", "flwr"]
+
+logger = logging.getLogger("fedfmd.experiment")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A cell in its run folder, of whose rounds `done` were finished before."""
+
+    name: str
+    settings: Settings
+    done: int
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.settings.run_dir)
+
+    @property
+    def rounds(self) -> int:
+        """How many rounds there are in all."""
+        return self.settings.server.rounds
+
+    @property
+    def finished(self) -> bool:
+        """Whether all of them are done."""
+        return self.done >= self.rounds
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How cores are used: `cells` at a time, each on so many `nodes` of so many `threads`."""
+
+    cells: int
+    nodes: int
+    threads: int
 
 
 def run_experiment(
@@ -26,54 +68,68 @@ def run_experiment(
 ) -> list[Path]:
     """Run every cell, going on where it was stopped; returns the run folders.
 
-    Each folder gets a page at its end, and several runs a comparison beside their folders.
+    `lay_out` says how it uses `workers` cores. Each folder gets a page at its end, and several a comparison beside
+    them.
 
-    Without `out` and ``run-dir``, folders are named by experiment and settings below ``runs/`` of the current
-    folder, so that runs with other settings never meet. All cells are checked before the first one starts.
+    All cells are checked before the first one starts; finished ones stay as they are.
 
     Raises:
-        FedfmdError: a setting can't be used, or a run can't go on.
+        FedfmdError: a setting can't be used, the only cell can't go on, or some of several failed.
     """
-    cells = [(cell, cell.settings.in_folder(_folder(experiment, cell, out))) for cell in experiment.cells]
-    for _, settings in cells:
-        prepare(settings)
-    folders = [_run_cell(cell, settings, engine, workers, console) for cell, settings in cells]
-    if len(folders) > 1:
-        _write_report(folders, folders[0].parent, console)
-    return folders
+    tasks = place_cells(experiment, out)
+    for task in tasks:
+        (run_path if task.finished else prepare)(task.settings)
+    with ExperimentDisplay(
+        console, len(tasks), sum(task.rounds for task in tasks), sum(task.done for task in tasks)
+    ) as display:
+        failures = _run_all(tasks, engine, lay_out(len(tasks), engine, workers), display)
+        if len(tasks) > 1:
+            display.print(_compare([task.folder for task in tasks], tasks[0].folder.parent))
+        for name, error in failures.items():
+            display.print(f"{name}: failed: {error}")
+    if failures:
+        raise RunError(
+            f"{len(failures)} of {len(tasks)} cells failed; finished rounds are kept, "
+            "run the same command again to go on"
+        )
+    return [task.folder for task in tasks]
+
+
+def place_cells(experiment: Experiment, out: Path | None) -> list[Task]:
+    """The cells in their folders, as far as they are.
+
+    Without `out` and ``run-dir``, folders are named by experiment and settings below ``runs/`` of the current
+    folder, so that runs with other settings never meet.
+
+    Raises:
+        SettingsError: two cells have the same folder.
+    """
+    tasks: dict[Path, Task] = {}
+    for cell in experiment.cells:
+        folder = _folder(experiment, cell, out)
+        if folder in tasks:
+            raise SettingsError(f"matrix: two cells are called {cell.name}: give each value once")
+        done = latest_round(folder / "checkpoints")
+        tasks[folder] = Task(cell.name, cell.settings.in_folder(folder), done)
+    return list(tasks.values())
+
+
+def lay_out(cells: int, engine: Engine, workers: int) -> Layout:
+    """Share `workers` cores out: to the nodes of a single cell, or of Flower's engine, which runs cells in turn.
+
+    Of several cells, as many run at once, each in a process with one node and one thread, so that `workers`
+    changes no result.
+    """
+    if engine == "flwr":
+        return Layout(cells=1, nodes=workers, threads=1)
+    if cells == 1:
+        return Layout(cells=1, nodes=workers, threads=max(1, available_cores() // workers))
+    return Layout(cells=workers, nodes=1, threads=1)
 
 
 def available_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _run_cell(cell: Cell, settings: Settings, engine: Engine, workers: int, console: Console) -> Path:
-    folder = Path(settings.run_dir)
-    with RunDisplay(console, settings.server.rounds, cell.name) as display:
-        if engine == "flwr":
-            run_flower(settings.flat(), workers, folder, display.line)
-        else:
-            with display.handling(logging.getLogger("fedfmd")):
-                threads = settings.threads or max(1, available_cores() // workers)
-                run_inline(server_app, client_app, settings.flat(), workers, threads)
-    _write_report([folder], folder, console)
-    return folder
-
-
-def _write_report(folders: Sequence[Path], out: Path, console: Console) -> None:
-    """Write the page of a run, or compare several; a run is not lost because that fails."""
-    from fedfmd.experiment.report import write_page, write_report
-
-    try:
-        if len(folders) == 1:
-            write_page(out)
-            return
-        write_report(folders, out)
-        message = f"report: {out}"
-    except Exception as error:
-        message = f"no report in {out}: {' '.join(str(error).split())}"
-    console.print(message, markup=False, highlight=False, soft_wrap=True)
 
 
 def _folder(experiment: Experiment, cell: Cell, out: Path | None) -> Path:
@@ -84,3 +140,96 @@ def _folder(experiment: Experiment, cell: Cell, out: Path | None) -> Path:
     if not cell.name:
         return Path("runs", f"{experiment.name}-{unique}").resolve()
     return Path("runs", experiment.name, f"{cell.name}-{unique}").resolve()
+
+
+def _run_all(
+    tasks: Sequence[Task], engine: Engine, layout: Layout, display: ExperimentDisplay
+) -> dict[str, str]:
+    """Do what is left to do; returns why cells failed, by their names, where there are several."""
+    for task in tasks:
+        if task.finished:
+            with _shown(task, display):
+                logger.info("finished before: %s", task.folder)
+                _write_page(task.folder, anew=False)
+    waiting = [task for task in tasks if not task.finished]
+    if len(tasks) == 1:
+        for task in waiting:
+            _run_here(task, engine, layout, display)
+        return {}
+    if engine == "inline":
+        return _run_side_by_side(waiting, layout, display)
+    run = partial(_run_here, engine=engine, layout=layout, display=display)
+    return {task.name: error for task in waiting if (error := attempt(run, task).error)}
+
+
+def _run_here(task: Task, engine: Engine, layout: Layout, display: ExperimentDisplay) -> None:
+    """Run a cell from this process."""
+    with _shown(task, display) as shown:
+        if engine == "flwr":
+            run_flower(task.settings.flat(), layout.nodes, task.folder, shown.line)
+        else:
+            _train(task.settings, layout)
+        _write_page(task.folder)
+
+
+def _run_side_by_side(tasks: Sequence[Task], layout: Layout, display: ExperimentDisplay) -> dict[str, str]:
+    work = partial(_run_alone, layout)
+    shown: dict[Task, CellDisplay] = {}
+    failures = {}
+    with closing(run_jobs(work, tasks, layout.cells)) as events:
+        for task, event in events:
+            match event:
+                case Started():
+                    shown[task] = display.cell(task.name, task.rounds, task.done)
+                case Ended(error):
+                    if error:
+                        failures[task.name] = error
+                        shown[task].line(f"failed: {error}")
+                    shown.pop(task).close()
+                case record:
+                    shown[task].handle(record)
+    return failures
+
+
+def _run_alone(layout: Layout, task: Task) -> None:
+    """Run one of several cells, in a process of its own."""
+    torch.set_num_threads(task.settings.threads or layout.threads)
+    _train(task.settings, layout)
+    _write_page(task.folder)
+
+
+def _train(settings: Settings, layout: Layout) -> None:
+    """Do a run in this process, as its kind wants it."""
+    logging.getLogger("flwr").setLevel(logging.WARNING)  # here, as importing flwr sets its own
+    threads = settings.threads or layout.threads
+    run_inline(server_app, client_app, settings.flat(), layout.nodes, threads)
+
+
+@contextmanager
+def _shown(task: Task, display: ExperimentDisplay) -> Iterator[CellDisplay]:
+    """Show what this process logs as the cell's."""
+    shown = display.cell(task.name, task.rounds, task.done)
+    with closing(shown), shown.handling(logging.getLogger("fedfmd")):
+        yield shown
+
+
+def _write_page(folder: Path, anew: bool = True) -> None:
+    """Write the page of a run, or leave the one that is there; a run is not lost because that fails."""
+    from fedfmd.experiment.report import PAGE, write_page
+
+    if anew or not (folder / PAGE).exists():
+        try:
+            write_page(folder)
+        except Exception as error:
+            logger.warning("no report in %s: %s", folder, one_line(error))
+
+
+def _compare(folders: Sequence[Path], out: Path) -> str:
+    """Compare several runs; says where, or why there is no comparison."""
+    from fedfmd.experiment.report import write_report
+
+    try:
+        write_report(folders, out)
+    except Exception as error:
+        return f"no report in {out}: {one_line(error)}"
+    return f"report: {out}"

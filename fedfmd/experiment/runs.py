@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -17,7 +16,7 @@ from fedfmd.data.files import read_npz
 from fedfmd.errors import SettingsError
 from fedfmd.federation import build_dataset, build_model
 from fedfmd.settings import DataSettings, Settings, read_yaml
-from fedfmd.tracking import ClientRow, RoundRow, read_clients, read_rounds
+from fedfmd.tracking import ClientRow, RoundRow, read_clients, read_environment, read_rounds
 
 TASK = ("data.", "partition.")
 """Settings that say what is to be learnt; runs that differ in them solve different tasks."""
@@ -127,10 +126,10 @@ def _read(folder: Path) -> Run | None:
     if all(row.accuracy is None for row in rounds):
         return None
     clients = _rows(read_clients, folder / "clients.csv")
-    split, environment = folder / "partition.npz", folder / "environment.json"
+    split = folder / "partition.npz"
     try:
         counts = read_npz(split, "label_counts")[0] if split.exists() else None
-        known = json.loads(environment.read_text(encoding="utf-8")) if environment.exists() else {}
+        environment = read_environment(folder)
     except ValueError as error:
         raise SettingsError(f"{folder}: {error}") from None
     return Run(
@@ -139,7 +138,7 @@ def _read(folder: Path) -> Run | None:
         tuple(rounds),
         tuple(row for row in clients if row.round <= rounds[-1].round),
         counts,
-        known,
+        environment,
         _cost(settings.model_copy(update={"seed": 0, "run_dir": ""})),
     )
 

@@ -90,7 +90,12 @@ def partition_table(rows: Sequence[Row], title: str) -> Table:
     return table
 
 
-def show(rows: Sequence[Mapping[str, Any]], table: RenderableType, as_json: bool, console: Console) -> None:
+def show(
+    rows: Sequence[Mapping[str, Any]] | Mapping[str, Any],
+    table: RenderableType,
+    as_json: bool,
+    console: Console,
+) -> None:
     """Print the rows for a program, or the table for a person."""
     if as_json:
         console.out(json.dumps(rows, indent=1), highlight=False)

@@ -1,8 +1,15 @@
 """What a run leaves behind, safe against crashes: its folder, rows, checkpoints and log lines."""
 
-from fedfmd.tracking.checkpoint import Checkpoint, latest_checkpoint, load_model, save_checkpoint
+from fedfmd.tracking.checkpoint import (
+    Checkpoint,
+    latest_checkpoint,
+    latest_round,
+    load_model,
+    save_checkpoint,
+)
+from fedfmd.tracking.code import code_digest
 from fedfmd.tracking.files import atomic_write
-from fedfmd.tracking.folder import RunFolder
+from fedfmd.tracking.folder import RunFolder, environment, read_environment
 from fedfmd.tracking.rows import (
     CLIENT_COLUMNS,
     ROUND_COLUMNS,
@@ -22,10 +29,14 @@ __all__ = [
     "RoundRow",
     "RunFolder",
     "atomic_write",
+    "code_digest",
+    "environment",
     "latest_checkpoint",
+    "latest_round",
     "load_model",
     "parse_round_line",
     "read_clients",
+    "read_environment",
     "read_rounds",
     "round_line",
     "save_checkpoint",

@@ -84,6 +84,11 @@ def latest_checkpoint(folder: Path) -> Checkpoint | None:
     return None
 
 
+def latest_round(folder: Path) -> int:
+    """The round of the newest checkpoint, which is not read; 0 if there is none."""
+    return max(map(_round, folder.glob("round-*.json")), default=0)
+
+
 def load_model(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The arrays of a checkpoint's .safetensors file, and the settings of its run ({} if it holds none).
 

@@ -17,6 +17,7 @@ import torch
 import yaml
 
 import fedfmd
+from fedfmd.tracking.code import code_digest
 from fedfmd.tracking.files import append, atomic_write
 from fedfmd.tracking.rows import CLIENT_COLUMNS, ROUND_COLUMNS, ClientRow, RoundRow, csv_text, whole_lines
 
@@ -52,9 +53,9 @@ class RunFolder:
         """Write the resolved settings, in their order."""
         atomic_write(self.settings, yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True))
 
-    def write_environment(self) -> None:
-        """Write the versions, the machine and the commit that the run uses."""
-        atomic_write(self.environment, json.dumps(environment(), indent=2) + "\n")
+    def write_environment(self, *own: Path) -> None:
+        """Write the versions, the machine and the code that the run uses, `own` files of the user included."""
+        atomic_write(self.environment, json.dumps(environment(*own), indent=2) + "\n")
 
     def append_round(self, row: RoundRow, clients: Iterable[ClientRow]) -> None:
         """Add a finished round and its clients.
@@ -86,8 +87,18 @@ def _append(path: Path, columns: Iterable[str], rows: Iterable[RoundRow] | Itera
     append(path, csv_text([columns, *table] if empty else table))
 
 
-def environment() -> dict[str, Any]:
-    """Versions, machine and commit; nothing that names a user, a host or a folder."""
+def read_environment(folder: Path) -> dict[str, Any]:
+    """The environment.json of a run folder; empty if there is none.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    path = folder / "environment.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def environment(*own: Path) -> dict[str, Any]:
+    """Versions, machine, commit and digest of the code; nothing that names a user, a host or a folder."""
     return {
         "versions": {
             "fedfmd": fedfmd.__version__,
@@ -103,6 +114,7 @@ def environment() -> dict[str, Any]:
             "threads": torch.get_num_threads(),
         },
         "commit": _commit(),
+        "code": code_digest(*own),
     }
 
 

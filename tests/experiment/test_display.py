@@ -1,10 +1,11 @@
 import io
 import logging
+from contextlib import closing
 
 import pytest
 from rich.console import Console
 
-from fedfmd.experiment.display import RunDisplay
+from fedfmd.experiment.display import ExperimentDisplay
 from fedfmd.tracking import RoundRow, round_line
 
 ROW = RoundRow(
@@ -33,8 +34,17 @@ def logger():
     return logging.getLogger("test_display")
 
 
+def bars(display):
+    """Each visible bar's name, rounds done and all, and clients."""
+    return [
+        (task.description, task.completed, task.total, task.fields["clients"])
+        for task in display.progress.tasks
+        if task.visible
+    ]
+
+
 def test_records_are_printed_as_they_are(terminal, logger):
-    with RunDisplay(terminal, 3, "") as display, display.handling(logger):
+    with ExperimentDisplay(terminal, 1, 3) as display, display.cell("", 3).handling(logger):
         logger.info("accuracy [0.5] %s", "long " * 20)
         logger.debug("a detail")
     text = terminal.file.getvalue()
@@ -44,39 +54,56 @@ def test_records_are_printed_as_they_are(terminal, logger):
 
 def test_a_file_gets_the_lines_alone(logger):
     console = Console(file=io.StringIO())
-    with RunDisplay(console, 3, "") as display, display.handling(logger):
-        logger.info("round 2", extra={"round_row": ROW})
-        display.line("the end")
+    with ExperimentDisplay(console, 1, 3) as display:
+        cell = display.cell("", 3)
+        with cell.handling(logger):
+            logger.info("round 2", extra={"round_row": ROW})
+        cell.line("the end")
     assert console.file.getvalue() == "round 2\nthe end\n"
 
 
+def test_lines_of_several_cells_begin_with_the_cells_name(logger):
+    console = Console(file=io.StringIO())
+    with ExperimentDisplay(console, 2, 6) as display:
+        first, second = display.cell("seed=0", 3), display.cell("seed=1", 3)
+        first.handle(logging.makeLogRecord({"msg": "round %d", "args": (1,), "levelno": logging.INFO}))
+        second.line("a line\nand another")
+        display.print("report")
+    assert console.file.getvalue() == "seed=0 | round 1\nseed=1 | a line\nseed=1 | and another\nreport\n"
+
+
 def test_the_bar_counts_rounds_and_the_clients_of_the_round(terminal, logger):
-    with RunDisplay(terminal, 3, "seed=1") as display, display.handling(logger):
+    with ExperimentDisplay(terminal, 1, 3) as display, display.cell("", 3).handling(logger):
         for client in (0, 1):
             logger.debug("client %d", client, extra={"client": client})
-        assert _bar(display) == ("seed=1", 0, ", 2 clients trained")
+        assert bars(display) == [("training", 0, 3, ", 2 clients trained")]
         logger.info("round 2", extra={"round_row": ROW})
-        assert _bar(display) == ("seed=1", 2, "")
+        assert bars(display) == [("training", 2, 3, "")]
 
 
 def test_the_log_of_another_process_moves_the_bar_too(terminal):
-    with RunDisplay(terminal, 3, "") as display:
-        display.line("round 2 of 3")
-        display.line(f"INFO: {round_line(ROW)}")
-        assert _bar(display) == ("training", 2, "")
+    with ExperimentDisplay(terminal, 1, 3) as display:
+        cell = display.cell("", 3)
+        cell.line("round 2 of 3")
+        cell.line(f"INFO: {round_line(ROW)}")
+        assert bars(display) == [("training", 2, 3, "")]
     assert "round 2 of 3" in terminal.file.getvalue()
     assert "fedfmd-round" not in terminal.file.getvalue()
 
 
+def test_several_cells_have_a_bar_each_while_they_run_and_one_for_all_rounds(terminal):
+    with ExperimentDisplay(terminal, 2, 6, done=1) as display:
+        with closing(display.cell("seed=0", 3, done=1)) as cell:
+            assert bars(display) == [("0/2 cells", 1, 6, ""), ("seed=0", 1, 3, "")]
+            cell.line(round_line(ROW))
+            assert bars(display) == [("0/2 cells", 2, 6, ""), ("seed=0", 2, 3, "")]
+        assert bars(display) == [("1/2 cells", 2, 6, "")]
+
+
 def test_the_logger_is_left_as_it_was(terminal, logger):
     logger.setLevel(logging.ERROR)
-    display = RunDisplay(terminal, 1, "")
-    with pytest.raises(KeyboardInterrupt), display, display.handling(logger):
+    display = ExperimentDisplay(terminal, 1, 1)
+    with pytest.raises(KeyboardInterrupt), display, display.cell("", 1).handling(logger):
         raise KeyboardInterrupt
     assert logger.handlers == []
     assert logger.level == logging.ERROR
-
-
-def _bar(display):
-    (task,) = display._progress.tasks
-    return task.description, task.completed, task.fields["clients"]

@@ -1,12 +1,24 @@
+import csv
 import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from itertools import islice
 from pathlib import Path
 
+import psutil
 import pytest
 from rich.console import Console
 
-from fedfmd.errors import SettingsError
+from fedfmd.errors import RunError, SettingsError
 from fedfmd.experiment import available_cores, load_experiment, run_experiment
+from fedfmd.experiment.pool import Started, attempt
+from fedfmd.experiment.run import Layout, lay_out
 from fedfmd.tracking import read_clients, read_rounds
+
+CONVS = {"model.conv": ["static", "fmdconv"]}
 
 
 @pytest.fixture
@@ -20,6 +32,29 @@ def run(tmp_path, monkeypatch):
         return folders, console.file.getvalue()
 
     return run
+
+
+@pytest.fixture
+def pools(monkeypatch):
+    """Has jobs done in this process, as starting others takes seconds; lists the sizes of the pools asked for."""
+    sizes = []
+
+    def run_jobs(work, jobs, processes):
+        sizes.append(processes)
+        for job in jobs:
+            yield job, Started()
+            yield job, attempt(work, job)
+
+    monkeypatch.setattr("fedfmd.experiment.run.run_jobs", run_jobs)
+    return sizes
+
+
+@pytest.fixture
+def no_plots(monkeypatch):
+    """Leaves pages empty and comparisons out, as drawing them takes seconds."""
+    page = "fedfmd.experiment.report.write_page"
+    monkeypatch.setattr(page, lambda folder: (folder / "report.html").touch())
+    monkeypatch.setattr("fedfmd.experiment.report.write_report", lambda folders, out: None)
 
 
 def test_a_run_prints_a_line_per_round_and_leaves_its_files(run, write_yaml, tmp_path):
@@ -44,12 +79,34 @@ def test_a_run_prints_a_line_per_round_and_leaves_its_files(run, write_yaml, tmp
         assert line in text
 
 
-def test_a_finished_run_is_not_trained_again(run, write_yaml):
-    file = write_yaml()
-    ((first,), _), ((second,), text) = run(file), run(file)
-    assert first == second
-    assert "round 1/1" not in text
-    assert len(read_rounds(first / "rounds.csv")) == 1
+@pytest.mark.parametrize("matrix", [None, CONVS])
+def test_what_is_finished_is_neither_assembled_nor_trained_again(
+    matrix, run, pools, no_plots, write_yaml, monkeypatch
+):
+    file = write_yaml(matrix=matrix)
+    folders, _ = run(file)
+    before = [(folder / "log.txt").read_bytes() for folder in folders]
+    (folders[0] / "report.html").unlink()  # it was stopped just before its page
+    monkeypatch.setattr("fedfmd.experiment.run.prepare", None)
+    again, text = run(file)
+    assert again == folders
+    assert [(folder / "log.txt").read_bytes() for folder in folders] == before
+    assert (folders[0] / "report.html").exists()
+    for folder in folders:
+        assert f"finished before: {folder}\n" in text
+
+
+@pytest.mark.parametrize("matrix", [None, CONVS])
+def test_a_folder_of_other_code_is_refused_before_anything_starts(matrix, run, pools, no_plots, write_yaml):
+    file = write_yaml(matrix=matrix)
+    folder = run(file)[0][-1]
+    environment = json.loads((folder / "environment.json").read_text())
+    (folder / "environment.json").write_text(json.dumps(environment | {"code": "0123abcd"}))
+    with pytest.raises(
+        SettingsError, match=rf"run-dir = {folder} holds a run of other code \(.*0123abcd; now "
+    ):
+        run(file)
+    assert pools == ([2] if matrix else [])
 
 
 @pytest.fixture
@@ -68,14 +125,46 @@ def started(monkeypatch):
 
 
 @pytest.mark.parametrize("engine", ["inline", "flwr"])
-def test_an_engine_runs_every_cell_in_a_folder_of_its_own(engine, run, started, write_yaml, tmp_path):
-    folders, _ = run(write_yaml(matrix={"model.conv": ["static", "fmdconv"]}), engine=engine)
+def test_an_engine_runs_every_cell_in_a_folder_of_its_own(engine, run, pools, started, write_yaml, tmp_path):
+    folders, _ = run(write_yaml(matrix=CONVS), engine=engine)
+    assert pools == ([2] if engine == "inline" else [])
     assert [folder.parent for folder in folders] == [tmp_path / "runs" / "tiny"] * 2
     assert [folder.name.rpartition("-")[0] for folder in folders] == ["conv=static", "conv=fmdconv"]
     assert started == [(engine, str(folder)) for folder in folders]
 
 
-def test_several_runs_are_compared_beside_their_folders(run, write_yaml, tmp_path):
+@pytest.mark.parametrize(
+    ("cells", "engine", "layout"),
+    [
+        (1, "inline", Layout(cells=1, nodes=2, threads=3)),
+        (5, "inline", Layout(cells=2, nodes=1, threads=1)),
+        (1, "flwr", Layout(cells=1, nodes=2, threads=1)),
+        (5, "flwr", Layout(cells=1, nodes=2, threads=1)),
+    ],
+)
+def test_cores_go_to_the_nodes_of_one_cell_or_to_several_cells(cells, engine, layout, monkeypatch):
+    monkeypatch.setattr("fedfmd.experiment.run.available_cores", lambda: 6)
+    assert lay_out(cells, engine, workers=2) == layout
+
+
+@pytest.mark.parametrize("engine", ["inline", "flwr"])
+def test_a_cell_that_fails_does_not_stop_the_others(engine, run, pools, started, write_yaml, monkeypatch):
+    def fail_static(*arguments):
+        config = next(argument for argument in arguments if isinstance(argument, dict))
+        if config["model.conv"] == "static":
+            raise RunError("round 3: all clients failed")
+        started.append(config["model.conv"])
+
+    for name in ("run_inline", "run_flower"):
+        monkeypatch.setattr(f"fedfmd.experiment.run.{name}", fail_static)
+    with pytest.raises(
+        RunError, match=r"^1 of 2 cells failed; finished rounds are kept, run the same command"
+    ):
+        run(write_yaml(matrix=CONVS), engine=engine)
+    assert started == ["fmdconv"]
+
+
+def test_several_runs_are_compared_beside_their_folders(run, pools, write_yaml, tmp_path):
     folders, text = run(write_yaml(matrix={"seed": [0, 1]}), out=Path("study"))
     assert all((folder / "report.html").exists() for folder in folders)
     assert {path.name for path in (tmp_path / "study").iterdir() if path.is_file()} == {
@@ -93,7 +182,7 @@ def test_a_run_is_not_lost_because_its_page_fails(run, write_yaml, monkeypatch):
 
     monkeypatch.setattr("fedfmd.experiment.report.write_page", fail)
     (folder,), text = run(write_yaml())
-    assert text.splitlines()[-1] == f"no report in {folder}: no fonts"
+    assert text.splitlines()[-1] == f"no report in {folder}: RuntimeError: no fonts"
     assert len(read_rounds(folder / "rounds.csv")) == 1
 
 
@@ -120,5 +209,63 @@ def test_all_cells_are_checked_before_the_first_one_starts(run, started, write_y
     assert started == []
 
 
+def test_cells_that_would_share_a_folder_are_refused(run, started, write_yaml):
+    with pytest.raises(SettingsError, match="matrix: two cells are called seed=1: give each value once"):
+        run(write_yaml(matrix={"seed": [1, 0, 1]}))
+    assert started == []
+
+
 def test_there_is_a_core_to_run_on():
     assert available_cores() >= 1
+
+
+def start(file, out, workers):
+    """The command in a session of its own, as a terminal has it, on a matrix of four cells."""
+    command = [Path(sys.executable).with_name("fedfmd"), "run", file, "--out", out, "--workers", str(workers)]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def stop_after(run, rounds, stop):
+    """Call `stop` after so many rounds; gives the exit status and stderr once all processes are gone."""
+    assert len(list(islice((line for line in run.stdout if "| round " in line), rounds))) == rounds
+    processes = psutil.Process(run.pid).children(recursive=True)
+    assert processes
+    stop(run.pid)
+    _, error = run.communicate(timeout=60)
+    _, alive = psutil.wait_procs(processes, timeout=30)
+    assert not alive
+    return run.returncode, error
+
+
+def rows(folder):
+    """The rows of all CSV files below but for the time that this machine needed."""
+    tables = {}
+    for path in folder.rglob("*.csv"):
+        with path.open(encoding="utf-8", newline="") as file:
+            tables[path.relative_to(folder)] = [
+                {name: cell for name, cell in row.items() if name != "wall_s"} for row in csv.DictReader(file)
+            ]
+    return tables
+
+
+@pytest.mark.slow
+def test_a_matrix_that_is_stopped_and_killed_ends_as_if_it_had_not_been(write_yaml, tmp_path):
+    file = write_yaml(matrix=CONVS | {"seed": [0, 1]}, **{"server.rounds": 5})
+    stopped, whole = tmp_path / "stopped", tmp_path / "whole"
+    status, error = stop_after(start(file, stopped, 2), 3, lambda pid: os.killpg(pid, signal.SIGINT))
+    assert status == 130
+    assert error == "fedfmd: stopped; finished rounds are kept, run the same command again to go on\n"
+    assert stop_after(start(file, stopped, 2), 9, lambda pid: os.kill(pid, signal.SIGKILL)) == (
+        -signal.SIGKILL,
+        "",
+    )
+
+    text, _ = start(file, stopped, 2).communicate(timeout=300)
+    assert "finished before" in text
+    assert "going on after round" in text
+    _, error = start(file, whole, 1).communicate(timeout=300)
+    assert error == ""
+    assert len(rows(whole)) == 2 * 4 + 1
+    assert rows(stopped) == rows(whole)

@@ -2,7 +2,7 @@ import pytest
 from flwr.serverapp.strategy import FedMedian
 
 from fedfmd.errors import SettingsError
-from strategies import STRATEGIES, find_strategy
+from strategies import STRATEGIES, find_strategy, own_sources
 
 FIVE = {"partition.clients": 5, "fleet.devices": "pi-4"}
 
@@ -25,6 +25,15 @@ def test_a_class_of_ones_own_gets_every_update_in_a_message(tiny_settings, monke
     entry = find_strategy(settings)
     assert isinstance(entry.inner(settings), Mine)
     assert entry.algorithm.separate
+
+
+def test_the_file_of_a_class_of_ones_own_is_known(tiny_settings, tmp_path, monkeypatch):
+    (tmp_path / "users.py").write_text(
+        "from flwr.serverapp.strategy import FedAvg\nclass Mine(FedAvg): pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert own_sources(tiny_settings(**{"server.strategy": "users:Mine"})) == (tmp_path / "users.py",)
+    assert own_sources(tiny_settings()) == ()
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedfmd.tracking import latest_checkpoint, load_model, save_checkpoint
+from fedfmd.tracking import latest_checkpoint, latest_round, load_model, save_checkpoint
 
 BANK = torch.randn(4, 3, 2, 2)
 ARRAYS = {
@@ -74,6 +74,7 @@ def test_equal_runs_write_equal_files(tmp_path):
 
 def test_a_folder_without_checkpoints_has_no_latest(tmp_path):
     assert latest_checkpoint(tmp_path) is None
+    assert latest_round(tmp_path) == latest_round(tmp_path / "none") == 0
 
 
 def test_the_newest_checkpoints_are_kept(tmp_path):
@@ -105,7 +106,7 @@ def test_a_checkpoint_that_is_saved_again_forgets_the_first(tmp_path):
 def test_rounds_are_ordered_as_numbers(tmp_path):
     for round in (99_999, 100_000):
         save(tmp_path, round)
-    assert latest_checkpoint(tmp_path).round == 100_000
+    assert latest_checkpoint(tmp_path).round == latest_round(tmp_path) == 100_000
 
 
 @pytest.mark.parametrize("end", ["json", "safetensors", "state.safetensors"])

@@ -9,7 +9,15 @@ import pytest
 import yaml
 
 import fedfmd
-from fedfmd.tracking import ClientRow, RoundRow, RunFolder, read_clients, read_rounds
+from fedfmd.tracking import (
+    ClientRow,
+    RoundRow,
+    RunFolder,
+    code_digest,
+    read_clients,
+    read_environment,
+    read_rounds,
+)
 from fedfmd.tracking.folder import environment
 
 COSTS = {"train_flops": 1, "cum_train_flops": 1, "up_bytes": 1, "down_bytes": 1, "energy_j": 1.0}
@@ -56,11 +64,18 @@ def test_the_environment_says_what_ran_where_but_not_whose_it_is(tmp_path):
     text = folder.environment.read_text()
     facts = json.loads(text)
     assert facts["versions"]["fedfmd"] == fedfmd.__version__
+    assert facts["code"] == code_digest()
     assert set(facts["versions"]) == {"fedfmd", "python", "flwr", "numpy", "torch", "torchvision"}
     assert facts["machine"]["cores"] >= 1
     assert facts["machine"]["threads"] >= 1
     assert str(Path.home()) not in text
     assert str(Path(fedfmd.__file__).parent) not in text
+
+
+def test_the_environment_is_read_back_where_there_is_one(tmp_path):
+    assert read_environment(tmp_path) == {}
+    RunFolder(tmp_path).write_environment()
+    assert read_environment(tmp_path) == environment()
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="there is no git")

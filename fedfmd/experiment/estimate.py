@@ -1,0 +1,192 @@
+"""What an experiment will cost, before it runs: FLOPs from formulas, seconds from a few training steps here."""
+
+from __future__ import annotations
+
+import heapq
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.table import Table
+
+from fedfmd.edge import plan_work
+from fedfmd.experiment.files import Experiment
+from fedfmd.experiment.run import Engine, Layout, Task, lay_out, place_cells
+from fedfmd.federation import Federation
+from fedfmd.server_app import prepare
+from fedfmd.settings import Settings
+from fedfmd.training import LocalSGD, evaluate, train
+
+MEASURED_S = 1.5
+"""Seconds that the measured steps of a network may take, after one to warm up; one step may take longer."""
+
+MEASURED_STEPS = 20
+TEST_IMAGES = 64
+
+
+@dataclass(frozen=True)
+class CellEstimate:
+    """What a cell will cost.
+
+    Attributes:
+        cell: its name, "" if it is the only one.
+        rounds: in all; `done` of them were finished before.
+        params: parameters of its network; `macs` of a forward pass for one image.
+        train_flops: of all rounds, as `cum_train_flops` counts them.
+        wall_s: seconds on this machine for the rounds that are left.
+    """
+
+    cell: str
+    rounds: int
+    done: int
+    params: int
+    macs: int
+    train_flops: int
+    wall_s: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What an experiment will cost, with `workers` cells at a time."""
+
+    cells: tuple[CellEstimate, ...]
+    workers: int
+
+    @property
+    def train_flops(self) -> int:
+        """FLOPs of all cells."""
+        return sum(cell.train_flops for cell in self.cells)
+
+    @property
+    def wall_s(self) -> float:
+        """Seconds on this machine until the last cell ends, each being started as soon as a worker is free."""
+        free = [0.0] * self.workers
+        for cell in self.cells:
+            heapq.heapreplace(free, free[0] + cell.wall_s)
+        return max(free)
+
+    def as_json(self) -> dict[str, Any]:
+        """The cells and the totals, as JSON knows them."""
+        return asdict(self) | {"train_flops": self.train_flops, "wall_s": self.wall_s}
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds per image on this machine."""
+
+    train_s: float
+    test_s: float
+
+
+def estimate_experiment(experiment: Experiment, out: Path | None, engine: Engine, workers: int) -> Estimate:
+    """Check all cells as a run does, write nothing, and say what they will cost.
+
+    Each network is timed once, with the batches, threads and precision of its cells.
+
+    Raises:
+        SettingsError: a setting can't be used, or a folder holds another run.
+    """
+    tasks = place_cells(experiment, out)
+    layout = lay_out(len(tasks), engine, workers)
+    speeds: dict[tuple, Speed] = {}
+    cells = []
+    for task in tasks:
+        federation = prepare(task.settings)
+        key = _what_sets_the_speed(task.settings)
+        if key not in speeds:
+            speeds[key] = measure_speed(federation, task.settings.threads or layout.threads)
+        cells.append(estimate_cell(task, federation, speeds[key], layout))
+    return Estimate(tuple(cells), layout.cells)
+
+
+def estimate_cell(task: Task, federation: Federation, speed: Speed, layout: Layout) -> CellEstimate:
+    """What a cell costs if all its clients are there, as planned for devices of nominal speed."""
+    clients = federation.fleet.clients
+    plans = [plan_work(client, federation.workload(client.id), federation.budget) for client in clients]
+    trained, asked = _clients_of_a_round(federation)
+    images = trained / len(clients) * sum(plan.examples for plan in plans if plan.status == "ok")
+    flops = asked / len(clients) * sum(plan.train_flops for plan in plans)
+    nodes = min(layout.nodes, trained)
+    round_s = images * speed.train_s / nodes + len(federation.dataset.test) * speed.test_s
+    return CellEstimate(
+        cell=task.name,
+        rounds=task.rounds,
+        done=task.done,
+        params=federation.cost.params,
+        macs=federation.cost.macs,
+        train_flops=round(task.rounds * flops),
+        wall_s=(task.rounds - task.done) * round_s,
+    )
+
+
+def measure_speed(federation: Federation, threads: int) -> Speed:
+    """Time a few steps of training and an evaluation, which change the federation's model."""
+    torch.set_num_threads(threads)
+    dataset, model, device = federation.dataset, federation.model, federation.device
+    options = federation.settings.train
+    sgd = LocalSGD(options.lr, batch_size=options.batch_size, precision=options.precision)
+    images = dataset.train.subset(torch.arange(min(len(dataset.train), MEASURED_STEPS * sgd.batch_size)))
+    tested = dataset.test.subset(torch.arange(min(len(dataset.test), TEST_IMAGES)))
+
+    def train_s(steps: int) -> float:
+        """Seconds per image."""
+        started = time.perf_counter()
+        done = train(model, images, dataset, sgd, steps, torch.Generator().manual_seed(0), device)
+        return (time.perf_counter() - started) / done.examples
+
+    def test_s() -> float:
+        started = time.perf_counter()
+        evaluate(model, tested, dataset, device=device)
+        return (time.perf_counter() - started) / len(tested)
+
+    train_s(1)
+    steps = int(MEASURED_S / (train_s(1) * sgd.batch_size))
+    test_s()
+    return Speed(train_s(min(max(steps, 1), MEASURED_STEPS)), test_s())
+
+
+def estimate_table(estimate: Estimate, title: str) -> Table:
+    """One line per cell, and the totals below."""
+    cells = estimate.cells
+    table = Table(title=title, box=box.SIMPLE, show_footer=True, padding=(0, 0, 0, 1))
+    table.add_column("cell", footer=f"{len(cells)}, {estimate.workers} at a time", overflow="fold")
+    for head, total in (
+        ("rounds", f"{sum(cell.rounds for cell in cells)}"),
+        ("done", f"{sum(cell.done for cell in cells)}"),
+        ("parameters", ""),
+        ("GFLOPs", _giga(estimate.train_flops)),
+        ("time left", _duration(estimate.wall_s)),
+    ):
+        table.add_column(head, footer=total, justify="right", no_wrap=True)
+    for cell in cells:
+        counts = str(cell.rounds), str(cell.done), f"{cell.params:,}"
+        table.add_row(cell.cell or title, *counts, _giga(cell.train_flops), _duration(cell.wall_s))
+    return table
+
+
+def _clients_of_a_round(federation: Federation) -> tuple[int, int]:
+    """How many clients train, and how many are asked to."""
+    settings = federation.settings
+    if settings.server.strategy == "fedbuff":  # a round is a step of the server
+        return settings.server.buffer, settings.server.buffer
+    wanted = settings.clients_per_round
+    return wanted, federation.budget.asked(wanted)
+
+
+def _giga(flops: int) -> str:
+    return f"{flops / 1e9:,.0f}" if flops >= 1e11 else f"{flops / 1e9:.3g}"
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def _what_sets_the_speed(settings: Settings) -> tuple:
+    train = settings.train
+    return settings.model, settings.data, train.batch_size, train.precision, settings.device, settings.threads

@@ -1,0 +1,135 @@
+"""Jobs in processes of their own, several at a time, whose log records come back.
+
+Processes, because Flower's task identity and PyTorch's number of threads belong to a process; spawned ones,
+because a fork would copy PyTorch's threads and locks in whatever state they are.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from logging.handlers import QueueHandler
+from multiprocessing.connection import Connection, wait
+from typing import TypeVar
+
+from fedfmd.errors import FedfmdError, one_line
+
+Job = TypeVar("Job")
+logger = logging.getLogger("fedfmd")
+
+
+@dataclass(frozen=True)
+class Started:
+    """A process has taken the job."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """The job is over; `error` says in one line why it failed, "" if it did not."""
+
+    error: str = ""
+
+
+Event = Started | logging.LogRecord | Ended
+
+
+def run_jobs(work: Callable[[Job], None], jobs: Iterable[Job], processes: int) -> Iterator[tuple[Job, Event]]:
+    """Do all jobs, `processes` at a time, and tell what happens: start, records of ``fedfmd`` loggers, end.
+
+    `work` is a function of a module. A job that raises, or whose process dies, does not stop the others. Close
+    the iterator to end all processes at once; they also end when this process does, in whatever way.
+    """
+    waiting, idle, busy = deque(jobs), list[_Worker](), dict[Connection, tuple[_Worker, Job]]()
+    try:
+        while waiting or busy:
+            while waiting and len(busy) < processes:
+                worker, job = idle.pop() if idle else _Worker(work), waiting.popleft()
+                worker.connection.send(job)
+                busy[worker.connection] = worker, job
+                yield job, Started()
+            for connection in wait(list(busy)):
+                worker, job = busy[connection]
+                event = worker.receive()
+                if isinstance(event, Ended):
+                    del busy[connection]
+                    idle += [worker] if worker.process.is_alive() else []
+                yield job, event
+    finally:
+        for worker in [*idle, *(worker for worker, _ in busy.values())]:
+            worker.end()
+
+
+class _Worker:
+    """A process that does one job after another."""
+
+    def __init__(self, work: Callable[[Job], None]) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, other = context.Pipe()
+        self.process = context.Process(target=_serve, args=(work, other))
+        # A terminal sends Ctrl-C to all its processes. This one handles it; those started now ignore it.
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            self.process.start()
+        finally:
+            signal.signal(signal.SIGINT, handler)
+        other.close()  # so that the pipe breaks when the process dies
+
+    def receive(self) -> logging.LogRecord | Ended:
+        try:
+            return self.connection.recv()
+        except (EOFError, ConnectionResetError):
+            self.process.join()
+            return Ended(_cause_of_death(self.process.exitcode))
+
+    def end(self) -> None:
+        """Kill the process: what it has written stays whole, as after any crash."""
+        self.process.kill()
+        self.process.join()
+
+
+def _cause_of_death(exit_code: int) -> str:
+    if exit_code == -signal.SIGKILL:
+        return "its process was killed, by the system perhaps for lack of memory: use fewer --workers"
+    how = f"by {signal.Signals(-exit_code).name}" if exit_code < 0 else f"with exit status {exit_code}"
+    return f"its process ended {how}"
+
+
+def _serve(work: Callable[[Job], None], connection: Connection) -> None:
+    """Do the jobs that come through the connection until the parent is gone."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    logger.addHandler(_Sender(connection))
+    logger.setLevel(logging.DEBUG)
+    while True:
+        connection.send(attempt(work, connection.recv()))
+
+
+def attempt(work: Callable[[Job], None], job: Job) -> Ended:
+    """Do a job in this process; the traceback of an error that nobody foresaw goes to the log."""
+    try:
+        work(job)
+    except Exception as error:
+        if not isinstance(error, FedfmdError | OSError):
+            logger.exception("unexpected")
+        return Ended(one_line(error))
+    return Ended()
+
+
+def _end_with_parent() -> None:
+    """Wait until the parent is gone, killed perhaps, and leave at once, in the middle of a round if need be."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+class _Sender(QueueHandler):
+    """Sends records, formatted and without their arguments, through a connection."""
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        self.queue.send(record)

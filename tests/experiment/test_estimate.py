@@ -1,0 +1,117 @@
+import pytest
+
+from fedfmd.errors import SettingsError
+from fedfmd.experiment import load_experiment
+from fedfmd.experiment.estimate import (
+    CellEstimate,
+    Estimate,
+    Speed,
+    estimate_cell,
+    estimate_experiment,
+    estimate_table,
+    measure_speed,
+)
+from fedfmd.experiment.run import Layout, Task
+from fedfmd.federation import build_federation
+
+TRAIN, TEST = 1437, 360
+"""Digits to train on, 479 for each of three clients, and to test on."""
+
+SPEED = Speed(train_s=0.01, test_s=0.001)
+
+
+@pytest.fixture
+def estimate(tiny_settings):
+    """Estimates a cell of two rounds of two epochs on one node, of which `done` are finished."""
+
+    def estimate(done=0, nodes=1, **changes):
+        settings = tiny_settings(**{"server.rounds": 2, "train.local-epochs": 2} | changes)
+        layout = Layout(cells=1, nodes=nodes, threads=1)
+        return estimate_cell(Task("a", settings, done), build_federation(settings), SPEED, layout)
+
+    return estimate
+
+
+def test_a_cell_costs_its_images_times_what_an_image_costs(estimate):
+    cell = estimate()
+    assert (cell.cell, cell.rounds, cell.done) == ("a", 2, 0)
+    assert cell.train_flops == 2 * 2 * TRAIN * 3 * 2 * cell.macs
+    assert cell.wall_s == pytest.approx(2 * (2 * TRAIN * 0.01 + TEST * 0.001))
+
+
+@pytest.mark.parametrize(
+    ("changes", "asked", "trained"),
+    [
+        ({"server.clients-per-round": 2}, 2, 2),
+        ({"server.clients-per-round": 2, "budget.over-select": 1.5}, 3, 2),
+        ({"server.strategy": "fedbuff", "server.buffer": 1}, 1, 1),
+        ({"budget.deadline-s": 1e-6, "budget.policy": "drop"}, 3, 0),
+    ],
+    ids=["two of three", "over-selection", "fedbuff", "all late"],
+)
+def test_those_asked_compute_and_those_that_count_take_time(estimate, changes, asked, trained):
+    cell = estimate(**changes)
+    assert cell.train_flops == 2 * 2 * asked * 479 * 3 * 2 * cell.macs
+    assert cell.wall_s == pytest.approx(2 * (2 * trained * 479 * 0.01 + TEST * 0.001))
+
+
+def test_only_what_is_left_takes_time_and_nodes_share_it(estimate):
+    assert estimate(done=1).wall_s == pytest.approx(estimate().wall_s / 2)
+    assert estimate(done=2).wall_s == 0
+    assert estimate(nodes=2).wall_s == pytest.approx(2 * (TRAIN * 0.01 + TEST * 0.001))
+
+
+def cells(*seconds):
+    return tuple(CellEstimate(f"seed={n}", 5, 0, 1000, 10, 10**9, s) for n, s in enumerate(seconds))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "workers", "expected"),
+    [((3, 1, 1), 1, 5), ((3, 1, 1), 2, 3), ((1, 1, 3), 2, 4), ((3, 1), 8, 3)],
+)
+def test_workers_take_the_cells_in_turn(seconds, workers, expected):
+    assert Estimate(cells(*seconds), workers).wall_s == expected
+
+
+def test_the_table_has_a_line_per_cell_and_the_totals():
+    table = estimate_table(Estimate(cells(90, 7200), 1), "study")
+    assert [list(column.cells) for column in table.columns] == [
+        ["seed=0", "seed=1"],
+        ["5", "5"],
+        ["0", "0"],
+        ["1,000", "1,000"],
+        ["1", "1"],
+        ["90 s", "2.0 h"],
+    ]
+    assert [column.footer for column in table.columns] == ["2, 1 at a time", "10", "0", "", "2", "2.0 h"]
+
+
+def test_a_network_of_several_cells_is_timed_once(write_yaml, tmp_path, monkeypatch):
+    timed = []
+    monkeypatch.setattr(
+        "fedfmd.experiment.estimate.measure_speed",
+        lambda federation, threads: timed.append((federation.settings.model.conv, threads)) or SPEED,
+    )
+    file = write_yaml(matrix={"model.conv": ["static", "fmdconv"], "seed": [0, 1]})
+    before = set(tmp_path.iterdir())
+    estimate = estimate_experiment(load_experiment(file), tmp_path / "out", "inline", workers=2)
+    assert timed == [("static", 1), ("fmdconv", 1)]
+    assert estimate.workers == 2
+    assert [cell["cell"] for cell in estimate.as_json()["cells"]] == [
+        "conv=static,seed=0",
+        "conv=static,seed=1",
+        "conv=fmdconv,seed=0",
+        "conv=fmdconv,seed=1",
+    ]
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_an_impossible_cell_is_refused(write_yaml):
+    with pytest.raises(SettingsError, match=r"fleet\.devices names 3 devices, partition\.clients is 4"):
+        estimate_experiment(load_experiment(write_yaml(**{"partition.clients": 4})), None, "inline", 1)
+
+
+def test_training_an_image_takes_longer_than_testing_it(tiny_settings):
+    federation = build_federation(tiny_settings(**{"data.image-size": 32, "model.width": 1}))
+    speed = measure_speed(federation, threads=1)
+    assert speed.train_s > speed.test_s > 0
