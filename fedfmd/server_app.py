@@ -17,7 +17,7 @@ from fedfmd.data import save_partition
 from fedfmd.errors import SettingsError
 from fedfmd.federation import Federation, build_federation
 from fedfmd.settings import Settings, read_yaml
-from fedfmd.tracking import RunFolder, round_line
+from fedfmd.tracking import RoundRow, RunFolder, round_line
 from strategies import find_strategy, make_strategy
 
 app = ServerApp()
@@ -37,7 +37,7 @@ def main(grid: Grid, context: Context) -> None:
         torch.set_num_threads(settings.threads)
     federation = prepare(settings)
     folder = open_run_folder(settings)
-    with _logging_to(folder):
+    with logging_to(folder):
         strategy = make_strategy(federation, folder)
         dataset = federation.dataset
         save_partition(
@@ -54,8 +54,10 @@ def prepare(settings: Settings) -> Federation:
     Raises:
         SettingsError: the settings can't be used, or their run folder holds another run.
     """
+    if settings.kind != "federated":
+        raise SettingsError(f"kind = {settings.kind!r} is not for Flower: use `fedfmd run FILE.yaml`")
     find_strategy(settings)
-    _run_path(settings)
+    run_path(settings)
     return build_federation(settings)
 
 
@@ -67,7 +69,7 @@ def open_run_folder(settings: Settings) -> RunFolder:
             can't be made.
     """
     try:
-        folder = RunFolder(_run_path(settings))
+        folder = RunFolder(run_path(settings))
     except ValueError as error:
         raise SettingsError(str(error)) from error
     folder.write_settings(settings.kept())
@@ -75,8 +77,12 @@ def open_run_folder(settings: Settings) -> RunFolder:
     return folder
 
 
-def _run_path(settings: Settings) -> Path:
-    """The run's folder, once it is clear that no other run is kept there."""
+def run_path(settings: Settings) -> Path:
+    """The run's folder, once it is clear that no other run is kept there.
+
+    Raises:
+        SettingsError: the folder holds a run that has other settings, or that is not to be resumed.
+    """
     path = Path(settings.run_dir).expanduser() if settings.run_dir else _new_path(settings)
     known = path / "settings.yaml"
     if known.exists():
@@ -110,7 +116,7 @@ def _check_same(settings: Settings, earlier: Settings, path: Path) -> None:
 
 
 @contextmanager
-def _logging_to(folder: RunFolder) -> Iterator[None]:
+def logging_to(folder: RunFolder) -> Iterator[None]:
     """Write the log to the folder, and to the console unless somebody shows it already."""
     handlers: list[logging.Handler] = [folder.log_handler()]
     if not logger.handlers:
@@ -136,4 +142,4 @@ class _ConsoleHandler(logging.StreamHandler):
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)
         row = getattr(record, "round_row", None)
-        return text if row is None else f"{text}\n{round_line(row)}"
+        return f"{text}\n{round_line(row)}" if isinstance(row, RoundRow) else text

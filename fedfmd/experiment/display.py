@@ -23,20 +23,20 @@ from fedfmd.tracking import parse_round_line
 class RunDisplay(logging.Handler):
     """Shows the records of the ``fedfmd`` loggers, or the log lines of a run in other processes."""
 
-    def __init__(self, console: Console, rounds: int, name: str) -> None:
+    def __init__(self, console: Console, length: int, name: str, unit: str = "round") -> None:
         super().__init__(logging.DEBUG)
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("rounds{task.fields[clients]}"),
+            TextColumn(f"{unit}s{{task.fields[clients]}}"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=console,
             transient=True,
             disable=not console.is_terminal,  # in a file it would leave an empty line
         )
-        self._task = self._progress.add_task(name or "training", total=rounds, clients="")
+        self._task = self._progress.add_task(name or "training", total=length, clients="")
         self._trained = 0
 
     def __enter__(self) -> RunDisplay:

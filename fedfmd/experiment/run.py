@@ -12,6 +12,8 @@ from rich.console import Console
 
 from fedfmd.client_app import app as client_app
 from fedfmd.engines import run_flower, run_inline
+from fedfmd.errors import SettingsError
+from fedfmd.experiment.centralised import prepare_centralised, run_centralised
 from fedfmd.experiment.display import RunDisplay
 from fedfmd.experiment.files import Cell, Experiment
 from fedfmd.server_app import app as server_app
@@ -36,7 +38,7 @@ def run_experiment(
     """
     cells = [(cell, cell.settings.in_folder(_folder(experiment, cell, out))) for cell in experiment.cells]
     for _, settings in cells:
-        prepare(settings)
+        _prepare(settings, engine)
     folders = [_run_cell(cell, settings, engine, workers, console) for cell, settings in cells]
     if len(folders) > 1:
         _write_report(folders, folders[0].parent, console)
@@ -50,15 +52,33 @@ def available_cores() -> int:
 
 def _run_cell(cell: Cell, settings: Settings, engine: Engine, workers: int, console: Console) -> Path:
     folder = Path(settings.run_dir)
-    with RunDisplay(console, settings.server.rounds, cell.name) as display:
+    with RunDisplay(console, settings.length, cell.name, settings.unit) as display:
         if engine == "flwr":
             run_flower(settings.flat(), workers, folder, display.line)
         else:
             with display.handling(logging.getLogger("fedfmd")):
-                threads = settings.threads or max(1, available_cores() // workers)
-                run_inline(server_app, client_app, settings.flat(), workers, threads)
+                _run_here(settings, workers)
     _write_report([folder], folder, console)
     return folder
+
+
+def _prepare(settings: Settings, engine: Engine) -> None:
+    """All the checks of a run that can be made before anything is written."""
+    if settings.kind == "federated":
+        prepare(settings)
+    elif engine == "flwr":
+        raise SettingsError("kind = centralised needs no Flower: leave out --engine flwr")
+    else:
+        prepare_centralised(settings)
+
+
+def _run_here(settings: Settings, workers: int) -> None:
+    """Run in this process."""
+    if settings.kind == "federated":
+        threads = settings.threads or max(1, available_cores() // workers)
+        run_inline(server_app, client_app, settings.flat(), workers, threads)
+    else:
+        run_centralised(settings, available_cores())
 
 
 def _write_report(folders: Sequence[Path], out: Path, console: Console) -> None:

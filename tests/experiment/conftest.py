@@ -3,6 +3,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from fedfmd.experiment.runs import Run
 from fedfmd.settings import Settings
@@ -63,6 +64,29 @@ def client_row(number, client, accuracy, **changes):
 
 def rows(accuracies):
     return [round_row(number, accuracy) for number, accuracy in enumerate(accuracies, start=1)]
+
+
+CENTRALISED = {
+    "kind": "centralised",
+    "data.image-size": 8,
+    "model.width": 0.25,
+    "model.kernels": 2,
+    "train.batch-size": 128,
+    "train.epochs": 2,
+}
+
+
+@pytest.fixture
+def write_centralised(tmp_path):
+    """Writes an experiment file of centralised training of a second; changes as the base's dotted keys."""
+
+    def write(**changes):
+        path = tmp_path / "centralised.yaml"
+        base = CENTRALISED | changes
+        path.write_text(yaml.safe_dump({"kind": base.pop("kind"), "base": base}))
+        return path
+
+    return write
 
 
 @pytest.fixture

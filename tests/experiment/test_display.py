@@ -59,6 +59,12 @@ def test_the_bar_counts_rounds_and_the_clients_of_the_round(terminal, logger):
         assert _bar(display) == ("seed=1", 2, "")
 
 
+def test_the_bar_may_count_epochs(terminal):
+    with RunDisplay(terminal, 3, "seed=1", "epoch"):
+        pass
+    assert " epochs " in terminal.file.getvalue()
+
+
 def test_the_log_of_another_process_moves_the_bar_too(terminal):
     with RunDisplay(terminal, 3, "") as display:
         display.line("round 2 of 3")

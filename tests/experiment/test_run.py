@@ -6,7 +6,7 @@ from rich.console import Console
 
 from fedfmd.errors import SettingsError
 from fedfmd.experiment import available_cores, load_experiment, run_experiment
-from fedfmd.tracking import read_clients, read_rounds
+from fedfmd.tracking import read_clients, read_epochs, read_rounds
 
 
 @pytest.fixture
@@ -50,6 +50,28 @@ def test_a_finished_run_is_not_trained_again(run, write_yaml):
     assert first == second
     assert "round 1/1" not in text
     assert len(read_rounds(first / "rounds.csv")) == 1
+
+
+def test_a_centralised_run_leaves_its_epochs_and_goes_on(run, write_centralised):
+    file = write_centralised()
+    ((first,), text), ((second,), again) = run(file), run(file)
+    assert first == second
+    assert [row.epoch for row in read_epochs(first / "epochs.csv")] == [1, 2]
+    assert "epoch 2/2" in text
+    assert "epoch 2/2" not in again
+
+
+@pytest.mark.parametrize(
+    ("override", "engine", "message"),
+    [
+        ("seed=0", "flwr", "kind = centralised needs no Flower: leave out --engine flwr"),
+        ("data.image-size=4", "inline", "data.image-size = 4: digits need at least 8"),
+    ],
+)
+def test_a_centralised_run_is_checked_before_it_starts(override, engine, message, run, write_centralised):
+    with pytest.raises(SettingsError, match=message):
+        run(write_centralised(), override, out=Path("out"), engine=engine)
+    assert not Path("out").exists()
 
 
 @pytest.fixture
