@@ -99,6 +99,26 @@ def test_runs_of_different_code_are_compared_but_named(runs):
     assert note.startswith("The runs come from different code: commits 0123456789ab")
 
 
+def test_a_centralised_run_is_read_with_its_epochs(write_centralised_run):
+    (run,) = read_comparison([write_centralised_run("central", [0.5, 0.6])]).runs
+    assert [(row.epoch, row.accuracy) for row in run.rounds] == [(1, 0.5), (2, 0.6)]
+    assert run.finished
+
+
+def test_an_unfinished_centralised_run_is_told_in_epochs(write_centralised_run):
+    (note,) = read_comparison([write_centralised_run("central", [0.5])]).notes
+    assert note.endswith("because no run is finished: central (1 of 2 epochs).")
+
+
+def test_federated_and_centralised_runs_are_not_compared(write_run, write_centralised_run, tmp_path):
+    write_run("fed", [0.5, 0.6])
+    write_centralised_run("central", [0.5, 0.6])
+    with pytest.raises(
+        SettingsError, match=r"runs of different kinds .*central is centralised, .*fed is fed"
+    ):
+        read_comparison([tmp_path])
+
+
 def test_a_folder_without_runs_is_refused(tmp_path):
     with pytest.raises(SettingsError, match="no run with a finished round below"):
         read_comparison([tmp_path])
