@@ -13,6 +13,7 @@ import numpy as np
 
 from fedfmd.conv import CONVS
 from fedfmd.cost import Cost, count
+from fedfmd.data import PARTITIONS
 from fedfmd.data.files import read_npz
 from fedfmd.errors import SettingsError
 from fedfmd.federation import build_dataset, build_model
@@ -205,7 +206,9 @@ def _labelled(runs: Sequence[Run]) -> tuple[Run, ...]:
 
     def part(flat: dict[str, Any], keys: Iterable[str]) -> str:
         return ", ".join(
-            _text(flat[key]) if key == "model.conv" else f"{names[key]} {_text(flat[key])}" for key in keys
+            _text(flat[key]) if key == "model.conv" else f"{names[key]} {_text(flat[key])}"
+            for key in keys
+            if key not in _of_other_splits(flat["partition.scheme"])
         )
 
     def order(run: Run) -> tuple[Any, ...]:
@@ -216,6 +219,13 @@ def _labelled(runs: Sequence[Run]) -> tuple[Run, ...]:
         replace(run, task=part(run.settings.flat(), task), variant=part(run.settings.flat(), variant))
         for run in sorted(runs, key=order)
     )
+
+
+def _of_other_splits(scheme: str) -> set[str]:
+    """The settings that only other ways of splitting heed."""
+    own = PARTITIONS[scheme].parameters
+    others = {name for other in PARTITIONS.values() for name in other.parameters if name not in own}
+    return {f"partition.{name.replace('_', '-')}" for name in others}
 
 
 def _text(value: Any) -> str:

@@ -56,6 +56,13 @@ def test_runs_are_named_by_what_differs_and_ordered_by_its_values(write_run, tmp
     assert (runs[0].task, runs[0].variant) == ("alpha 0.5", "static")
 
 
+def test_a_split_is_named_without_the_parameters_of_others(write_run, tmp_path):
+    for alpha, scheme in ((0.5, "iid"), (0.3, "dirichlet")):
+        write_run(scheme, [0.5, 0.6], **{"partition.scheme": scheme, "partition.alpha": alpha})
+    tasks = [run.task for run in read_comparison([tmp_path]).runs]
+    assert tasks == ["scheme dirichlet, alpha 0.3", "scheme iid"]
+
+
 def test_settings_of_the_same_short_name_keep_their_whole_one(write_run, tmp_path):
     write_run("a", [0.5, 0.6], **{"temperature.rounds": 5})
     write_run("b", [0.5, 0.6, 0.7], rounds=3, **{"temperature.rounds": 6})
