@@ -89,7 +89,6 @@ def build_federation(settings: Settings) -> Federation:
     model = build_model(settings, dataset.classes).to(device)
     cost = count(model, dataset.image_size)
     arrays = pack(model)
-    schedule = settings.temperature
     return Federation(
         settings=settings,
         dataset=dataset,
@@ -99,7 +98,7 @@ def build_federation(settings: Settings) -> Federation:
         model=model,
         cost=cost,
         budget=build_budget(settings),
-        temperature=TemperatureSchedule(schedule.initial, schedule.final, schedule.rounds, schedule.shape),
+        temperature=build_temperature(settings),
         device=device,
         payload_bytes=payload_bytes(arrays),
         upload_bytes=_upload_bytes(arrays, parameter_names(model), settings.transport.upload, cost.kernels),
@@ -201,6 +200,22 @@ def build_model(settings: Settings, classes: int) -> nn.Module:
             mixing=model.mixing,
             temperature=settings.temperature.initial,
         )
+
+
+def describe_network(settings: Settings, cost: Cost, image_size: int) -> str:
+    """Network, size and data set in a line for the log."""
+    model = settings.model
+    kernels = "" if model.conv == "static" else f" (K={model.kernels})"
+    return (
+        f"{model.arch} with {model.conv}{kernels}, {cost.params:,} parameters, {cost.macs / 1e6:.1f} M MACs per image, "
+        f"on {settings.data.dataset} at {image_size}×{image_size}"
+    )
+
+
+def build_temperature(settings: Settings) -> TemperatureSchedule:
+    """The temperature of the kernel attention over rounds or epochs."""
+    schedule = settings.temperature
+    return TemperatureSchedule(schedule.initial, schedule.final, schedule.rounds, schedule.shape)
 
 
 def _upload_bytes(arrays: Arrays, parameters: Collection[str], upload: str, kernels: int) -> tuple[int, ...]:

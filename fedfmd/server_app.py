@@ -18,7 +18,7 @@ from fedfmd.data import save_partition
 from fedfmd.errors import SettingsError
 from fedfmd.federation import Federation, build_federation
 from fedfmd.settings import Settings, read_yaml
-from fedfmd.tracking import RunFolder, code_digest, environment, read_environment, round_line
+from fedfmd.tracking import RoundRow, RunFolder, code_digest, environment, read_environment, round_line
 from strategies import find_strategy, make_strategy, own_sources
 
 app = ServerApp()
@@ -38,7 +38,7 @@ def main(grid: Grid, context: Context) -> None:
         torch.set_num_threads(settings.threads)
     federation = prepare(settings)
     folder = open_run_folder(settings)
-    with _logging_to(folder):
+    with logging_to(folder):
         strategy = make_strategy(federation, folder)
         dataset = federation.dataset
         save_partition(
@@ -55,6 +55,8 @@ def prepare(settings: Settings) -> Federation:
     Raises:
         SettingsError: the settings can't be used, or their run folder holds another run.
     """
+    if settings.kind != "federated":
+        raise SettingsError(f"kind = {settings.kind!r} is not for Flower: use `fedfmd run FILE.yaml`")
     find_strategy(settings)
     run_path(settings)
     return build_federation(settings)
@@ -134,7 +136,7 @@ def _code(environment: Mapping[str, Any]) -> str:
 
 
 @contextmanager
-def _logging_to(folder: RunFolder) -> Iterator[None]:
+def logging_to(folder: RunFolder) -> Iterator[None]:
     """Write the log to the folder, and to the console unless somebody shows it already."""
     handlers: list[logging.Handler] = [folder.log_handler()]
     if not logger.handlers:
@@ -160,4 +162,4 @@ class _ConsoleHandler(logging.StreamHandler):
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)
         row = getattr(record, "round_row", None)
-        return text if row is None else f"{text}\n{round_line(row)}"
+        return f"{text}\n{round_line(row)}" if isinstance(row, RoundRow) else text

@@ -28,6 +28,17 @@ from fedfmd.transport import UPLOADS
 
 Scalar = bool | int | float | str
 
+KINDS = ("federated", "centralised")
+
+FEDERATED = (
+    *("partition.", "server.", "fleet.", "budget.", "transport."),
+    *("train.local-epochs", "train.proximal-mu"),
+)
+"""How the settings begin that are about clients and their server."""
+
+CHECKPOINTS = frozenset({"server.checkpoint-every", "server.keep-checkpoints"})
+"""Those of them that centralised training heeds too."""
+
 PAIRS = frozenset({"fleet.devices"})
 """Settings whose text, `name:amount, …`, may also be given as a mapping."""
 
@@ -124,10 +135,11 @@ class PartitionSettings(_Section):
 
 
 class TrainSettings(_Section):
-    """Local SGD on a client; the learning rate follows `schedule` over the server's rounds."""
+    """SGD on a client, or centralised for `epochs`; the learning rate follows `schedule` over rounds or epochs."""
 
     lr: Positive = 0.05
     batch_size: Count = 16
+    epochs: Count = 100
     local_epochs: Count = 3
     momentum: Annotated[Number, Field(ge=0, lt=1)] = 0.9
     nesterov: bool = True
@@ -138,7 +150,7 @@ class TrainSettings(_Section):
 
 
 class TemperatureSettings(_Section):
-    """Temperature of the kernel attention, over the server's rounds."""
+    """Temperature of the kernel attention, over the server's rounds; over epochs in centralised training."""
 
     initial: Positive = 30.0
     final: Positive = 1.0
@@ -149,6 +161,7 @@ class TemperatureSettings(_Section):
 class ServerSettings(_Section):
     """The server's loop and algorithm; `clients_per_round` 0 asks every client, `lr` 0 is the strategy's own.
 
+    Centralised training heeds the settings of checkpoints alone, an epoch counting as a round.
     lr, momentum (β₁), beta_2 and tau are those of server optimisers; trim is the share cut off at either end
     by fedtrimmedavg, byzantine the number of bad clients that krum stands, buffer the number of updates that
     fedbuff waits for, which count (1 + rounds behind)^-staleness.
@@ -215,6 +228,7 @@ class Settings(_Section):
     )
     """Settings that a run's results don't depend on."""
 
+    kind: Annotated[str, _one_of(KINDS)] = "federated"
     model: ModelSettings = ModelSettings()
     data: DataSettings = DataSettings()
     partition: PartitionSettings = PartitionSettings()
@@ -229,6 +243,23 @@ class Settings(_Section):
     threads: Annotated[int, Field(ge=0)] = 0
     run_dir: str = ""
     resume: bool = False
+
+    @property
+    def length(self) -> int:
+        """How many rounds, or epochs of centralised training, there are to do."""
+        return self.server.rounds if self.kind == "federated" else self.train.epochs
+
+    @property
+    def unit(self) -> str:
+        """What `length` counts: round or epoch."""
+        return "round" if self.kind == "federated" else "epoch"
+
+    @property
+    def unused(self) -> frozenset[str]:
+        """The settings that a run of this kind doesn't heed."""
+        if self.kind == "federated":
+            return frozenset({"train.epochs"})
+        return frozenset(key for key in self.flat() if key.startswith(FEDERATED) and key not in CHECKPOINTS)
 
     @property
     def clients_per_round(self) -> int:
@@ -302,8 +333,9 @@ class Settings(_Section):
         }
 
     def kept(self) -> dict[str, Scalar]:
-        """What a run's files keep: all settings, as they were before `in_folder`."""
-        return self.model_copy(update={"run_dir": "", "resume": False}).flat()
+        """What a run's files keep: all settings that it heeds, as they were before `in_folder`."""
+        flat = self.model_copy(update={"run_dir": "", "resume": False}).flat()
+        return {key: value for key, value in flat.items() if key not in self.unused}
 
     def in_folder(self, run_dir: Path) -> Settings:
         """The same run in this folder, going on where it was stopped."""
@@ -311,7 +343,7 @@ class Settings(_Section):
 
     def digest(self) -> str:
         """Short hash of every setting that a run's results depend on."""
-        kept = {key: value for key, value in self.flat().items() if key not in self.NEUTRAL}
+        kept = {key: value for key, value in self.kept().items() if key not in self.NEUTRAL}
         return hashlib.sha256(json.dumps(kept).encode()).hexdigest()[:8]
 
 

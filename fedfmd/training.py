@@ -17,6 +17,7 @@ from fedfmd.data import Dataset, ImageSet, batches
 
 SCHEDULES = ("constant", "cosine", "step")
 PRECISIONS = ("float32", "bf16")
+TOP = 5
 
 
 @dataclass(frozen=True)
@@ -58,11 +59,15 @@ class TrainResult:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Means over the images; `kernel_entropy` is H(π)/ln K (see `fedfmd.conv.record_attention`)."""
+    """Means over the images; `kernel_entropy` is H(π)/ln K (see `fedfmd.conv.record_attention`).
+
+    `top5_accuracy`: the label is among the five most probable classes; NaN with five classes or fewer.
+    """
 
     loss: float
     accuracy: float
     kernel_entropy: float
+    top5_accuracy: float = math.nan
 
 
 def learning_rate(lr: float, schedule: str, progress: float) -> float:
@@ -122,9 +127,9 @@ def evaluate(
     batch_size: int = 256,
     device: torch.device | str = "cpu",
 ) -> Evaluation:
-    """Loss, accuracy and kernel entropy of the model in evaluation mode."""
+    """Loss, accuracies and kernel entropy of the model in evaluation mode."""
     model.eval()
-    totals = torch.zeros(2, device=device)
+    totals = torch.zeros(3, device=device)
     with record_attention(model) as record:
         for inputs, labels in batches(
             images,
@@ -136,9 +141,10 @@ def evaluate(
             device=device,
         ):
             logits = model(inputs)
-            totals += _loss_and_hits(F.cross_entropy(logits, labels, reduction="sum"), logits, labels)
-    loss_sum, hits = totals.tolist()
-    return Evaluation(loss_sum / len(images), hits / len(images), record.kernel_entropy())
+            loss_and_hits = _loss_and_hits(F.cross_entropy(logits, labels, reduction="sum"), logits, labels)
+            totals += torch.cat([loss_and_hits, _top_hits(logits, labels)])
+    loss, accuracy, top = (total / len(images) for total in totals.tolist())
+    return Evaluation(loss, accuracy, record.kernel_entropy(), top)
 
 
 def _parameters(optimiser: torch.optim.Optimizer) -> list[Tensor]:
@@ -170,6 +176,13 @@ def _endless(
             std=dataset.std,
             device=device,
         )
+
+
+def _top_hits(logits: Tensor, labels: Tensor) -> Tensor:
+    """How many labels are among the `TOP` most probable classes, as one number; NaN if there are no others."""
+    if logits.shape[1] <= TOP:
+        return logits.new_full((1,), math.nan)
+    return (logits.topk(TOP).indices == labels[:, None]).sum()[None]
 
 
 def _loss_and_hits(loss_sum: Tensor, logits: Tensor, labels: Tensor) -> Tensor:

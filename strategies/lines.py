@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import fedfmd
 from fedfmd.edge import Budget
-from fedfmd.federation import Federation
+from fedfmd.federation import Federation, describe_network
 from fedfmd.tracking import RoundRow
 
 
 def header_lines(federation: Federation, own_data: bool = False) -> list[str]:
     """What runs, on which data and fleet, and how; `own_data` if the clients are boxes with images of their own."""
     settings = federation.settings
-    model, server, partition = settings.model, settings.server, settings.partition
-    kernels = "" if model.conv == "static" else f" (K={model.kernels})"
+    server, partition = settings.server, settings.partition
     sizes = federation.sizes
     split = "own data" if own_data else partition.scheme
     fleet = ", ".join(f"{count} {name}" for name, count in federation.fleet.counts.items())
     asked = f"{server.clients_per_round} clients" if server.clients_per_round else "all clients"
-    size = federation.dataset.image_size
+    network = describe_network(settings, federation.cost, federation.dataset.image_size)
     return [
-        f"fedfmd {fedfmd.__version__}: {model.arch} with {model.conv}{kernels}, {federation.cost.params:,} parameters, "
-        f"{federation.cost.macs / 1e6:.1f} M MACs per image, on {settings.data.dataset} at {size}×{size}",
+        f"fedfmd {fedfmd.__version__}: {network}",
         f"{partition.clients} clients ({split}, {min(sizes)} to {max(sizes)} images each) on {fleet} "
         f"over {settings.fleet.link}",
         f"{server.rounds} rounds of {server.strategy} with {asked}, {settings.train.local_epochs} local epochs of "

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from fedfmd.cost import ies, rcs
 from fedfmd.edge import WorkPlan
 from fedfmd.federation import Federation
-from fedfmd.tracking import ClientRow, RoundRow
+from fedfmd.tracking import ClientRow, RoundRow, known
 from fedfmd.training import Evaluation
 from fedfmd.wire import ClientResult
 
@@ -67,7 +67,7 @@ def round_row(
         accuracy=evaluation.accuracy,
         best_accuracy=max(best_accuracy, evaluation.accuracy),
         temperature=temperature,
-        kernel_entropy=_known(evaluation.kernel_entropy),
+        kernel_entropy=known(evaluation.kernel_entropy),
         clients_ok=_count(clients, "ok"),
         clients_late=_count(clients, "late"),
         clients_failed=_count(clients, "failed") + _count(clients, "unfit"),
@@ -120,14 +120,10 @@ def _client_row(
         latency_s=plan.latency_s,
         ies=ies(plan.latency_s, accuracy) if trained else None,
         rcs=rcs(accuracy, plan.latency_s) if trained else None,
-        kernel_entropy=_known(result.kernel_entropy) if trained else None,
-        input_attention=_known(result.input_attention) if trained else None,
-        output_attention=_known(result.output_attention) if trained else None,
+        kernel_entropy=known(result.kernel_entropy) if trained else None,
+        input_attention=known(result.input_attention) if trained else None,
+        output_attention=known(result.output_attention) if trained else None,
     )
-
-
-def _known(value: float) -> float | None:
-    return None if math.isnan(value) else value
 
 
 def _count(clients: Sequence[ClientRow], status: str) -> int:

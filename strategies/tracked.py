@@ -17,7 +17,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Strategy
 
 from fedfmd.averaging import effective_steps
-from fedfmd.conv import set_temperature
+from fedfmd.conv import has_temperature, set_temperature
 from fedfmd.edge import WorkPlan, keep_first, plan_work, round_seconds
 from fedfmd.errors import RunError
 from fedfmd.federation import Federation
@@ -122,7 +122,7 @@ class TrackedStrategy(Strategy):
         self._run_token = ""
         self._round = Round()
         self._parameters = parameter_names(federation.model)
-        self._annealed = any(name.endswith(".temperature") for name, _ in federation.model.named_buffers())
+        self._annealed = has_temperature(federation.model)
 
     def summary(self) -> None:
         """Log what runs, on which fleet."""

@@ -78,6 +78,7 @@ def test_a_number_may_be_a_text_because_yaml_reads_5e_4_as_one(value, number):
         ),
         ({"model.attentions": []}, r"model.attentions = \(?\[?.*: .*at least 1 item"),
         ({"model.attentions": "[input"}, "model.attentions = .* is not a JSON list"),
+        ({"kind": "central"}, "kind = 'central': must be one of federated, centralised; did you mean"),
         ({"model.stem": "resnet"}, "model.stem = 'resnet': .*'cifar' or 'imagenet'"),
         ({"data.download": "yes"}, "data.download = 'yes': .*boolean"),
         ({"partition.alpha": 0}, "partition.alpha = 0: .*greater than 0"),
@@ -141,6 +142,32 @@ def test_the_digest_tells_runs_apart_but_not_where_they_are_kept():
     settings = Settings()
     assert settings.digest() == Settings.from_mapping({"threads": 2}).in_folder(Path("elsewhere")).digest()
     assert settings.digest() != Settings.from_mapping({"seed": 1}).digest()
+
+
+def test_a_kind_of_run_has_settings_that_mean_nothing_to_it():
+    federated, centralised = Settings(), Settings(kind="centralised")
+    assert federated.unused == {"train.epochs"}
+    assert {key.partition(".")[0] for key in centralised.kept()} == {
+        *("kind", "model", "data", "train", "temperature", "server", "seed", "device", "threads"),
+        *("run-dir", "resume"),
+    }
+    assert {key for key in centralised.kept() if key.startswith("server.")} == {
+        "server.checkpoint-every",
+        "server.keep-checkpoints",
+    }
+    assert not centralised.unused & {"train.epochs", "train.lr", "train.schedule", "temperature.rounds"}
+
+
+def test_settings_that_mean_nothing_to_a_run_do_not_tell_it_apart():
+    for kind, key in (("federated", "train.epochs"), ("centralised", "server.rounds")):
+        runs = [Settings.from_mapping({"kind": kind, key: value}) for value in (3, 4)]
+        assert runs[0].digest() == runs[1].digest()
+
+
+def test_a_run_is_as_long_as_its_rounds_or_epochs():
+    both = {"server.rounds": 4, "train.epochs": 7}
+    lengths = [Settings.from_mapping(both | {"kind": kind}) for kind in ("federated", "centralised")]
+    assert [(settings.length, settings.unit) for settings in lengths] == [(4, "round"), (7, "epoch")]
 
 
 def test_neutral_settings_exist():

@@ -102,6 +102,17 @@ def test_evaluation_by_hand(dataset):
     assert result.loss == pytest.approx(math.log(3), rel=1e-6)
     assert result.accuracy == pytest.approx(7 / 20)  # argmax of equal logits is class 0
     assert math.isnan(result.kernel_entropy)
+    assert math.isnan(result.top5_accuracy)  # three classes
+
+
+def test_top5_counts_labels_among_the_five_most_probable_classes(dataset):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 7))
+    model[1].weight.data.zero_()
+    model[1].bias.data = torch.tensor([6.0, 5, 4, 3, 2, 1, 0])
+    images = ImageSet(dataset.test.images, torch.arange(20) % 7)  # five labels of 5 or 6, three of 0
+    result = evaluate(model, images, dataset, batch_size=8)
+    assert result.top5_accuracy == pytest.approx(15 / 20)
+    assert result.accuracy == pytest.approx(3 / 20)
 
 
 def test_evaluation_changes_nothing_and_leaves_no_gradients(dataset):

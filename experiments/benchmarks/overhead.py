@@ -83,7 +83,7 @@ def watch_run(options: argparse.Namespace, folder: Path) -> tuple[list[Sample], 
     """Run fedfmd; its processes' memory over time, and its rounds."""
     file, out = folder / "overhead.yaml", folder / "run"
     file.write_text(yaml.safe_dump({"base": experiment(options, folder)}))
-    command = [sys.executable, "-m", "fedfmd.cli", "run", str(file), "--out", str(out)]
+    command = [str(Path(sys.executable).with_name("fedfmd")), "run", str(file), "--out", str(out)]
     command += ["--engine", options.engine, "--workers", str(options.workers)]
     samples = []
     with (folder / "output.txt").open("w") as output:

@@ -6,7 +6,7 @@ from fedfmd.conv.factory import CONVS, make_conv
 from fedfmd.conv.layers import CondConv2d, DyConv2d, DynamicConv2d, FMDConv2d, ODConv2d
 from fedfmd.conv.mixing import MIXINGS
 from fedfmd.conv.reference import load_reference_state_dict
-from fedfmd.conv.temperature import TemperatureSchedule, set_temperature
+from fedfmd.conv.temperature import TemperatureSchedule, has_temperature, set_temperature
 
 __all__ = [
     "CONVS",
@@ -18,6 +18,7 @@ __all__ = [
     "FMDConv2d",
     "ODConv2d",
     "TemperatureSchedule",
+    "has_temperature",
     "load_reference_state_dict",
     "make_conv",
     "only_attentions",

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 SHAPES = ("linear", "cosine", "constant")
 
@@ -17,12 +18,20 @@ def check_temperature(temperature: float) -> float:
     return float(temperature)
 
 
+def has_temperature(model: nn.Module) -> bool:
+    """Whether any layer of the model has a τ."""
+    return any(True for _ in _temperatures(model))
+
+
 def set_temperature(model: nn.Module, temperature: float) -> None:
     """Set τ in every layer of the model that has one (a model of static convolutions has none)."""
     value = check_temperature(temperature)
-    for name, buffer in model.named_buffers():
-        if name.rpartition(".")[2] == "temperature":
-            buffer.fill_(value)
+    for buffer in _temperatures(model):
+        buffer.fill_(value)
+
+
+def _temperatures(model: nn.Module) -> Iterator[Tensor]:
+    return (buffer for name, buffer in model.named_buffers() if name.rpartition(".")[2] == "temperature")
 
 
 @dataclass(frozen=True)

@@ -43,31 +43,35 @@ def batches(
     """
     if augment and generator is None:
         raise ValueError("augment = True draws crops and flips: it needs a generator")
-    pixels, labels = images.images.to(device), images.labels.to(device)
     std_255 = torch.tensor(std, device=device).view(-1, 1, 1) * 255
     mean_255 = torch.tensor(mean, device=device).view(-1, 1, 1) * 255
     order = (
         torch.arange(len(images)) if generator is None else torch.randperm(len(images), generator=generator)
     )
-    take = _random_crops(pixels, generator) if augment else pixels.__getitem__
-    for chosen in order.to(device).split(batch_size):
-        yield take(chosen).float().sub_(mean_255).div_(std_255), labels[chosen]
+    crop = _random_crops(images.images, generator) if augment else None
+    for chosen in order.split(batch_size):
+        # only a batch at a time: the images may need more memory than the device has
+        pixels = images.images[chosen].to(device)
+        inputs = crop(pixels, chosen) if crop else pixels
+        yield inputs.float().sub_(mean_255).div_(std_255), images.labels[chosen].to(device)
 
 
-def _random_crops(pixels: Tensor, generator: torch.Generator) -> Callable[[Tensor], Tensor]:
-    """Draw a crop and flip per image (N x 3 x S x S); the result maps indices B to crops B x 3 x S x S.
+def _random_crops(images: Tensor, generator: torch.Generator) -> Callable[[Tensor, Tensor], Tensor]:
+    """Draw a crop and flip per image (N x 3 x S x S).
 
-    All are drawn at once and on the CPU, so that every device and batch size sees the same ones.
+    The result maps a batch of images B x 3 x S x S, with its indices B on the CPU, to their crops. All are drawn
+    at once and on the CPU, so that every device and batch size sees the same ones.
     """
-    count, size = len(pixels), pixels.shape[-1]
+    count, size = len(images), images.shape[-1]
     padding = size // 8
-    # a view N x 3 x (2p+1) x (2p+1) x S x S: all crops of all images, without a copy
-    crops = F.pad(pixels, [padding] * 4).unfold(2, size, 1).unfold(3, size, 1)
-    top, left = torch.randint(2 * padding + 1, (2, count), generator=generator).to(pixels.device)
-    mirror = torch.randint(2, (count, 1, 1, 1), generator=generator).bool().to(pixels.device)
+    top, left = torch.randint(2 * padding + 1, (2, count), generator=generator)
+    mirror = torch.randint(2, (count, 1, 1, 1), generator=generator).bool()
 
-    def take(chosen: Tensor) -> Tensor:
-        crop = crops[chosen, :, top[chosen], left[chosen]]
-        return torch.where(mirror[chosen], crop.flip(-1), crop)
+    def crop(batch: Tensor, chosen: Tensor) -> Tensor:
+        row, column, flip = (draw[chosen].to(batch.device) for draw in (top, left, mirror))
+        # a view B x 3 x (2p+1) x (2p+1) x S x S: all crops of the batch, without a copy
+        crops = F.pad(batch, [padding] * 4).unfold(2, size, 1).unfold(3, size, 1)
+        crop = crops[torch.arange(len(batch), device=batch.device), :, row, column]
+        return torch.where(flip, crop.flip(-1), crop)
 
-    return take
+    return crop

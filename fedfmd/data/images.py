@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
 
@@ -111,8 +113,8 @@ def load_image_set(
     """Read an npz file or a folder with one sub-folder of images per class.
 
     An npz file holds `images` uint8 N x H x W x 3 and `labels` integers N. Its images keep their size unless
-    `image_size` is given. A folder's images are decoded once; the short side is resized and the centre cut to
-    `image_size` (64 unless given).
+    `image_size` is given. A folder's images are decoded once, into memory; the short side is resized and the
+    centre cut to `image_size` (64 unless given).
 
     Args:
         path: the file or the folder.
@@ -164,9 +166,17 @@ def _read_folder(path: Path, image_size: int, class_names: Sequence[str] | None)
     names = folder.classes if class_names is None else list(class_names)
     if unknown := sorted(set(folder.classes) - set(names)):
         raise ValueError(f"{path}: class folders {', '.join(unknown)} are not among {', '.join(names)}")
+    needed, free = 3 * len(folder) * image_size**2, psutil.virtual_memory().available
+    if needed > free:
+        raise ValueError(
+            f"{path}: {len(folder):,} images of {image_size} pixels need {needed / 1e9:,.1f} GB of memory, and "
+            f"{free / 1e9:,.1f} GB are free: set a smaller data.image-size, or take fewer images"
+        )
     images = torch.empty(len(folder), 3, image_size, image_size, dtype=torch.uint8)
-    for index, (file, _) in enumerate(folder.samples):
-        images[index] = read_image(Path(file), image_size)
+    files = [Path(file) for file, _ in folder.samples]
+    with ThreadPoolExecutor() as pool:  # decoding lets go of Python's lock
+        for index, image in enumerate(pool.map(partial(read_image, size=image_size), files)):
+            images[index] = image
     label_of = torch.tensor([names.index(name) for name in folder.classes])
     return ImageSet(images, label_of[torch.tensor(folder.targets)])
 

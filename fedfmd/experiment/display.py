@@ -27,16 +27,16 @@ SPEED_PERIOD_S = 3600.0
 class ExperimentDisplay:
     """The bars of an experiment, in a terminal only: anywhere else there are log lines alone.
 
-    Several cells have a bar in common too, which counts the `rounds` of all, of which some may be `done`, and
-    their lines begin with the cell's name. Use as a context manager.
+    Several cells have a bar in common too, which counts the `rounds` of all (or what `unit` says), of which
+    some may be `done`, and their lines begin with the cell's name. Use as a context manager.
     """
 
-    def __init__(self, console: Console, cells: int, rounds: int, done: int = 0) -> None:
+    def __init__(self, console: Console, cells: int, rounds: int, done: int = 0, unit: str = "round") -> None:
         self.progress = Progress(
             TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis")),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("rounds{task.fields[clients]}"),
+            TextColumn(f"{unit}s{{task.fields[clients]}}"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=console,

@@ -13,10 +13,10 @@ from rich import box
 from rich.table import Table
 
 from fedfmd.edge import plan_work
+from fedfmd.experiment.centralised import Training
 from fedfmd.experiment.files import Experiment
-from fedfmd.experiment.run import Engine, Layout, Task, lay_out, place_cells
+from fedfmd.experiment.run import Engine, Layout, Task, assemble, lay_out, place_cells
 from fedfmd.federation import Federation
-from fedfmd.server_app import prepare
 from fedfmd.settings import Settings
 from fedfmd.training import LocalSGD, evaluate, train
 
@@ -33,7 +33,7 @@ class CellEstimate:
 
     Attributes:
         cell: its name, "" if it is the only one.
-        rounds: in all; `done` of them were finished before.
+        rounds: or epochs, in all; `done` of them were finished before.
         params: parameters of its network; `macs` of a forward pass for one image.
         train_flops: of all rounds, as `cum_train_flops` counts them.
         wall_s: seconds on this machine for the rounds that are left.
@@ -94,39 +94,49 @@ def estimate_experiment(experiment: Experiment, out: Path | None, engine: Engine
     speeds: dict[tuple, Speed] = {}
     cells = []
     for task in tasks:
-        federation = prepare(task.settings)
+        assembled = assemble(task.settings, engine)
         key = _what_sets_the_speed(task.settings)
         if key not in speeds:
-            speeds[key] = measure_speed(federation, task.settings.threads or layout.threads)
-        cells.append(estimate_cell(task, federation, speeds[key], layout))
+            speeds[key] = measure_speed(assembled, task.settings.threads or layout.threads)
+        cells.append(estimate_cell(task, assembled, speeds[key], layout))
     return Estimate(tuple(cells), layout.cells)
 
 
-def estimate_cell(task: Task, federation: Federation, speed: Speed, layout: Layout) -> CellEstimate:
-    """What a cell costs if all its clients are there, as planned for devices of nominal speed."""
-    clients = federation.fleet.clients
-    plans = [plan_work(client, federation.workload(client.id), federation.budget) for client in clients]
-    trained, asked = _clients_of_a_round(federation)
-    images = trained / len(clients) * sum(plan.examples for plan in plans if plan.status == "ok")
-    flops = asked / len(clients) * sum(plan.train_flops for plan in plans)
-    nodes = min(layout.nodes, trained)
-    round_s = images * speed.train_s / nodes + len(federation.dataset.test) * speed.test_s
+def estimate_cell(task: Task, assembled: Federation | Training, speed: Speed, layout: Layout) -> CellEstimate:
+    """What a cell costs; if it is federated, with all clients there and planned for devices of nominal speed."""
+    cost = assembled.cost
+    if isinstance(assembled, Training):
+        images = len(assembled.dataset.train)
+        flops, nodes = images * cost.train_flops, 1
+    else:
+        images, flops, nodes = _federated_round(assembled, layout)
+    round_s = images * speed.train_s / nodes + len(assembled.dataset.test) * speed.test_s
     return CellEstimate(
         cell=task.name,
         rounds=task.rounds,
         done=task.done,
-        params=federation.cost.params,
-        macs=federation.cost.macs,
+        params=cost.params,
+        macs=cost.macs,
         train_flops=round(task.rounds * flops),
         wall_s=(task.rounds - task.done) * round_s,
     )
 
 
-def measure_speed(federation: Federation, threads: int) -> Speed:
-    """Time a few steps of training and an evaluation, which change the federation's model."""
+def _federated_round(federation: Federation, layout: Layout) -> tuple[float, float, int]:
+    """Images trained on, FLOPs spent, and nodes that share the work, in a round."""
+    clients = federation.fleet.clients
+    plans = [plan_work(client, federation.workload(client.id), federation.budget) for client in clients]
+    trained, asked = _clients_of_a_round(federation)
+    images = trained / len(clients) * sum(plan.examples for plan in plans if plan.status == "ok")
+    flops = asked / len(clients) * sum(plan.train_flops for plan in plans)
+    return images, flops, min(layout.nodes, trained)
+
+
+def measure_speed(assembled: Federation | Training, threads: int) -> Speed:
+    """Time a few steps of training and an evaluation, which change the assembled model."""
     torch.set_num_threads(threads)
-    dataset, model, device = federation.dataset, federation.model, federation.device
-    options = federation.settings.train
+    dataset, model, device = assembled.dataset, assembled.model, assembled.device
+    options = assembled.settings.train
     sgd = LocalSGD(options.lr, batch_size=options.batch_size, precision=options.precision)
     images = dataset.train.subset(torch.arange(min(len(dataset.train), MEASURED_STEPS * sgd.batch_size)))
     tested = dataset.test.subset(torch.arange(min(len(dataset.test), TEST_IMAGES)))

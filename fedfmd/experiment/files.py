@@ -1,4 +1,4 @@
-"""Experiment files: ``base`` settings and a ``matrix`` of variations, read into the runs that they describe."""
+"""Experiment files: the runs that ``kind``, ``base`` settings and a ``matrix`` of variations describe."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import yaml
 from fedfmd.errors import SettingsError
 from fedfmd.settings import Settings, flatten, read_yaml
 
-PARTS = ("base", "matrix")
+PARTS = ("kind", "base", "matrix")
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,10 @@ def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
     content = read_yaml(path)
     if not content.keys() <= set(PARTS):
         found = ", ".join(map(str, content))
-        raise SettingsError(f"{path} must hold `base:` and may hold `matrix:`, found {found}")
+        raise SettingsError(f"{path} must hold `base:` and may hold `matrix:` and `kind:`, found {found}")
     fixed = parse_overrides(overrides)
-    base = flatten(_mapping(path, content, "base")) | fixed
+    kind = {"kind": content["kind"]} if "kind" in content else {}
+    base = flatten(kind | _mapping(path, content, "base")) | fixed
     matrix = flatten(_mapping(path, content, "matrix"))
     varied = {key: values for key, values in matrix.items() if key not in fixed}
     return Experiment(path.stem, tuple(_expand(base, varied)))
@@ -80,7 +81,12 @@ def _expand(base: Mapping[str, Any], matrix: Mapping[str, Any]) -> list[Cell]:
     cells = []
     for values in itertools.product(*matrix.values()):
         varied = flatten(dict(zip(matrix, values, strict=True)))
-        settings = Settings.from_mapping(dict(base) | varied)
+        given = dict(base) | varied
+        settings = Settings.from_mapping(given)
+        if unused := sorted(settings.unused & given.keys()):
+            raise SettingsError(
+                f"{unused[0]} = {given[unused[0]]!r} means nothing to a run of kind = {settings.kind}: leave it out"
+            )
         flat = settings.flat()
         name = ",".join(f"{key.rpartition('.')[2]}={flat[key]}" for key in varied)
         cells.append(Cell(name.replace("/", "-"), settings))  # the name of a folder

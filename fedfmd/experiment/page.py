@@ -17,28 +17,11 @@ from fedfmd.experiment.plots import Facet, Series
 from fedfmd.experiment.runs import Run
 from fedfmd.experiment.sheets import Sheet
 from fedfmd.experiment.summary import Group, Summary
+from fedfmd.experiment.wording import WORDINGS, Wording
 from fedfmd.settings import Settings
 
 MAX_TIMELINES = 6
 PATHS = frozenset({"data.dir", "data.train", "data.test", "fleet.devices-file"})
-
-CURVES = {
-    "round": "Against the round",
-    "virtual_s": "Against virtual time (s)",
-    "cum_train_flops": "Against training compute (FLOP)",
-}
-FRONTS = {
-    "virtual_s": "virtual time of the run (s)",
-    "gflops": "training compute of the run (GFLOPs)",
-    "mb": "bytes up and down in the run (MB)",
-    "latency_ms": "modelled latency per image (ms)",
-}
-SCORES = {
-    "ies_infer_ms": "IES, inference (ms) – lower is better",
-    "rcs_infer": "RCS, inference (correct/s) – higher is better",
-    "ies_train_s": "IES, training round (s) – lower is better",
-    "rcs_train": "RCS, training round (1/s) – higher is better",
-}
 
 
 @dataclass(frozen=True)
@@ -96,31 +79,32 @@ def render_page(summary: Summary, sheets: Sequence[Sheet], notes: Sequence[str])
 
 
 def _sections(summary: Summary, facets: Sequence[Facet], runs: Sequence[Run]) -> Iterator[Section]:
-    yield _accuracy(facets, summary.target)
+    wording = WORDINGS[summary.kind]
+    yield _accuracy(facets, summary.target, wording)
     if compared := [facet for facet in facets if len(facet.series) > 1]:
-        yield _front(compared)
-        yield _scores(compared)
-    yield _clients(facets)
-    yield _split(runs)
-    yield _timeline(summary.groups)
+        yield _front(compared, wording)
+        yield _scores(compared, wording)
+    if summary.kind == "federated":
+        yield _clients(facets)
+        yield _split(runs)
+        yield _timeline(summary.groups)
     yield _entropy(facets)
 
 
-def _accuracy(facets: Sequence[Facet], target: float) -> Section:
+def _accuracy(facets: Sequence[Facet], target: float, wording: Wording) -> Section:
     return Section(
         "accuracy",
-        "Accuracy over rounds, time and compute",
-        "Accuracy of the global model on the test set. Thick: mean over seeds; band: ± one standard deviation; "
-        f"thin: single seeds, where there are at most {plots.FEW}. Seconds are those that the modelled devices and "
-        "links would need.",
+        f"Accuracy over {wording.over}",
+        "Accuracy of the model on the test set. Thick: mean over seeds; band: ± one standard deviation; "
+        f"thin: single seeds, where there are at most {plots.FEW}. {wording.seconds}",
         "".join(
             _heading(facet)
             + _legend(facet.series)
             + _plots(
                 f"accuracy{number}",
                 [
-                    Picture(label, plots.plot_accuracy(facet.series, column, target))
-                    for column, label in CURVES.items()
+                    Picture(f"Against {label}", plots.plot_accuracy(facet.series, column, target))
+                    for column, label in wording.curves.items()
                 ],
             )
             for number, facet in enumerate(facets)
@@ -128,7 +112,7 @@ def _accuracy(facets: Sequence[Facet], target: float) -> Section:
     )
 
 
-def _front(facets: Sequence[Facet]) -> Section:
+def _front(facets: Sequence[Facet], wording: Wording) -> Section:
     return Section(
         "front",
         "Accuracy against cost",
@@ -141,7 +125,7 @@ def _front(facets: Sequence[Facet]) -> Section:
                 f"front{number}",
                 [
                     Picture(f"Against {label}", plots.plot_front(facet.series, field, label))
-                    for field, label in FRONTS.items()
+                    for field, label in wording.fronts.items()
                     if any(getattr(one.group, field) for one in facet.series)
                 ],
             )
@@ -150,12 +134,11 @@ def _front(facets: Sequence[Facet]) -> Section:
     )
 
 
-def _scores(facets: Sequence[Facet]) -> Section:
+def _scores(facets: Sequence[Facet], wording: Wording) -> Section:
     return Section(
         "scores",
         "IES and RCS",
-        "IES = response time / accuracy, RCS = accuracy / response time. In inference the response time is the "
-        "modelled latency per image, in training the virtual seconds of the last round. Bars: mean over seeds, "
+        f"IES = response time / accuracy, RCS = accuracy / response time. {wording.response} Bars: mean over seeds, "
         "± standard deviation. Both say little where many answers are wrong: look at the accuracy too.",
         "".join(
             _heading(facet)
@@ -163,7 +146,7 @@ def _scores(facets: Sequence[Facet]) -> Section:
                 f"scores{number}",
                 [
                     Picture(label, plots.plot_scores(facet.series, values, label))
-                    for field, label in SCORES.items()
+                    for field, label in wording.scores.items()
                     if any(values := [getattr(one.group, field) for one in facet.series])
                 ],
             )
@@ -315,9 +298,17 @@ def _overview(runs: Sequence[Run]) -> str:
     def values(pick: Callable[[Settings], object]) -> str:
         return ", ".join(dict.fromkeys(str(pick(run.settings)) for run in runs))
 
-    return (
+    who = (
         f"{len(runs)} {'runs' if len(runs) > 1 else 'run'}: {values(lambda s: s.model.arch)} with "
         f"{values(lambda s: s.model.conv)} on {values(lambda s: s.data.dataset)}, "
+    )
+    if runs[0].settings.kind == "centralised":
+        return who + (
+            f"centralised, {values(lambda s: s.length)} epochs in batches of {values(lambda s: s.train.batch_size)}, "
+            f"learning rate {values(lambda s: f'{s.train.lr:g} ({s.train.schedule})')}, "
+            f"{values(lambda s: s.train.precision)} on {values(lambda s: s.device)}, seeds {values(lambda s: s.seed)}."
+        )
+    return who + (
         f"{values(lambda s: s.partition.clients)} clients, {values(lambda s: s.partition.scheme)} split, "
         f"{values(lambda s: s.server.rounds)} rounds, seeds {values(lambda s: s.seed)}; "
         f"fleet {values(lambda s: s.fleet.devices)} on {values(lambda s: s.fleet.link)}, "
@@ -331,7 +322,8 @@ def _common_settings(runs: Sequence[Run]) -> str:
     common = [
         (key, value)
         for key, value in flats[0].items()
-        if key not in PATHS | Settings.NEUTRAL and all(flat[key] == value for flat in flats)
+        if key not in PATHS | Settings.NEUTRAL | runs[0].settings.unused
+        and all(flat[key] == value for flat in flats)
     ]
     lines = "".join(
         f'<tr><th scope="row">{key}</th><td>{escape(str(value))}</td></tr>' for key, value in common

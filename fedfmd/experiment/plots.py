@@ -6,7 +6,7 @@ convolution differ by shade, dashes and marker.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,8 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from fedfmd.conv import CONVS
 from fedfmd.experiment.summary import Estimate, Group, client_accuracies, front
-from fedfmd.tracking import ClientRow, RoundRow
+from fedfmd.experiment.wording import WORDINGS
+from fedfmd.tracking import ClientRow, EpochRow, RoundRow
 
 PALETTE = ("#4d4d4d", "#E69F00", "#CC79A7", "#009E73", "#0072B2", "#D55E00", "#56B4E9", "#F0E442")
 COLOURS = dict(zip(CONVS, PALETTE, strict=False))
@@ -96,25 +97,18 @@ def _shaded(colour: str, amount: float) -> str:
 
 
 def plot_curves(facets: Sequence[Facet]) -> Figure:
-    """For a README: accuracy against rounds, virtual time and FLOPs, a row per facet."""
+    """For a README: accuracy against rounds or epochs, time and FLOPs, a row per facet."""
     figure = Figure(figsize=(12, 0.6 + 3.2 * len(facets)), layout="constrained")
     for facet, row in zip(facets, figure.subplots(len(facets), 3, sharey=True, squeeze=False), strict=True):
-        for axes, column in zip(row, X_LABELS, strict=True):
+        for axes, column in zip(row, _curves(facet.series), strict=True):
             draw_accuracy(axes, facet.series, column)
         row[0].set_title(facet.title, loc="left")
         row[0].legend(loc="lower right", frameon=False)
     return figure
 
 
-X_LABELS = {
-    "round": "round",
-    "virtual_s": "virtual time (s)",
-    "cum_train_flops": "training compute of all clients (FLOP)",
-}
-
-
 def plot_accuracy(series: Sequence[Series], column: str, target: float) -> Figure:
-    """Test accuracy against a column of rounds.csv, with the target as a line."""
+    """Test accuracy against a column of rounds.csv or epochs.csv, with the target as a line."""
     figure, axes = _panel()
     draw_accuracy(axes, series, column)
     axes.axhline(target, color="black", linewidth=0.8, linestyle=":")
@@ -132,20 +126,21 @@ def draw_accuracy(axes: Axes, series: Sequence[Series], column: str) -> None:
     """
     for one in series:
         _draw_mean(axes, one, column, lambda row: row.accuracy, 100)
-    axes.set(xlabel=X_LABELS[column], ylabel="test accuracy (%)")
+    axes.set(xlabel=_curves(series)[column], ylabel="test accuracy (%)")
     axes.set_xlim(left=0)
     if column == "cum_train_flops":
         axes.xaxis.set_major_formatter(EngFormatter())
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=column == "round"))
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=column in ("round", "epoch")))
     axes.grid()
 
 
 def plot_entropy(series: Sequence[Series]) -> Figure:
-    """Kernel entropy against rounds."""
+    """Kernel entropy against rounds or epochs."""
     figure, axes = _panel()
+    column, label = next(iter(_curves(series).items()))
     for one in series:
-        _draw_mean(axes, one, "round", lambda row: row.kernel_entropy, 1)
-    axes.set(xlabel="round", ylabel="kernel entropy H(π)/ln K (no unit)", ylim=(0, 1.05))
+        _draw_mean(axes, one, column, lambda row: row.kernel_entropy, 1)
+    axes.set(xlabel=label, ylabel="kernel entropy H(π)/ln K (no unit)", ylim=(0, 1.05))
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.grid()
@@ -276,6 +271,11 @@ def plot_timeline(rows: Sequence[ClientRow], deadline_s: float) -> Figure:
     return figure
 
 
+def _curves(series: Sequence[Series]) -> Mapping[str, str]:
+    """The columns that their runs' curves are drawn against, and what these are called."""
+    return WORDINGS[series[0].group.kind].curves
+
+
 def _panel(height: float = 2.9) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(4.4, height), layout="constrained")
     return figure, figure.subplots()
@@ -293,7 +293,7 @@ def _names(axes: Axes, series: Sequence[Series]) -> None:
 
 
 def _draw_mean(
-    axes: Axes, one: Series, column: str, value: Callable[[RoundRow], float | None], scale: float
+    axes: Axes, one: Series, column: str, value: Callable[[RoundRow | EpochRow], float | None], scale: float
 ) -> None:
     """Values that are missing have no points; seeds are compared on the rounds that all of them have."""
     seeds = [[row for row in run.rounds if value(row) is not None] for run in one.group.runs]

@@ -14,6 +14,7 @@ from fedfmd.experiment.plots import STYLE, make_facets, plot_curves
 from fedfmd.experiment.runs import read_comparison
 from fedfmd.experiment.sheets import flat_row, make_sheets, markdown
 from fedfmd.experiment.summary import Summary, summarise
+from fedfmd.experiment.wording import WORDINGS
 from fedfmd.tracking import atomic_write
 
 PAGE = "report.html"
@@ -35,7 +36,7 @@ def write_report(
     sheets = make_sheets(summary)
     notes = [f"**{note}**\n" for note in comparison.notes]
     text = "\n".join(
-        [*notes, *map(markdown, sheets), "![Accuracy over rounds, time and compute](curves.png)\n"]
+        [*notes, *map(markdown, sheets), f"![Accuracy over {WORDINGS[summary.kind].over}](curves.png)\n"]
     )
     picture = io.BytesIO()
     with rc_context(STYLE):

@@ -17,9 +17,11 @@ from rich.console import Console
 from fedfmd.client_app import app as client_app
 from fedfmd.engines import run_flower, run_inline
 from fedfmd.errors import RunError, SettingsError, one_line
+from fedfmd.experiment.centralised import Training, prepare_centralised, run_centralised
 from fedfmd.experiment.display import CellDisplay, ExperimentDisplay
 from fedfmd.experiment.files import Cell, Experiment
 from fedfmd.experiment.pool import Ended, Started, attempt, run_jobs
+from fedfmd.federation import Federation
 from fedfmd.server_app import app as server_app
 from fedfmd.server_app import prepare, run_path
 from fedfmd.settings import Settings
@@ -45,8 +47,8 @@ class Task:
 
     @property
     def rounds(self) -> int:
-        """How many rounds there are in all."""
-        return self.settings.server.rounds
+        """How many rounds, or epochs of centralised training, there are in all."""
+        return self.settings.length
 
     @property
     def finished(self) -> bool:
@@ -78,10 +80,12 @@ def run_experiment(
     """
     tasks = place_cells(experiment, out)
     for task in tasks:
-        (run_path if task.finished else prepare)(task.settings)
-    with ExperimentDisplay(
-        console, len(tasks), sum(task.rounds for task in tasks), sum(task.done for task in tasks)
-    ) as display:
+        if task.finished:
+            run_path(task.settings)
+        else:
+            assemble(task.settings, engine)
+    rounds, done = (sum(counts) for counts in zip(*((task.rounds, task.done) for task in tasks), strict=True))
+    with ExperimentDisplay(console, len(tasks), rounds, done, tasks[0].settings.unit) as display:
         failures = _run_all(tasks, engine, lay_out(len(tasks), engine, workers), display)
         if len(tasks) > 1:
             display.print(_compare([task.folder for task in tasks], tasks[0].folder.parent))
@@ -112,6 +116,19 @@ def place_cells(experiment: Experiment, out: Path | None) -> list[Task]:
         done = latest_round(folder / "checkpoints")
         tasks[folder] = Task(cell.name, cell.settings.in_folder(folder), done)
     return list(tasks.values())
+
+
+def assemble(settings: Settings, engine: Engine) -> Federation | Training:
+    """All that a run of this kind needs, once it is clear that it can start; nothing is written.
+
+    Raises:
+        SettingsError: a setting can't be used, or the folder holds another run.
+    """
+    if settings.kind == "federated":
+        return prepare(settings)
+    if engine == "flwr":
+        raise SettingsError("kind = centralised needs no Flower: leave out --engine flwr")
+    return prepare_centralised(settings)
 
 
 def lay_out(cells: int, engine: Engine, workers: int) -> Layout:
@@ -202,7 +219,10 @@ def _train(settings: Settings, layout: Layout) -> None:
     """Do a run in this process, as its kind wants it."""
     logging.getLogger("flwr").setLevel(logging.WARNING)  # here, as importing flwr sets its own
     threads = settings.threads or layout.threads
-    run_inline(server_app, client_app, settings.flat(), layout.nodes, threads)
+    if settings.kind == "federated":
+        run_inline(server_app, client_app, settings.flat(), layout.nodes, threads)
+    else:
+        run_centralised(settings, layout.nodes * threads)
 
 
 @contextmanager

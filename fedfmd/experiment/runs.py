@@ -12,11 +12,20 @@ import numpy as np
 
 from fedfmd.conv import CONVS
 from fedfmd.cost import Cost, count
+from fedfmd.data import PARTITIONS
 from fedfmd.data.files import read_npz
 from fedfmd.errors import SettingsError
 from fedfmd.federation import build_dataset, build_model
 from fedfmd.settings import DataSettings, Settings, read_yaml
-from fedfmd.tracking import ClientRow, RoundRow, read_clients, read_environment, read_rounds
+from fedfmd.tracking import (
+    ClientRow,
+    EpochRow,
+    RoundRow,
+    read_clients,
+    read_environment,
+    read_epochs,
+    read_rounds,
+)
 
 TASK = ("data.", "partition.")
 """Settings that say what is to be learnt; runs that differ in them solve different tasks."""
@@ -27,12 +36,12 @@ CIFAR = {"cifar10": (10, 32), "cifar100": (100, 32)}
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """A run folder with at least one finished round.
+    """A run folder with at least one finished round, or epoch of centralised training.
 
     Attributes:
         folder: where it lies.
         settings: all of them.
-        rounds: rows of rounds.csv.
+        rounds: rows of rounds.csv, or of epochs.csv.
         clients: rows of clients.csv, of these rounds; none if there is no such file.
         label_counts: images, clients x classes; None if there is no partition.npz.
         environment: environment.json; empty if there is none.
@@ -43,7 +52,7 @@ class Run:
 
     folder: Path
     settings: Settings
-    rounds: tuple[RoundRow, ...]
+    rounds: tuple[RoundRow, ...] | tuple[EpochRow, ...]
     clients: tuple[ClientRow, ...] = ()
     label_counts: np.ndarray | None = None
     environment: dict[str, Any] = field(default_factory=dict)
@@ -69,7 +78,7 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether it did all its rounds."""
-        return self.rounds[-1].round >= self.settings.server.rounds
+        return self.rounds[-1].round >= self.settings.length
 
 
 @dataclass(frozen=True)
@@ -86,14 +95,15 @@ def read_comparison(folders: Iterable[Path]) -> Comparison:
     Unfinished runs are left out, unless there are no others; so is a run whose settings another one has.
 
     Raises:
-        SettingsError: there is no run with a finished round, or a file of one can't be read.
+        SettingsError: there is no run with a finished round, a file of one can't be read, or some are federated
+            and some centralised.
     """
     folders = list(folders)
     found = sorted(
         {
             path.parent.resolve()
             for folder in folders
-            for name in ("rounds.csv", "environment.json")
+            for name in ("rounds.csv", "epochs.csv", "environment.json")
             for path in folder.rglob(name)
         }
     )
@@ -101,6 +111,10 @@ def read_comparison(folders: Iterable[Path]) -> Comparison:
     started = [run for _, run in read if run]
     if not started:
         raise SettingsError(f"no run with a finished round below {', '.join(map(str, folders))}")
+    kinds = {run.settings.kind: run.folder for run in started}
+    if len(kinds) > 1:
+        named = ", ".join(f"{folder} is {kind}" for kind, folder in kinds.items())
+        raise SettingsError(f"runs of different kinds don't compare ({named}): report on each kind apart")
     unfinished = [run for run in started if not run.finished]
     finished = [run for run in started if run.finished]
     states = [f"{folder.name} (no round)" for folder, run in read if run is None]
@@ -122,7 +136,10 @@ def read_comparison(folders: Iterable[Path]) -> Comparison:
 def _read(folder: Path) -> Run | None:
     """A run, or None if no round has an accuracy."""
     settings = Settings.from_mapping(read_yaml(folder / "settings.yaml"))
-    rounds = _rows(read_rounds, folder / "rounds.csv")
+    if settings.kind == "federated":
+        rounds = _rows(read_rounds, folder / "rounds.csv")
+    else:
+        rounds = _rows(read_epochs, folder / "epochs.csv")
     if all(row.accuracy is None for row in rounds):
         return None
     clients = _rows(read_clients, folder / "clients.csv")
@@ -170,7 +187,7 @@ def _shape(data: DataSettings) -> tuple[int, int]:
 
 
 def _state(run: Run) -> str:
-    return f"{run.rounds[-1].round} of {run.settings.server.rounds} rounds"
+    return f"{run.rounds[-1].round} of {run.settings.length} {run.settings.unit}s"
 
 
 def _without_twins(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
@@ -196,7 +213,9 @@ def _labelled(runs: Sequence[Run]) -> tuple[Run, ...]:
 
     def part(flat: dict[str, Any], keys: Iterable[str]) -> str:
         return ", ".join(
-            _text(flat[key]) if key == "model.conv" else f"{names[key]} {_text(flat[key])}" for key in keys
+            _text(flat[key]) if key == "model.conv" else f"{names[key]} {_text(flat[key])}"
+            for key in keys
+            if key not in _of_other_splits(flat["partition.scheme"])
         )
 
     def order(run: Run) -> tuple[Any, ...]:
@@ -207,6 +226,13 @@ def _labelled(runs: Sequence[Run]) -> tuple[Run, ...]:
         replace(run, task=part(run.settings.flat(), task), variant=part(run.settings.flat(), variant))
         for run in sorted(runs, key=order)
     )
+
+
+def _of_other_splits(scheme: str) -> set[str]:
+    """The settings that only other ways of splitting heed."""
+    own = PARTITIONS[scheme].parameters
+    others = {name for other in PARTITIONS.values() for name in other.parameters if name not in own}
+    return {f"partition.{name.replace('_', '-')}" for name in others}
 
 
 def _text(value: Any) -> str:

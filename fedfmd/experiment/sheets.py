@@ -13,6 +13,7 @@ from rich.table import Table
 
 from fedfmd.experiment.summary import Difference, Estimate, Group, Summary
 from fedfmd.experiment.tables import si
+from fedfmd.experiment.wording import WORDINGS
 
 NOTHING = "–"
 
@@ -30,8 +31,9 @@ class Sheet:
 
 
 def make_sheets(summary: Summary) -> list[Sheet]:
-    """Accuracy, cost to the target, cost of the whole run, and the network."""
+    """Accuracy, cost to the target, cost of the whole run, the network, and IES and RCS."""
     origin = "as asked" if summary.asked else "the lowest mean of the final accuracies"
+    wording = WORDINGS[summary.kind]
     return [
         _sheet(
             summary,
@@ -41,10 +43,13 @@ def make_sheets(summary: Summary) -> list[Sheet]:
                 "seeds": lambda group: str(len(group.runs)),
                 "final %": lambda group: _percent(group.final),
                 "best %": lambda group: _percent(group.best),
+                "top-5 %": lambda group: _percent(group.top5_final),
+                "best top-5 %": lambda group: _percent(group.top5_best),
                 "worst clients %": lambda group: _percent(group.worst_clients),
                 "minus static": _difference,
             },
             {
+                "top-5 %": "Top-5: the label is among the five most probable classes.",
                 "worst clients %": "Worst clients: mean of the worst 10 % of the clients, each on its own images "
                 "after local training.",
                 "minus static": "Minus static: paired difference of the final accuracy over common seeds in "
@@ -54,15 +59,16 @@ def make_sheets(summary: Summary) -> list[Sheet]:
         _sheet(
             summary,
             f"To reach {summary.target:.1f} %",
-            f"Until the first round with a test accuracy of {summary.target:.1f} % ({origin}): mean ± standard "
-            "deviation over the seeds that reached it. Seconds are virtual, FLOPs are those of training, bytes "
-            "go up and down.",
+            f"Until the first {wording.unit} with a test accuracy of {summary.target:.1f} % ({origin}): mean ± "
+            f"standard deviation over the seeds that reached it. {wording.seconds} FLOPs are those of training.",
             {
                 "reached": lambda group: f"{group.target.reached} of {group.target.seeds}",
-                "virtual s": lambda group: _amount(group.target.virtual_s, "not reached"),
-                "GFLOPs": lambda group: _amount(group.target.gflops, "not reached"),
-                "MB": lambda group: _amount(group.target.mb, "not reached"),
+                "virtual s": lambda group: _spent(group.target.virtual_s, group.virtual_s),
+                "train s": lambda group: _spent(group.target.train_s, group.train_s),
+                "GFLOPs": lambda group: _spent(group.target.gflops, group.gflops),
+                "MB": lambda group: _spent(group.target.mb, group.mb),
             },
+            {"MB": "Bytes go up and down."},
         ),
         _sheet(
             summary,
@@ -70,6 +76,8 @@ def make_sheets(summary: Summary) -> list[Sheet]:
             "Mean ± standard deviation over seeds.",
             {
                 "virtual s": lambda group: _amount(group.virtual_s),
+                "s per epoch": lambda group: _amount(group.epoch_s),
+                "train s": lambda group: _amount(group.train_s),
                 "GFLOPs": lambda group: _amount(group.gflops),
                 "MB": lambda group: _amount(group.mb),
                 "kJ": lambda group: _amount(group.energy_kj),
@@ -82,14 +90,22 @@ def make_sheets(summary: Summary) -> list[Sheet]:
         ),
         _sheet(
             summary,
-            "Network and scores",
-            "Per image: parameters, multiply-accumulates, modelled latency (mean over the fleet). IES: response "
-            "time / accuracy, lower is better; RCS: accuracy / response time, higher is better. The response "
-            "time is the latency, or in training the virtual seconds of the last round. Mean over seeds.",
+            "Network",
+            f"Parameters; multiply-accumulates and {wording.latency} per image. Mean over seeds.",
             {
                 "parameters": lambda group: si(group.cost.params) if group.cost else NOTHING,
                 "MACs": lambda group: si(group.cost.macs) if group.cost else NOTHING,
                 "latency ms": lambda group: _mean(group.latency_ms),
+                "kernel entropy": lambda group: _mean(group.kernel_entropy),
+            },
+            {"kernel entropy": "Kernel entropy: 1 means that the mixture of kernels is inert."},
+        ),
+        _sheet(
+            summary,
+            "IES and RCS",
+            "IES: response time / accuracy, lower is better; RCS: accuracy / response time, higher is better. "
+            f"{wording.response} Mean over seeds.",
+            {
                 "IES ms": lambda group: _mean(group.ies_infer_ms),
                 "RCS 1/s": lambda group: _mean(group.rcs_infer),
                 "IES train s": lambda group: _mean(group.ies_train_s),
@@ -118,24 +134,10 @@ def terminal_table(sheet: Sheet) -> Table:
 
 def flat_row(group: Group, target: float) -> dict[str, Any]:
     """All that is known of a group, as cells for CSV and JSON; accuracies in percent, None is unknown."""
-    row = {"label": group.label, "seeds": len(group.runs), "rounds": group.runs[0].rounds[-1].round}
-    measured = {
-        "final": group.final,
-        "best": group.best,
-        "worst_clients": group.worst_clients,
-        "virtual_s": group.virtual_s,
-        "gflops": group.gflops,
-        "mb": group.mb,
-        "energy_kj": group.energy_kj,
-        "target_virtual_s": group.target.virtual_s,
-        "target_gflops": group.target.gflops,
-        "target_mb": group.target.mb,
-        "latency_ms": group.latency_ms,
-        "ies_infer_ms": group.ies_infer_ms,
-        "rcs_infer": group.rcs_infer,
-        "ies_train_s": group.ies_train_s,
-        "rcs_train": group.rcs_train,
-    }
+    wording = WORDINGS[group.kind]
+    row = {"label": group.label, "seeds": len(group.runs), f"{wording.unit}s": group.runs[0].rounds[-1].round}
+    measured = {name: getattr(group, name) for name in wording.figures}
+    measured |= {f"target_{name}": getattr(group.target, name) for name in wording.target}
     for name, value in measured.items():
         row[name] = value and _cell(value.mean)
         row[f"{name}_std"] = value and _cell(value.std)
@@ -183,6 +185,11 @@ def _percent(value: Estimate | None) -> str:
 def _amount(value: Estimate | None, missing: str = NOTHING) -> str:
     """Three digits, or all those before the point."""
     return missing if value is None else _spread(value, _decimals(value.mean, 3))
+
+
+def _spent(until_target: Estimate | None, whole: Estimate | None) -> str:
+    """What it took to reach the target; nothing if runs of this kind don't have such a cost at all."""
+    return _amount(until_target, "not reached" if whole else NOTHING)
 
 
 def _spread(value: Estimate, decimals: int) -> str:

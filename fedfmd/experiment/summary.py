@@ -15,11 +15,14 @@ from scipy.special import stdtrit
 from fedfmd.cost import Cost, pareto_front
 from fedfmd.experiment.runs import Run
 from fedfmd.settings import Settings
-from fedfmd.tracking import ClientRow, RoundRow
+from fedfmd.tracking import ClientRow, EpochRow, RoundRow
 
 BASELINE = "static"
 CONFIDENCE = 0.95
-MILLI, KILO, MEGA, GIGA = 1e-3, 1e3, 1e6, 1e9
+PERCENT, MILLI, KILO, MEGA, GIGA = 1e-2, 1e-3, 1e3, 1e6, 1e9
+TRAFFIC = ("up_bytes", "down_bytes")
+
+Rows = Sequence[RoundRow] | Sequence[EpochRow]
 
 
 @dataclass(frozen=True)
@@ -48,27 +51,30 @@ class Target:
     reached: int
     seeds: int
     virtual_s: Estimate | None
+    train_s: Estimate | None
     gflops: Estimate | None
     mb: Estimate | None
 
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Runs that differ by their seed only.
+    """Runs that differ by their seed only. What runs of their kind don't have is None.
 
     Attributes:
         label, task, variant, conv: as in `Run`.
         runs: by rising seed.
-        final, best: accuracy of the last round and of the best one.
+        final, best: accuracy of the last round or epoch and of the best one; `top5_final`, `top5_best` likewise.
         worst_clients: mean accuracy of the worst 10 % of the clients on their own images; None without rows.
         difference: of the final accuracy to static's; None for static, and below two common seeds.
         target: the cost of reaching `Summary.target`.
-        virtual_s, gflops, mb, energy_kj: of the whole run; `mb` up and down.
+        virtual_s, train_s, gflops, mb, energy_kj: of the whole run; `mb` up and down, `train_s` measured.
+        epoch_s: mean measured seconds of training per epoch.
+        kernel_entropy: after the last round or epoch.
         cost: of the network; None if unknown.
-        latency_ms: modelled time of inference per image on the fleet.
-        ies_infer_ms, rcs_infer: IES and RCS of the last round with this latency as response time.
-        ies_train_s, rcs_train: the same with the virtual seconds of the round as response time.
-        fronts: the costs (names of `COSTS`) in which no other group of its task is as accurate and cheaper.
+        latency_ms: time of inference per image, modelled (mean over the fleet) or, if centralised, measured.
+        ies_infer_ms, rcs_infer: IES and RCS of the last round or epoch with this latency as response time.
+        ies_train_s, rcs_train: the same with the virtual seconds of the round, or the measured ones of the epoch.
+        fronts: the costs (names in `COSTS`) in which no other group of its task is as accurate and cheaper.
     """
 
     label: str
@@ -78,13 +84,18 @@ class Group:
     runs: tuple[Run, ...]
     final: Estimate
     best: Estimate
+    top5_final: Estimate | None
+    top5_best: Estimate | None
     worst_clients: Estimate | None
     difference: Difference | None
     target: Target
-    virtual_s: Estimate
+    virtual_s: Estimate | None
+    train_s: Estimate | None
+    epoch_s: Estimate | None
     gflops: Estimate
-    mb: Estimate
-    energy_kj: Estimate
+    mb: Estimate | None
+    energy_kj: Estimate | None
+    kernel_entropy: Estimate | None
     cost: Cost | None
     latency_ms: Estimate | None
     ies_infer_ms: Estimate | None
@@ -93,9 +104,20 @@ class Group:
     rcs_train: Estimate | None
     fronts: tuple[str, ...] = ()
 
+    @property
+    def kind(self) -> str:
+        """Federated or centralised."""
+        return self.runs[0].settings.kind
 
-COSTS = {"time": "virtual_s", "FLOPs": "gflops", "bytes": "mb", "latency": "latency_ms"}
-"""What accuracy is weighed against: name and field of `Group`."""
+
+COSTS = {
+    "virtual_s": "time",
+    "train_s": "time",
+    "gflops": "FLOPs",
+    "mb": "bytes",
+    "latency_ms": "latency",
+}
+"""What accuracy is weighed against: field of `Group` and name."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +127,11 @@ class Summary:
     groups: tuple[Group, ...]
     target: float
     asked: bool
+
+    @property
+    def kind(self) -> str:
+        """Federated or centralised; runs of both are never compared."""
+        return self.groups[0].kind
 
 
 def summarise(runs: Sequence[Run], target: float | None = None) -> Summary:
@@ -163,27 +190,44 @@ def final_accuracy(run: Run) -> float:
 
 
 def to_target(runs: Sequence[Run], target: float) -> Target:
-    """Virtual time, training FLOPs and bytes until the end of the first round with this accuracy."""
+    """Time, training FLOPs and bytes until the end of the first round or epoch with this accuracy."""
     needed = [rows for run in runs if (rows := _until(run.rounds, target))]
+    ends = [rows[-1] for rows in needed]
     return Target(
         reached=len(needed),
         seeds=len(runs),
-        virtual_s=estimate(rows[-1].virtual_s for rows in needed),
-        gflops=estimate(rows[-1].cum_train_flops / GIGA for rows in needed),
-        mb=estimate(map(_megabytes, needed)),
+        virtual_s=_column(ends, "virtual_s"),
+        train_s=_column(ends, "cum_wall_s"),
+        gflops=_column(ends, "cum_train_flops", GIGA),
+        mb=estimate(_total(rows, TRAFFIC, MEGA) for rows in needed),
     )
 
 
-def _until(rounds: Sequence[RoundRow], target: float) -> Sequence[RoundRow]:
-    """The rounds up to the first that reaches the target; none if none does."""
+def _until(rounds: Rows, target: float) -> Rows:
+    """The rounds or epochs up to the first that reaches the target; none if none does."""
     for number, row in enumerate(rounds, start=1):
         if row.accuracy is not None and 100 * row.accuracy >= target:
             return rounds[:number]
     return ()
 
 
-def _megabytes(rounds: Sequence[RoundRow]) -> float:
-    return sum(row.up_bytes + row.down_bytes for row in rounds) / MEGA
+def _column(rows: Rows, name: str, unit: float = 1.0) -> Estimate | None:
+    """Over the seeds, a row of each; None if rows of their kind lack the column."""
+    values = [getattr(row, name, None) for row in rows]
+    return estimate(None if value is None else value / unit for value in values)
+
+
+def _total(rounds: Rows, names: Sequence[str], unit: float) -> float | None:
+    """Sum of columns of rounds; None for epochs, which lack them."""
+    if isinstance(rounds[0], EpochRow):
+        return None
+    return sum(getattr(row, name) for row in rounds for name in names) / unit
+
+
+def _best(rounds: Rows, name: str) -> float | None:
+    """The highest percentage in a column of accuracies; None if there is none."""
+    values = [value for row in rounds if (value := getattr(row, name, None)) is not None]
+    return 100 * max(values) if values else None
 
 
 def _apart_from_mixture(settings: Settings) -> tuple[tuple[str, object], ...]:
@@ -210,36 +254,35 @@ def _group(runs: Sequence[Run], baselines: Mapping[object, Run], target: float) 
         conv=first.conv,
         runs=tuple(runs),
         final=estimate(map(final_accuracy, runs)),
-        best=estimate(
-            100 * max(row.accuracy for row in run.rounds if row.accuracy is not None) for run in runs
-        ),
+        best=estimate(_best(run.rounds, "accuracy") for run in runs),
+        top5_final=_column(last, "top5_accuracy", PERCENT),
+        top5_best=estimate(_best(run.rounds, "top5_accuracy") for run in runs),
         worst_clients=estimate(
             worst_decile(accuracies) for run in runs if (accuracies := client_accuracies(run.clients))
         ),
         difference=paired_difference(pairs),
         target=to_target(runs, target),
-        virtual_s=estimate(row.virtual_s for row in last),
-        gflops=estimate(row.cum_train_flops / GIGA for row in last),
-        mb=estimate(_megabytes(run.rounds) for run in runs),
-        energy_kj=estimate(sum(row.energy_j for row in run.rounds) / KILO for run in runs),
+        virtual_s=_column(last, "virtual_s"),
+        train_s=_column(last, "cum_wall_s"),
+        epoch_s=estimate(row.cum_wall_s / row.epoch for row in last if isinstance(row, EpochRow)),
+        gflops=_column(last, "cum_train_flops", GIGA),
+        mb=estimate(_total(run.rounds, TRAFFIC, MEGA) for run in runs),
+        energy_kj=estimate(_total(run.rounds, ["energy_j"], KILO) for run in runs),
+        kernel_entropy=_column(last, "kernel_entropy"),
         cost=first.cost,
-        latency_ms=_scaled((row.latency_s for row in last), MILLI),
-        ies_infer_ms=_scaled((row.ies_infer for row in last), MILLI),
-        rcs_infer=estimate(row.rcs_infer for row in last),
-        ies_train_s=estimate(row.ies_train for row in last),
-        rcs_train=estimate(row.rcs_train for row in last),
+        latency_ms=_column(last, "latency_s", MILLI),
+        ies_infer_ms=_column(last, "ies_infer", MILLI),
+        rcs_infer=_column(last, "rcs_infer"),
+        ies_train_s=_column(last, "ies_train"),
+        rcs_train=_column(last, "rcs_train"),
     )
-
-
-def _scaled(values: Iterable[float | None], unit: float) -> Estimate | None:
-    return estimate(None if value is None else value / unit for value in values)
 
 
 def _with_fronts(groups: Sequence[Group]) -> tuple[Group, ...]:
     """The groups with the fronts that they are on, among those of their task; a lone group is on none."""
     fronts: dict[str, list[str]] = {group.label: [] for group in groups}
     for task in dict.fromkeys(group.task for group in groups):
-        for name, field in COSTS.items():
+        for field, name in COSTS.items():
             rivals = [group for group in groups if group.task == task and getattr(group, field)]
             for rival in front(rivals, field) if len(rivals) > 1 else ():
                 fronts[rival.label].append(name)

@@ -19,7 +19,17 @@ import yaml
 import fedfmd
 from fedfmd.tracking.code import code_digest
 from fedfmd.tracking.files import append, atomic_write
-from fedfmd.tracking.rows import CLIENT_COLUMNS, ROUND_COLUMNS, ClientRow, RoundRow, csv_text, whole_lines
+from fedfmd.tracking.rows import (
+    CLIENT_COLUMNS,
+    EPOCH_COLUMNS,
+    ROUND_COLUMNS,
+    ClientRow,
+    EpochRow,
+    RoundRow,
+    Row,
+    csv_text,
+    whole_lines,
+)
 
 _LIBRARIES = ("flwr", "numpy", "torch", "torchvision")
 
@@ -28,7 +38,7 @@ class RunFolder:
     """A run's folder, created if it isn't there.
 
     `rounds.csv` is the record of what is finished: a round's clients are written before it, so that a crash
-    leaves at most a tail that `truncate_after` removes.
+    leaves at most a tail that `truncate_after` removes. Centralised training has `epochs.csv` instead.
 
     Raises:
         ValueError: the folder can't be made; the text names `run-dir`.
@@ -40,6 +50,7 @@ class RunFolder:
         self.environment = self.path / "environment.json"
         self.rounds = self.path / "rounds.csv"
         self.clients = self.path / "clients.csv"
+        self.epochs = self.path / "epochs.csv"
         self.checkpoints = self.path / "checkpoints"
         self.log = self.path / "log.txt"
         try:
@@ -66,9 +77,17 @@ class RunFolder:
         _append(self.clients, CLIENT_COLUMNS, clients)
         _append(self.rounds, ROUND_COLUMNS, [row])
 
+    def append_epoch(self, row: EpochRow) -> None:
+        """Add a finished epoch.
+
+        Raises:
+            OSError: as in `append_round`.
+        """
+        _append(self.epochs, EPOCH_COLUMNS, [row])
+
     def truncate_after(self, round: int) -> None:
-        """Drop all rows after `round` and an unfinished last line, before a run goes on from there."""
-        for path in (self.rounds, self.clients):
+        """Drop all rows after this round or epoch and an unfinished last line, before a run goes on from there."""
+        for path in (self.rounds, self.clients, self.epochs):
             if path.exists():
                 header, *rows = whole_lines(path) or [""]
                 kept = [row for row in rows if int(row.partition(",")[0]) <= round]
@@ -81,7 +100,7 @@ class RunFolder:
         return handler
 
 
-def _append(path: Path, columns: Iterable[str], rows: Iterable[RoundRow] | Iterable[ClientRow]) -> None:
+def _append(path: Path, columns: Iterable[str], rows: Iterable[Row]) -> None:
     empty = not path.exists() or path.stat().st_size == 0
     table = [astuple(row) for row in rows]
     append(path, csv_text([columns, *table] if empty else table))

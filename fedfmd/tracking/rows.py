@@ -1,4 +1,4 @@
-"""The rows of rounds.csv and clients.csv: their columns, their text, and how they are read back.
+"""The rows of rounds.csv, clients.csv and epochs.csv: their columns, their text, and how they are read back.
 
 A field's place in its class is its column's place. A value that does not exist (the loss of a client that did
 not train, the temperature of a static network) is None, an empty cell. Floats keep ten digits.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -114,10 +115,60 @@ class ClientRow:
     output_attention: float | None = None
 
 
-Row = TypeVar("Row", RoundRow, ClientRow)
+@dataclass(frozen=True, kw_only=True)
+class EpochRow:
+    """One epoch of centralised training. All seconds are measured on this machine; accuracy in [0, 1].
+
+    Attributes:
+        epoch: its number; also its `round`, so that what counts rounds counts epochs too.
+        wall_s: seconds of training, evaluation not included; `cum_wall_s` since the start.
+        lr, temperature: of SGD and of the kernel attention in this epoch.
+        train_loss, train_accuracy: means over the augmented images as met while training.
+        loss, accuracy, top5_accuracy: on the test set; the latter None with five classes or fewer.
+        best_accuracy: highest `accuracy` so far.
+        kernel_entropy: mean over dynamic layers and samples of H(π)/ln K.
+        train_flops: of this epoch; `cum_train_flops` since the start.
+        latency_s: of inference of one image, measured when the run was started or resumed.
+        ies_train, rcs_train: wall_s / accuracy, accuracy / wall_s.
+        ies_infer, rcs_infer: latency_s / accuracy, accuracy / latency_s.
+    """
+
+    epoch: int
+    wall_s: float
+    cum_wall_s: float
+    lr: float
+    temperature: float | None = None
+    train_loss: float
+    train_accuracy: float
+    loss: float
+    accuracy: float
+    top5_accuracy: float | None = None
+    best_accuracy: float
+    kernel_entropy: float | None = None
+    train_flops: int
+    cum_train_flops: int
+    latency_s: float
+    ies_train: float
+    rcs_train: float
+    ies_infer: float
+    rcs_infer: float
+
+    @property
+    def round(self) -> int:
+        """The epoch's number."""
+        return self.epoch
+
+
+Row = TypeVar("Row", RoundRow, ClientRow, EpochRow)
 ROUND_COLUMNS = tuple(field.name for field in fields(RoundRow))
 CLIENT_COLUMNS = tuple(field.name for field in fields(ClientRow))
+EPOCH_COLUMNS = tuple(field.name for field in fields(EpochRow))
 _ROUND_LINE = "fedfmd-round "
+
+
+def known(value: float) -> float | None:
+    """NaN, which stands for what does not exist, as None."""
+    return None if math.isnan(value) else value
 
 
 def csv_text(rows: Iterable[Iterable[float | str | None]]) -> str:
@@ -152,6 +203,11 @@ def read_rounds(path: Path) -> list[RoundRow]:
 def read_clients(path: Path) -> list[ClientRow]:
     """The rows of a clients.csv, as `read_rounds` does; a round that rounds.csv lacks was never finished."""
     return _read(path, ClientRow)
+
+
+def read_epochs(path: Path) -> list[EpochRow]:
+    """The rows of an epochs.csv, as `read_rounds` does."""
+    return _read(path, EpochRow)
 
 
 def _read(path: Path, row_type: type[Row]) -> list[Row]:

@@ -5,7 +5,7 @@ import math
 import pytest
 from torch import nn
 
-from fedfmd.conv import TemperatureSchedule, make_conv, set_temperature
+from fedfmd.conv import TemperatureSchedule, has_temperature, make_conv, set_temperature
 
 
 @pytest.mark.parametrize(
@@ -37,6 +37,11 @@ def test_without_steps_the_final_temperature_holds_from_the_start():
 def test_bad_schedules_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         TemperatureSchedule(**options)
+
+
+@pytest.mark.parametrize(("name", "has"), [("static", False), ("condconv", False), ("fmdconv", True)])
+def test_some_convolutions_have_a_temperature(name, has):
+    assert has_temperature(nn.Sequential(make_conv(name, 4, 4, 1))) is has
 
 
 def test_set_temperature_reaches_every_layer_that_has_one():

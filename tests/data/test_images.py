@@ -1,6 +1,7 @@
 import dataclasses
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -117,6 +118,16 @@ def test_folder_is_decoded_by_sorted_class(folder):
 
 def test_folder_has_64_pixels_by_default(folder):
     assert load_image_set(folder).images.shape == (3, 3, 64, 64)
+
+
+def test_folder_that_does_not_fit_into_memory_is_refused_before_it_is_read(folder, monkeypatch):
+    memory = psutil.virtual_memory()._replace(available=1_000_000)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    with pytest.raises(
+        ValueError,
+        match=r"images of 4096 pixels need 0\.\d GB of memory, and 0\.0 GB are free: set a smaller",
+    ):
+        load_image_set(folder, image_size=4096)
 
 
 def test_folder_may_hold_some_of_the_named_classes(folder):

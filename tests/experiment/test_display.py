@@ -81,6 +81,12 @@ def test_the_bar_counts_rounds_and_the_clients_of_the_round(terminal, logger):
         assert bars(display) == [("training", 2, 3, "")]
 
 
+def test_the_bar_may_count_epochs(terminal):
+    with ExperimentDisplay(terminal, 1, 3, unit="epoch") as display:
+        display.cell("", 3)
+    assert " epochs " in terminal.file.getvalue()
+
+
 def test_the_log_of_another_process_moves_the_bar_too(terminal):
     with ExperimentDisplay(terminal, 1, 3) as display:
         cell = display.cell("", 3)

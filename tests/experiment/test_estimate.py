@@ -2,6 +2,7 @@ import pytest
 
 from fedfmd.errors import SettingsError
 from fedfmd.experiment import load_experiment
+from fedfmd.experiment.centralised import prepare_centralised
 from fedfmd.experiment.estimate import (
     CellEstimate,
     Estimate,
@@ -11,7 +12,7 @@ from fedfmd.experiment.estimate import (
     estimate_table,
     measure_speed,
 )
-from fedfmd.experiment.run import Layout, Task
+from fedfmd.experiment.run import Layout, Task, place_cells
 from fedfmd.federation import build_federation
 
 TRAIN, TEST = 1437, 360
@@ -53,6 +54,14 @@ def test_those_asked_compute_and_those_that_count_take_time(estimate, changes, a
     cell = estimate(**changes)
     assert cell.train_flops == 2 * 2 * asked * 479 * 3 * 2 * cell.macs
     assert cell.wall_s == pytest.approx(2 * (2 * trained * 479 * 0.01 + TEST * 0.001))
+
+
+def test_centralised_training_passes_over_all_images(write_centralised):
+    experiment = load_experiment(write_centralised())
+    (task,) = place_cells(experiment, None)
+    cell = estimate_cell(task, prepare_centralised(task.settings), SPEED, Layout(1, 2, 1))
+    assert cell.train_flops == 2 * TRAIN * 3 * 2 * cell.macs
+    assert cell.wall_s == pytest.approx(2 * (TRAIN * 0.01 + TEST * 0.001))
 
 
 def test_only_what_is_left_takes_time_and_nodes_share_it(estimate):

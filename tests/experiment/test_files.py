@@ -42,6 +42,19 @@ def test_a_matrix_is_every_combination_and_its_last_key_varies_fastest(write):
     assert {cell.settings.train.lr for cell in experiment.cells} == {0.2}
 
 
+def test_a_kind_holds_for_all_runs(write):
+    text = "kind: centralised\nbase: {train.epochs: 3, server.keep-checkpoints: 1}\nmatrix: {seed: [0, 1]}"
+    cells = load_experiment(write(text)).cells
+    assert [(cell.settings.kind, cell.settings.length) for cell in cells] == [("centralised", 3)] * 2
+
+
+def test_a_matrix_may_vary_several_settings_at_once(write):
+    matrix = "{temperature: [{initial: 30}, {initial: 34, shape: constant}], seed: [0]}"
+    cells = load_experiment(write(f"matrix: {matrix}")).cells
+    assert [cell.name for cell in cells] == ["initial=30.0,seed=0", "initial=34.0,shape=constant,seed=0"]
+    assert [cell.settings.temperature.shape for cell in cells] == ["linear", "constant"]
+
+
 @pytest.mark.parametrize(
     ("matrix", "names"),
     [
@@ -94,8 +107,17 @@ def test_an_override_needs_a_key_and_a_value(text):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("seed: 1", r"study\.yaml must hold `base:` and may hold `matrix:`, found seed"),
+        ("seed: 1", r"study\.yaml must hold `base:` and may hold `matrix:` and `kind:`, found seed"),
         ("base: 3", r"study\.yaml: `base:` must hold settings, found int"),
+        ("kind: central\nbase: {}", r"kind = 'central': must be one of federated, centralised"),
+        (
+            "base: {train.epochs: 3}",
+            r"train\.epochs = 3 means nothing to a run of kind = federated: leave it",
+        ),
+        (
+            "kind: centralised\nmatrix: {partition: {alpha: [0.1, 0.5]}}",
+            r"partition\.alpha = 0\.1 means nothing to a run of kind = centralised: leave it out",
+        ),
         ("matrix: {seed: 3}", r"matrix: seed = 3 must be a list of at least one value"),
         ("matrix: {seed: []}", r"matrix: seed = \[\] must be a list"),
         ("matrix: {sed: [1]}", r"unknown setting sed = 1; the nearest one is seed"),

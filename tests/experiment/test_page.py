@@ -102,6 +102,22 @@ def test_the_page_has_every_section_and_every_plot_its_units(page):
     assert "static, seed 0, round 2" in page.captions
 
 
+def test_a_page_of_centralised_runs_tells_of_epochs_and_of_no_clients(centralised_runs):
+    text = render(centralised_runs)
+    page = Page(text)
+    assert page.headings == [
+        "Results",
+        "Accuracy over epochs, time and compute",
+        "Accuracy against cost",
+        "IES and RCS",
+        "Kernel entropy",
+    ]
+    assert {"epoch", "training time (s)", "IES, training epoch (s) – lower is better"} <= set(page.texts)
+    assert "centralised, 2 epochs in batches of 16, learning rate 0.05 (cosine)" in text
+    assert "virtual" not in text
+    assert "partition.alpha" not in text
+
+
 def test_ids_are_unique_and_references_lead_somewhere(text, page):
     assert len(page.ids) == len(set(page.ids))
     inner = {reference[1:] for reference in page.references if reference.startswith("#")}

@@ -5,7 +5,6 @@ from fedfmd.conv import CONVS
 from fedfmd.experiment.plots import (
     ALARM,
     COLOURS,
-    X_LABELS,
     make_facets,
     plot_accuracy,
     plot_clients,
@@ -17,6 +16,7 @@ from fedfmd.experiment.plots import (
     plot_timeline,
 )
 from fedfmd.experiment.summary import summarise
+from fedfmd.experiment.wording import WORDINGS
 
 
 @pytest.fixture
@@ -73,8 +73,19 @@ def test_accuracy_is_drawn_as_mean_of_the_seeds(column, x, series):
     assert mean.get_xdata().tolist() == x
     assert mean.get_ydata().tolist() == pytest.approx([50, 70])
     assert len(axes.collections) == 1  # the band of static; fmdconv has one seed
-    assert axes.get_xlabel() == X_LABELS[column]
+    assert axes.get_xlabel() == WORDINGS["federated"].curves[column]
     assert axes.get_ylabel() == "test accuracy (%)"
+
+
+@pytest.mark.parametrize(
+    ("column", "x"), [("epoch", [1, 2]), ("cum_wall_s", [4, 8]), ("cum_train_flops", [1e9, 2e9])]
+)
+def test_centralised_runs_are_drawn_against_their_own_columns(column, x, make_centralised):
+    (facet,) = make_facets(summarise([make_centralised([0.5, 0.6])]).groups)
+    (axes,) = plot_accuracy(facet.series, column, 60).axes
+    assert line(axes, "fmdconv").get_xdata().tolist() == x
+    assert axes.get_xlabel() == WORDINGS["centralised"].curves[column]
+    assert plot_entropy(facet.series).axes[0].get_xlabel() == "epoch"
 
 
 def test_seeds_of_different_length_are_compared_on_common_rounds(make_run):

@@ -42,6 +42,26 @@ def test_the_table_is_what_the_csv_files_say(report, finished_runs):
         assert group.final.std == pytest.approx(abs(finals[0] - finals[1]) / 2**0.5)
 
 
+def test_the_table_of_centralised_runs_is_what_the_csv_files_say(centralised_runs, tmp_path):
+    summary, _ = write_report([centralised_runs], tmp_path)
+    assert "Accuracy over epochs" in (tmp_path / "report.md").read_text(encoding="utf-8")
+    with (tmp_path / "report.csv").open() as file:
+        lines = {line["label"]: line for line in csv.DictReader(file)}
+    for label, line in lines.items():
+        rows = []
+        for seed in (0, 1):
+            with (centralised_runs / f"{label}-{seed}" / "epochs.csv").open() as file:
+                rows.append(list(csv.DictReader(file)))
+        for figure, per_seed in {
+            "final": [100 * float(own[-1]["accuracy"]) for own in rows],
+            "top5_best": [100 * max(float(row["top5_accuracy"]) for row in own) for own in rows],
+            "epoch_s": [sum(float(row["wall_s"]) for row in own) / len(own) for own in rows],
+            "ies_train_s": [float(own[-1]["wall_s"]) / float(own[-1]["accuracy"]) for own in rows],
+        }.items():
+            assert float(line[figure]) == pytest.approx(sum(per_seed) / 2, rel=1e-5)
+    assert {group.label for group in summary.groups} == set(lines)
+
+
 def test_unfinished_runs_are_named_in_every_text_and_the_target_may_be_asked_for(runs, write_run, tmp_path):
     write_run("half", [0.5], seed=7)
     summary, (note,) = write_report([runs], tmp_path / "report", target=85)

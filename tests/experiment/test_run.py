@@ -16,7 +16,7 @@ from fedfmd.errors import RunError, SettingsError
 from fedfmd.experiment import available_cores, load_experiment, run_experiment
 from fedfmd.experiment.pool import Started, attempt
 from fedfmd.experiment.run import Layout, lay_out
-from fedfmd.tracking import read_clients, read_rounds
+from fedfmd.tracking import read_clients, read_epochs, read_rounds
 
 CONVS = {"model.conv": ["static", "fmdconv"]}
 
@@ -107,6 +107,28 @@ def test_a_folder_of_other_code_is_refused_before_anything_starts(matrix, run, p
     ):
         run(file)
     assert pools == ([2] if matrix else [])
+
+
+def test_a_centralised_run_leaves_its_epochs_and_goes_on(run, write_centralised):
+    file = write_centralised()
+    ((first,), text), ((second,), again) = run(file), run(file)
+    assert first == second
+    assert [row.epoch for row in read_epochs(first / "epochs.csv")] == [1, 2]
+    assert "epoch 2/2" in text
+    assert "epoch 2/2" not in again
+
+
+@pytest.mark.parametrize(
+    ("override", "engine", "message"),
+    [
+        ("seed=0", "flwr", "kind = centralised needs no Flower: leave out --engine flwr"),
+        ("data.image-size=4", "inline", "data.image-size = 4: digits need at least 8"),
+    ],
+)
+def test_a_centralised_run_is_checked_before_it_starts(override, engine, message, run, write_centralised):
+    with pytest.raises(SettingsError, match=message):
+        run(write_centralised(), override, out=Path("out"), engine=engine)
+    assert not Path("out").exists()
 
 
 @pytest.fixture

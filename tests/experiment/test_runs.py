@@ -56,6 +56,13 @@ def test_runs_are_named_by_what_differs_and_ordered_by_its_values(write_run, tmp
     assert (runs[0].task, runs[0].variant) == ("alpha 0.5", "static")
 
 
+def test_a_split_is_named_without_the_parameters_of_others(write_run, tmp_path):
+    for alpha, scheme in ((0.5, "iid"), (0.3, "dirichlet")):
+        write_run(scheme, [0.5, 0.6], **{"partition.scheme": scheme, "partition.alpha": alpha})
+    tasks = [run.task for run in read_comparison([tmp_path]).runs]
+    assert tasks == ["scheme dirichlet, alpha 0.3", "scheme iid"]
+
+
 def test_settings_of_the_same_short_name_keep_their_whole_one(write_run, tmp_path):
     write_run("a", [0.5, 0.6], **{"temperature.rounds": 5})
     write_run("b", [0.5, 0.6, 0.7], rounds=3, **{"temperature.rounds": 6})
@@ -97,6 +104,26 @@ def test_runs_of_different_code_are_compared_but_named(runs):
     path.write_text('{"commit": "0123456789abcdef"}')
     (note,) = read_comparison([runs]).notes
     assert note.startswith("The runs come from different code: commits 0123456789ab")
+
+
+def test_a_centralised_run_is_read_with_its_epochs(write_centralised_run):
+    (run,) = read_comparison([write_centralised_run("central", [0.5, 0.6])]).runs
+    assert [(row.epoch, row.accuracy) for row in run.rounds] == [(1, 0.5), (2, 0.6)]
+    assert run.finished
+
+
+def test_an_unfinished_centralised_run_is_told_in_epochs(write_centralised_run):
+    (note,) = read_comparison([write_centralised_run("central", [0.5])]).notes
+    assert note.endswith("because no run is finished: central (1 of 2 epochs).")
+
+
+def test_federated_and_centralised_runs_are_not_compared(write_run, write_centralised_run, tmp_path):
+    write_run("fed", [0.5, 0.6])
+    write_centralised_run("central", [0.5, 0.6])
+    with pytest.raises(
+        SettingsError, match=r"runs of different kinds .*central is centralised, .*fed is fed"
+    ):
+        read_comparison([tmp_path])
 
 
 def test_a_folder_without_runs_is_refused(tmp_path):

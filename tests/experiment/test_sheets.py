@@ -1,4 +1,5 @@
 import io
+from functools import partial
 
 import pytest
 from rich.console import Console
@@ -28,7 +29,7 @@ def lines(sheet):
 
 
 def test_the_cells_are_the_statistics_with_their_units(summary):
-    accuracy, target, cost, network = map(lines, make_sheets(summary))
+    accuracy, target, cost, network, scores = map(lines, make_sheets(summary))
     assert accuracy == {
         "runs": ("static", "fmdconv"),
         "seeds": ("2", "2"),
@@ -42,7 +43,36 @@ def test_the_cells_are_the_statistics_with_their_units(summary):
     assert cost["MB"] == ("5.00 ± 0.00", "5.00 ± 0.00")
     assert cost["on the front in"] == ("–", "time, FLOPs, bytes, latency")
     assert network["latency ms"] == ("2.000", "2.000")
+    assert network["kernel entropy"] == ("0.9000", "0.9000")
+    assert scores["IES ms"] == ("2.679", "2.413")  # 2 ms / 70 and 80 %, 2 ms / 80 and 86 %
     assert "parameters" not in network  # nobody knows them
+
+
+def test_centralised_runs_have_their_own_columns(make_centralised):
+    runs = [
+        make_centralised([0.5, accuracy], seed=seed, **{"model.conv": conv})
+        for conv, accuracies in (("static", (0.7, 0.8)), ("fmdconv", (0.8, 0.86)))
+        for seed, accuracy in enumerate(accuracies)
+    ]
+    summary = summarise(runs)
+    accuracy, target, cost, network, scores = map(lines, make_sheets(summary))
+    assert accuracy == {
+        "runs": ("static", "fmdconv"),
+        "seeds": ("2", "2"),
+        "final %": ("75.0 ± 7.1", "83.0 ± 4.2"),
+        "best %": ("75.0 ± 7.1", "83.0 ± 4.2"),
+        "top-5 %": ("87.5 ± 3.5", "91.5 ± 2.1"),
+        "best top-5 %": ("87.5 ± 3.5", "91.5 ± 2.1"),
+        "minus static": ("–", "+8.0 [-17.4, +33.4]"),
+    }
+    assert tuple(target) == ("runs", "reached", "train s", "GFLOPs")
+    assert target["train s"] == ("8.00", "8.00 ± 0.00")
+    assert cost["s per epoch"] == ("4.00 ± 0.00", "4.00 ± 0.00")
+    assert cost["on the front in"] == ("–", "time, FLOPs, latency")
+    assert tuple(network) == ("runs", "latency ms", "kernel entropy")
+    assert scores["IES train s"] == ("5.357", "4.826")  # 4 s / 70 and 80 %, 4 s / 80 and 86 %
+    assert "Until the first epoch" in make_sheets(summary)[1].caption
+    assert flat_row(summary.groups[0], 75)["top5_final"] == pytest.approx(87.5)
 
 
 def test_only_columns_that_are_there_are_explained(summary, make_run):
@@ -63,13 +93,16 @@ def test_a_network_that_is_always_wrong_has_an_infinite_score(make_run):
     run = make_run([0.5])
     object.__setattr__(run.rounds[-1], "ies_infer", float("inf"))
     summary = summarise([run])
-    assert lines(make_sheets(summary)[3])["IES ms"] == ("∞",)
+    assert lines(make_sheets(summary)[4])["IES ms"] == ("∞",)
     assert flat_row(summary.groups[0], 50)["ies_infer_ms"] == "inf"
 
 
-def test_tables_fit_a_terminal_of_100_columns(summary, make_run):
+@pytest.mark.parametrize("kind", ["federated", "centralised"])
+def test_tables_fit_a_terminal_of_100_columns(kind, make_run, make_centralised):
     names = [f"fmdconv, attentions input,kernel,output, alpha 0.{place}" for place in range(3)]
-    runs = [make_run([0.5], clients=[0.1], variant=name, seed=seed) for name in names for seed in (0, 1)]
+    make = partial(make_run, clients=[0.1]) if kind == "federated" else make_centralised
+    runs = [make([0.5], variant=name, seed=seed) for name in names for seed in (0, 1)]
+    runs += [make([0.6 + 0.3 * seed], seed=seed, **{"model.conv": "static"}) for seed in (0, 1)]
     for sheet in make_sheets(summarise(runs)):
         console = Console(file=io.StringIO(), width=100)
         console.print(terminal_table(sheet))

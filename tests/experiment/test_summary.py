@@ -84,6 +84,28 @@ def test_groups_hold_means_over_seeds(make_run):
     assert group.rcs_train.mean == pytest.approx((0.08 + 0.09) / 2)
 
 
+def test_centralised_groups_have_measured_seconds_and_top5(make_centralised):
+    runs = [make_centralised([0.5, 0.8], seed=0), make_centralised([0.95, 0.9], seed=1)]
+    summary = summarise(runs)
+    (group,) = summary.groups
+    assert summary.kind == "centralised"
+    assert group.final.mean == pytest.approx(85)
+    assert group.top5_final == Estimate(pytest.approx(92.5), pytest.approx(math.sqrt(12.5)), 2)  # 90, 95 %
+    assert group.top5_best.mean == pytest.approx((90 + 97.5) / 2)
+    assert (group.epoch_s.mean, group.train_s.mean, group.gflops.mean) == (4, 8, 2)
+    assert (group.target.train_s.mean, group.target.reached) == (4, 1)  # 85 % after one epoch
+    assert group.rcs_train.mean == pytest.approx((0.2 + 0.225) / 2)
+    assert (group.virtual_s, group.mb, group.energy_kj, group.worst_clients) == (None,) * 4
+
+
+def test_a_centralised_front_weighs_accuracy_against_training_time(make_centralised):
+    runs = [
+        make_centralised([0.7], variant="cheap"),
+        make_centralised([0.7, 0.7], variant="dear"),
+    ]
+    assert [group.fronts for group in summarise(runs).groups] == [("time", "FLOPs", "latency"), ("latency",)]
+
+
 def test_the_target_is_the_lowest_final_mean_unless_asked(make_run):
     runs = [make_run([0.5, 0.6]), make_run([0.5, 0.7], **{"model.conv": "static"})]
     summary = summarise(runs)

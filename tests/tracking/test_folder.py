@@ -121,6 +121,13 @@ def test_a_run_killed_at_any_byte_of_a_round_goes_on_from_the_round_before(tmp_p
         assert content(folder) == before
 
 
+def test_epochs_are_cut_as_rounds_are(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.epochs.write_text("epoch,accuracy\n1,0.5\n2,0.6\n3,0.")
+    folder.truncate_after(2)
+    assert folder.epochs.read_text() == "epoch,accuracy\n1,0.5\n2,0.6\n"
+
+
 def test_a_run_killed_in_its_first_round_starts_afresh(tmp_path):
     folder = RunFolder(tmp_path)
     folder.clients.write_text("round,cli")

@@ -5,12 +5,15 @@ import pytest
 
 from fedfmd.tracking import (
     CLIENT_COLUMNS,
+    EPOCH_COLUMNS,
     ROUND_COLUMNS,
     ClientRow,
+    EpochRow,
     RoundRow,
     RunFolder,
     parse_round_line,
     read_clients,
+    read_epochs,
     read_rounds,
     round_line,
 )
@@ -77,6 +80,27 @@ UNFIT = replace(
 )
 
 
+EPOCH = EpochRow(
+    epoch=3,
+    wall_s=12.5,
+    cum_wall_s=37.5,
+    lr=0.1,
+    train_loss=0.75,
+    train_accuracy=0.7,
+    loss=0.5,
+    accuracy=0.8,
+    top5_accuracy=0.99,
+    best_accuracy=0.85,
+    train_flops=10**12,
+    cum_train_flops=3 * 10**12,
+    latency_s=0.01,
+    ies_train=15.625,
+    rcs_train=0.064,
+    ies_infer=0.0125,
+    rcs_infer=80.0,
+)
+
+
 def write(path, round=ROUND, clients=(CLIENT,)) -> RunFolder:
     folder = RunFolder(path)
     folder.append_round(round, clients)
@@ -93,6 +117,10 @@ def test_the_columns_are_those_that_users_rely_on():
         "round,client,node,device,status,reason,examples,steps,kernels,train_flops,cum_train_flops,compute_s,"
         "down_s,up_s,total_s,wall_s,up_bytes,down_bytes,energy_j,loss,accuracy,latency_s,ies,rcs,"
         "kernel_entropy,input_attention,output_attention"
+    )
+    assert ",".join(EPOCH_COLUMNS) == (
+        "epoch,wall_s,cum_wall_s,lr,temperature,train_loss,train_accuracy,loss,accuracy,top5_accuracy,best_accuracy,"
+        "kernel_entropy,train_flops,cum_train_flops,latency_s,ies_train,rcs_train,ies_infer,rcs_infer"
     )
 
 
@@ -115,6 +143,8 @@ def test_rows_are_read_as_they_were_written(tmp_path):
     folder = write(tmp_path, clients=[CLIENT, UNFIT])
     assert read_rounds(folder.rounds) == [ROUND]
     assert read_clients(folder.clients) == [CLIENT, unfit]
+    folder.append_epoch(EPOCH)
+    assert read_epochs(folder.epochs) == [EPOCH]
 
 
 def test_floats_keep_ten_digits(tmp_path):
