@@ -129,9 +129,10 @@ def _check_code(settings: Settings, path: Path) -> None:
         )
 
 
-def _code(environment: Mapping[str, Any]) -> str:
-    version = environment.get("versions", {}).get("fedfmd", "unknown")
-    commit, code = environment.get("commit"), environment.get("code", "unknown")
+def _code(facts: Mapping[str, Any]) -> str:
+    """The code that an environment.json tells of."""
+    version = facts.get("versions", {}).get("fedfmd", "unknown")
+    commit, code = facts.get("commit"), facts.get("code", "unknown")
     return f"fedfmd {version}, {f'commit {commit[:12]}, ' if commit else ''}sources {code}"
 
 

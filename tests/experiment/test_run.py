@@ -255,8 +255,8 @@ def stop_after(run, rounds, stop):
     processes = psutil.Process(run.pid).children(recursive=True)
     assert processes
     stop(run.pid)
-    _, error = run.communicate(timeout=60)
-    _, alive = psutil.wait_procs(processes, timeout=30)
+    _, error = run.communicate(timeout=300)
+    _, alive = psutil.wait_procs(processes, timeout=60)
     assert not alive
     return run.returncode, error
 
@@ -284,10 +284,10 @@ def test_a_matrix_that_is_stopped_and_killed_ends_as_if_it_had_not_been(write_ya
         "",
     )
 
-    text, _ = start(file, stopped, 2).communicate(timeout=300)
+    text, _ = start(file, stopped, 2).communicate(timeout=900)
     assert "finished before" in text
     assert "going on after round" in text
-    _, error = start(file, whole, 1).communicate(timeout=300)
+    _, error = start(file, whole, 1).communicate(timeout=900)
     assert error == ""
     assert len(rows(whole)) == 2 * 4 + 1
     assert rows(stopped) == rows(whole)
