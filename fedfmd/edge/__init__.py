@@ -15,6 +15,7 @@ from fedfmd.edge.devices import (
     read_devices,
 )
 from fedfmd.edge.fleet import ASSIGNMENTS, Client, Fleet, make_fleet, parse_fleet
+from fedfmd.edge.iperf import link_mbps
 from fedfmd.edge.plan import (
     KERNEL_CHOICES,
     POLICIES,
@@ -52,6 +53,7 @@ __all__ = [
     "device_row",
     "device_text",
     "keep_first",
+    "link_mbps",
     "load_devices",
     "load_trace",
     "make_fleet",

@@ -6,6 +6,7 @@ from fedfmd.tracking.folder import RunFolder
 from fedfmd.tracking.rows import (
     CLIENT_COLUMNS,
     ROUND_COLUMNS,
+    WALL_COLUMNS,
     ClientRow,
     RoundRow,
     parse_round_line,
@@ -17,6 +18,7 @@ from fedfmd.tracking.rows import (
 __all__ = [
     "CLIENT_COLUMNS",
     "ROUND_COLUMNS",
+    "WALL_COLUMNS",
     "Checkpoint",
     "ClientRow",
     "RoundRow",
