@@ -24,8 +24,8 @@ def client_rows(
     """One row per client of the round, in the order of `plans`.
 
     `results` holds the clients that were asked to train, `ranks` the node of each, `trips` the measured seconds
-    between a real box's message and its reply. A client that was never
-    asked because its update would come too late, or because its device can't hold the model, has no result.
+    between a real box's message and its reply. A client that was never asked because its update would come too
+    late, or because its device can't hold the model, has no result.
     """
     return [
         _client_row(
