@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -40,6 +41,13 @@ class ExportFormat(StrEnum):
 
     onnx = "onnx"
     torch_export = "torch-export"
+
+
+class Backend(StrEnum):
+    """What a box computes on."""
+
+    cpu = "cpu"
+    cuda = "cuda"
 
 
 @cli.callback()
@@ -172,6 +180,91 @@ def partition(
     save_partition(split, dataset.train.labels, dataset.classes, out, dataset.class_names)
     rows = partition_rows(split, dataset)
     show(rows, partition_table(rows, f"{dataset.name}: {split.title}"), as_json, Console())
+
+
+@cli.command(
+    epilog="Example: fedfmd calibrate --model resnet8 --conv fmdconv --batch-size 16 --name pi-attic --out box.yaml"
+)
+def calibrate(
+    models: Annotated[
+        list[str], typer.Option("--model", metavar="ARCH", help="Network, as model.arch; may be repeated.")
+    ] = ["resnet8"],  # noqa: B006 - typer copies it
+    convs: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--conv", metavar="CONV", help="Convolution, as model.conv; may be repeated; by default all."
+        ),
+    ] = None,
+    batch_sizes: Annotated[
+        list[int], typer.Option("--batch-size", min=1, help="Images per step, beside 1; may be repeated.")
+    ] = [16],  # noqa: B006 - typer copies it
+    name: Annotated[str, typer.Option(help="What fleets call this device.")] = "box",
+    out: Annotated[
+        Path,
+        typer.Option(dir_okay=False, help="YAML file; its row of this name is replaced, others are kept."),
+    ] = Path("box.yaml"),
+    image_size: Annotated[int, typer.Option(min=8, help="Height and width in pixels.")] = 32,
+    classes: Annotated[int, typer.Option(min=2, help="Number of classes.")] = 10,
+    kernels: Annotated[int, typer.Option(min=1, help="Kernels per bank.")] = 4,
+    norm: Annotated[str, typer.Option(help="batch or group.")] = "group",
+    backend: Annotated[Backend, typer.Option("--device-backend", help="What to compute on.")] = Backend.cpu,
+    threads: Annotated[int, typer.Option(min=0, help="Threads of PyTorch; 0: its own choice.")] = 0,
+    power_w: Annotated[
+        float | None,
+        typer.Option(min=0.01, help="Watts under load; by default those of the most similar device."),
+    ] = None,
+    server: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST[:PORT]", help="Measure the link to an iperf3 server, `iperf3 --server`, there."
+        ),
+    ] = None,
+    down_mbps: Annotated[
+        float | None, typer.Option(min=0.001, help="The link's rate from the server, if it is not measured.")
+    ] = None,
+    up_mbps: Annotated[float | None, typer.Option(min=0.001, help="The link's rate to the server.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure training and inference on this machine; write it as a device for fleets and boxes."""
+    import torch
+    from rich.console import Console
+    from rich.progress import track
+
+    from fedfmd import calibration
+    from fedfmd.conv import CONVS
+    from fedfmd.edge import link_mbps
+    from fedfmd.experiment.tables import show, timing_table
+    from fedfmd.federation import torch_device
+
+    if threads:
+        torch.set_num_threads(threads)
+    common = {"model.kernels": kernels, "model.norm": norm, "device": backend.value}
+    networks = calibration.models_of(models, convs or CONVS, common)
+    rows = calibration.other_rows(out, name)
+    if server:
+        down_mbps, up_mbps = link_mbps(server)
+    measured = [
+        calibration.measure(network, classes, image_size, batch_sizes)
+        for network in track(networks, "measuring", console=Console(stderr=True), transient=True)
+    ]
+    box = calibration.make_device(
+        name,
+        measured,
+        calibration.source_of(networks[0], image_size, batch_sizes),
+        memory_gb=calibration.total_memory_gb(torch_device(networks[0])),
+        power_w=power_w,
+        down_mbps=down_mbps,
+        up_mbps=up_mbps,
+    )
+    calibration.write_devices(out, rows | {name: box})
+    timings = [timing for measurement in measured for timing in measurement.timings]
+    show(
+        [asdict(timing) for timing in timings],
+        timing_table(timings, f"{name}, per image"),
+        as_json,
+        Console(),
+    )
+    typer.echo(f"{out}: {name}, {box.train_gflops:g} GFLOP/s in training", err=True)
 
 
 @cli.command(

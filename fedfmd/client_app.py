@@ -2,7 +2,8 @@
 
 In a simulation a node hosts any client: it holds the data set and the partition. A real box hosts its
 own client, named in its ``--node-config`` (``client=3 data="/srv/images.npz" device="pi-4"``), and its
-images never leave it.
+images never leave it. Its device is a known one or a file of its own, as `fedfmd calibrate` writes it
+(``device="/srv/box.yaml"``).
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ from torch import Tensor, nn
 from fedfmd.averaging import WeightedMean, effective_steps
 from fedfmd.client_state import ClientState, ClientStates, discard_old, norm_views, states_of_run
 from fedfmd.conv import AttentionRecord, record_attention, set_temperature
+from fedfmd.cost import latency
 from fedfmd.data import Dataset, ImageSet, load_image_set
-from fedfmd.edge import PROBE_IMAGES
+from fedfmd.edge import PROBE_IMAGES, device_text, read_box
 from fedfmd.federation import build_dataset, build_model, build_partition, cache_dir, torch_device
 from fedfmd.kernels import Kernels, most_attended, rotated, trained_parameters
 from fedfmd.seeds import derive_seed
@@ -55,6 +57,12 @@ _loading = threading.Lock()
 
 RECORDED_STEPS = 8
 """The last local steps whose attentions are recorded: enough for a mean, and little memory."""
+
+LATENCY_IMAGES = 5
+"""Images, after a warm-up, on which a box measures how long inference takes: their median."""
+
+PROFILES = (".yaml", ".yml")
+"""How the name of a box's own device file ends."""
 
 NOT_TRAINED = TrainResult(0, 0, math.nan, math.nan)
 
@@ -86,10 +94,13 @@ def query(message: Message, context: Context) -> Message:
         "rank": int(box.get("partition-id", box.get("client", 0))),
         "nodes": int(box.get("num-partitions", 0)),
         "device": str(box.get("device", "")),
+        "profile": "",
         "images": 0,
         "error": "",
     }
     try:
+        if hosted["device"].endswith(PROFILES):
+            hosted["profile"] = device_text(read_box(Path(hosted["device"]).expanduser()))
         if "client" in box:
             hosted["images"] = len(_host_of(context).images_of(int(box["client"])))
     except Exception as error:  # the server decides what a refusing node means for the run
@@ -101,7 +112,11 @@ def query(message: Message, context: Context) -> Message:
 def train_clients(message: Message, context: Context) -> Message:
     """Train the assigned clients one after another and answer once, with their weighted mean."""
     instruction, arrays = read_instruction(message.content)
-    reply = run_assignments(_host_of(context), instruction, arrays)
+    host = _host_of(context)
+    reply = run_assignments(host, instruction, arrays)
+    if "client" in context.node_config and reply.arrays:
+        latency_s = latency(host.model, host.dataset.image_size, repeats=LATENCY_IMAGES)
+        reply = replace(reply, results=tuple(replace(r, latency_s=latency_s) for r in reply.results))
     return Message(write_reply(reply), reply_to=message)
 
 
@@ -129,17 +144,16 @@ def _run_client(
     host: Host, instruction: Instruction, assignment: Assignment, arrays: Arrays
 ) -> tuple[ClientResult, Upload]:
     """What became of the client, and what it sends."""
-    started = time.perf_counter()
-    client, images = assignment.client, 0
+    client, images, started = assignment.client, 0, time.perf_counter()
     trained, attention, upload, reason = NOT_TRAINED, AttentionRecord(), Upload({}), ""
     try:
-        shard = host.images_of(client)
-        images = len(shard)
+        shard, model = host.images_of(client), host.model
+        images, started = len(shard), time.perf_counter()  # data and model are made once per process
         states = _states(host, instruction)
         kept = states.load(client, instruction.round) if states else ClientState()
-        _prepare(host.model, instruction, arrays, kept)
+        _prepare(model, instruction, arrays, kept)
         trained, attention, kernels = _train(host, instruction, assignment, shard)
-        update = trained_views(host.model, kernels)
+        update = trained_views(model, kernels)
         if instruction.normalised:
             update = _normalised(host, update, arrays, trained.steps)
         if broken := first_non_finite(update):

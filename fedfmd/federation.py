@@ -158,13 +158,16 @@ def build_fleet(settings: Settings, sizes: Sequence[int]) -> Fleet:
 
 def known_devices(settings: Settings) -> dict[str, Device]:
     """Return the devices that a client may have, by name, as they are for this run's model."""
+    devices = load_devices(_path(settings.fleet.devices_file))
+    return {name: device_in_run(settings, device) for name, device in devices.items()}
+
+
+def device_in_run(settings: Settings, device: Device) -> Device:
+    """Return the device as it is for this run's model, with what the settings say of all devices."""
     fleet = settings.fleet
     set_for_all = {"availability": fleet.availability, "jitter": fleet.jitter}
     changes = {name: value for name, value in set_for_all.items() if value}
-    return {
-        name: replace(device.running(settings.model.conv), **changes)
-        for name, device in load_devices(_path(fleet.devices_file)).items()
-    }
+    return replace(device.running(settings.model.arch, settings.model.conv), **changes)
 
 
 def build_budget(settings: Settings) -> Budget:

@@ -73,9 +73,10 @@ SCALARS = tuple(field.name for field in fields(Instruction) if field.name != "as
 class ClientResult:
     """What became of one client: `images` is the size of its shard, `examples` the images processed.
 
-    An empty `reason` means that the update was sent; loss and accuracy are those met while training. The
-    last three are means over dynamic layers and the images of the last local steps (kernel entropy: H(π)/ln K),
-    NaN where the operator has no such attention.
+    An empty `reason` means that the update was sent; loss and accuracy are those met while training. Kernel
+    entropy (H(π)/ln K) and attentions are means over dynamic layers and the images of the last local steps, NaN
+    where the operator has no such attention. `latency_s` is a box's measured time of inference per image, NaN in a
+    simulation.
     """
 
     client: int
@@ -89,6 +90,7 @@ class ClientResult:
     kernel_entropy: float = math.nan
     input_attention: float = math.nan
     output_attention: float = math.nan
+    latency_s: float = math.nan
 
     @property
     def ok(self) -> bool:

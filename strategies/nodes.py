@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from flwr.app import Message, RecordDict
 from flwr.app.message_type import MessageType
 from flwr.serverapp import Grid
 
-from fedfmd.edge import WorkPlan, deal_out
+from fedfmd.edge import Device, WorkPlan, deal_out, parse_device
 from fedfmd.errors import RunError
-from fedfmd.federation import Federation, known_devices
+from fedfmd.federation import Federation, device_in_run, known_devices
+from fedfmd.settings import Settings
 from fedfmd.wire import CONFIG
 from strategies.replies import error_text
 
@@ -23,7 +24,8 @@ POLL_S = 0.2
 class Node:
     """A Flower node: a worker of a simulation hosts any client, a real box its own `client` alone.
 
-    `images` and `device` (which may be "") are what a box says of itself.
+    `images` and `device` (which may be "") are what a box says of itself; `profile` is the device that its own
+    file describes, if it has one.
     """
 
     id: int
@@ -31,6 +33,7 @@ class Node:
     client: int | None
     images: int
     device: str
+    profile: Device | None = None
 
 
 def meet_nodes(grid: Grid, clients: int, timeout_s: float) -> tuple[Node, ...]:
@@ -60,7 +63,8 @@ def meet_nodes(grid: Grid, clients: int, timeout_s: float) -> tuple[Node, ...]:
 def on_boxes(federation: Federation, nodes: Sequence[Node]) -> Federation:
     """Put the boxes' own numbers of images and devices in the place of the simulated ones.
 
-    A box that names no device keeps the one that the fleet gives its client; links stay modelled.
+    A box that names no device keeps the one that the fleet gives its client; links stay modelled, unless the
+    box's device has its own.
 
     Raises:
         RunError: a box names an unknown device.
@@ -72,13 +76,22 @@ def on_boxes(federation: Federation, nodes: Sequence[Node]) -> Federation:
             continue
         sizes[node.client] = node.images
         if node.device:
-            if node.device not in devices:
-                raise RunError(
-                    f"the box of client {node.client} has the unknown device {node.device!r}: give its "
-                    f"--node-config one of {', '.join(devices)}, or add it to fleet.devices-file"
-                )
-            clients[node.client] = replace(clients[node.client], device=devices[node.device])
+            client, device = clients[node.client], _device_of(node, federation.settings, devices)
+            clients[node.client] = replace(
+                client, device=device, bandwidth=device.bandwidth(client.bandwidth)
+            )
     return replace(federation, sizes=tuple(sizes), fleet=replace(federation.fleet, clients=tuple(clients)))
+
+
+def _device_of(node: Node, settings: Settings, known: Mapping[str, Device]) -> Device:
+    if node.profile:
+        return device_in_run(settings, node.profile)
+    if node.device in known:
+        return known[node.device]
+    raise RunError(
+        f"the box of client {node.client} has the unknown device {node.device!r}: give its --node-config "
+        f"one of {', '.join(known)}, or a YAML file of its own, or add it to fleet.devices-file"
+    )
 
 
 def assign(
@@ -95,6 +108,29 @@ def assign(
         hands = deal_out(plans, len(nodes))
     dealt = [(node.id, hand) for node, hand in zip(nodes, hands, strict=True) if hand]
     return [(node, [plan]) for node, hand in dealt for plan in hand] if separate else dealt
+
+
+def exchange(
+    grid: Grid, messages: Iterable[Message], timeout_s: float
+) -> tuple[list[Message], dict[str, float]]:
+    """Send the messages and gather their replies, until all are there or the time is over.
+
+    As Flower's `send_and_receive`, but it also tells after how many seconds each reply was there, by the id of
+    the message that it answers.
+    """
+    started = time.monotonic()
+    waiting = {message_id for message_id in grid.push_messages(messages) if message_id}
+    replies: list[Message] = []
+    seconds: dict[str, float] = {}
+    while waiting and time.monotonic() - started < timeout_s:
+        came = list(grid.pull_messages(waiting))
+        replies += came
+        answered = {message.metadata.reply_to_message_id for message in came}
+        seconds |= dict.fromkeys(answered, time.monotonic() - started)
+        waiting -= answered
+        if waiting:
+            time.sleep(POLL_S)
+    return replies, seconds
 
 
 def has_boxes(nodes: Iterable[Node]) -> bool:
@@ -115,9 +151,17 @@ def _query(grid: Grid, node_ids: Sequence[int], timeout_s: float) -> dict[int, t
         if config["error"]:
             raise RunError(f"the box of client {config['client']} refuses: {config['error']}")
         client = None if config["client"] < 0 else config["client"]
-        node = Node(node_id, config["rank"], client, config["images"], config["device"])
+        profile = _read_profile(config["profile"], client)
+        node = Node(node_id, config["rank"], client, config["images"], config["device"], profile)
         met[node_id] = node, config["nodes"]
     return met
+
+
+def _read_profile(text: str, client: int | None) -> Device | None:
+    try:
+        return parse_device(text, "its device file") if text else None
+    except ValueError as error:  # the box could read it: its version of fedfmd is another one
+        raise RunError(f"the box of client {client} can't be used: {error}") from error
 
 
 def _complete(nodes: Sequence[Node], peers: int, clients: int) -> bool:

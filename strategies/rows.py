@@ -19,11 +19,13 @@ def client_rows(
     results: Mapping[int, ClientResult],
     ranks: Mapping[int, int],
     client_flops: Sequence[int],
+    trips: Mapping[int, float],
 ) -> list[ClientRow]:
     """One row per client of the round, in the order of `plans`.
 
-    `results` holds the clients that were asked to train, `ranks` the node of each. A client that was never
-    asked because its update would come too late, or because its device can't hold the model, has no result.
+    `results` holds the clients that were asked to train, `ranks` the node of each, `trips` the measured seconds
+    between a real box's message and its reply. A client that was never asked because its update would come too
+    late, or because its device can't hold the model, has no result.
     """
     return [
         _client_row(
@@ -32,6 +34,7 @@ def client_rows(
             results.get(plan.client.id),
             ranks.get(plan.client.id),
             client_flops[plan.client.id],
+            trips.get(plan.client.id, math.nan),
         )
         for plan in plans
     ]
@@ -91,6 +94,7 @@ def _client_row(
     result: ClientResult | None,
     rank: int | None,
     flops_before: int,
+    trip_s: float,
 ) -> ClientRow:
     trained = result is not None and result.ok
     failed = result is not None and not result.ok
@@ -123,6 +127,8 @@ def _client_row(
         kernel_entropy=known(result.kernel_entropy) if trained else None,
         input_attention=known(result.input_attention) if trained else None,
         output_attention=known(result.output_attention) if trained else None,
+        measured_transfer_s=known(trip_s - result.wall_s) if trained else None,
+        measured_latency_s=known(result.latency_s) if trained else None,
     )
 
 

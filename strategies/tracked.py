@@ -39,7 +39,7 @@ from fedfmd.wire import (
 )
 from strategies.aggregation import Replies, aggregate, lengthen
 from strategies.lines import header_lines, round_text
-from strategies.nodes import Node, assign, has_boxes, meet_nodes, on_boxes
+from strategies.nodes import Node, assign, exchange, has_boxes, meet_nodes, on_boxes
 from strategies.optimiser import optimiser_arrays, restore_optimiser
 from strategies.replies import client_results, read_replies
 from strategies.rows import client_rows, round_row
@@ -213,19 +213,19 @@ class TrackedStrategy(Strategy):
         set_temperature(model, temperature)
         config = ConfigRecord({"virtual-s": progress.virtual_s})
         messages = self.configure_train(server_round, to_record(pack(model)), config, grid)
-        timeout = settings.server.round_timeout_s
-        replies = grid.send_and_receive(messages, timeout=timeout) if messages else []
+        replies, arrived = exchange(grid, messages, settings.server.round_timeout_s)
         arrays, _ = self.aggregate_train(server_round, replies)
         if arrays is not None:
             load(model, from_record(arrays))
         evaluation = self._evaluate()
         places = {node.id: node.rank for node in self.nodes}
-        ranks = {
-            assignment.client: places[request.message.metadata.dst_node_id]
-            for request in self._round.requests
-            for assignment in request.assignments
-        }
-        clients = client_rows(server_round, self._round.plans, self.results, ranks, progress.client_flops)
+        asked = [(request, work.client) for request in self._round.requests for work in request.assignments]
+        ranks = {client: places[request.message.metadata.dst_node_id] for request, client in asked}
+        measured = asked if has_boxes(self.nodes) else []
+        trips = {client: arrived[request.id] for request, client in measured if request.id in arrived}
+        clients = client_rows(
+            server_round, self._round.plans, self.results, ranks, progress.client_flops, trips
+        )
         row = round_row(
             server_round,
             clients,

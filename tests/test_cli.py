@@ -8,6 +8,7 @@ from PIL import Image
 
 from fedfmd import cli
 from fedfmd.conv import CONVS
+from fedfmd.edge import DEVICES, device_text, read_devices
 from fedfmd.errors import RunError
 
 COMMANDS = sorted(command.name or command.callback.__name__ for command in cli.cli.registered_commands)
@@ -188,6 +189,52 @@ def test_cost_of_an_unknown_model_suggests_the_nearest(fedfmd):
     assert status == 2
     assert err.startswith("fedfmd: model.arch = 'resnt8': must be one of ")
     assert err.endswith("did you mean 'resnet8'?\n")
+
+
+@pytest.fixture
+def quick_calibration(monkeypatch):
+    monkeypatch.setattr("fedfmd.calibration.REPEATS", 1)
+    monkeypatch.setattr("fedfmd.calibration.ROUND_S", 0)
+    return ["calibrate", "--conv", "fmdconv", "--batch-size", 2, "--image-size", 8, "--threads", 1]
+
+
+def test_calibrate_writes_a_device_and_prints_its_timings(fedfmd, quick_calibration, tmp_path):
+    (tmp_path / "boxes.yaml").write_text(device_text(DEVICES["pi-4"]))
+    link = ["--power-w", 5, "--down-mbps", 40, "--name", "mine", "--out", "boxes.yaml"]
+    status, out, err = fedfmd(*quick_calibration, *link, "--json")
+    assert (status, err.splitlines()[-1].partition(",")[0]) == (0, "boxes.yaml: mine")
+    assert [(row["arch"], row["conv"], row["batch_size"]) for row in json.loads(out)] == [
+        ("resnet8", conv, size) for conv in ("static", "fmdconv") for size in (1, 2)
+    ]
+    devices = read_devices(tmp_path / "boxes.yaml")
+    assert devices.keys() == {"pi-4", "mine"}
+    mine = devices["mine"]
+    assert (mine.power_w, mine.down_mbps, mine.estimate) == (5, 40, ())
+    assert mine.models.keys() == {"resnet8/static", "resnet8/fmdconv"}
+
+
+def test_calibrate_prints_a_table(fedfmd, quick_calibration, tmp_path):
+    status, out, _ = fedfmd(*quick_calibration)
+    assert status == 0
+    assert "training ms" in out
+    assert (tmp_path / "box.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model", "resnt8"], "model.arch = 'resnt8': must be one of "),
+        (["--conv", "fmdcnv"], "model.conv = 'fmdcnv': must be one of "),
+        (["--norm", "layer"], "model.norm = 'layer': "),
+        (["--name", "a b"], "--name 'a b': use letters"),
+        (["--out", "nowhere/box.yaml"], "--out nowhere/box.yaml: give a file in a folder"),
+    ],
+)
+def test_calibrate_refuses_before_it_measures(fedfmd, tmp_path, options, message):
+    status, out, err = fedfmd("calibrate", *options)
+    assert (status, out) == (2, "")
+    assert err.startswith(f"fedfmd: {message}")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_partition_writes_the_split_and_prints_it(fedfmd, write_yaml, tmp_path):

@@ -13,6 +13,7 @@ from fedfmd.client_app import Host, app, run_assignments
 from fedfmd.client_state import ClientStates, norm_views
 from fedfmd.conv import CONVS, AttentionRecord, record_attention
 from fedfmd.data import Dataset, ImageSet
+from fedfmd.edge import DEVICES, device_text, parse_device
 from fedfmd.engines.inline import InlineGrid
 from fedfmd.federation import build_model
 from fedfmd.settings import Settings
@@ -427,12 +428,50 @@ def ask(settings, node_config, content=None, kind=MessageType.QUERY):
 
 def test_a_worker_says_that_it_hosts_any_client(tiny_settings):
     told = ask(tiny_settings(), {"partition-id": 1, "num-partitions": 4})[CONFIG]
-    assert dict(told) == {"client": -1, "rank": 1, "nodes": 4, "device": "", "images": 0, "error": ""}
+    assert dict(told) == {
+        "client": -1,
+        "rank": 1,
+        "nodes": 4,
+        "device": "",
+        "profile": "",
+        "images": 0,
+        "error": "",
+    }
 
 
 def test_a_box_tells_its_client_images_and_device(tiny_settings, box):
     told = ask(tiny_settings(), {"client": 2, "data": box, "device": "pi-5"})[CONFIG]
-    assert dict(told) == {"client": 2, "rank": 2, "nodes": 0, "device": "pi-5", "images": 7, "error": ""}
+    mine = {"client": 2, "rank": 2, "nodes": 0, "device": "pi-5", "profile": "", "images": 7, "error": ""}
+    assert dict(told) == mine
+
+
+@pytest.fixture
+def device_file(tmp_path):
+    path = tmp_path / "box.yaml"
+    path.write_text(device_text(DEVICES["pi-4"]))
+    return path
+
+
+def test_a_box_tells_the_device_in_its_own_file(tiny_settings, box, device_file):
+    told = ask(tiny_settings(), {"client": 2, "data": box, "device": str(device_file)})[CONFIG]
+    assert told["error"] == ""
+    assert parse_device(told["profile"], "message") == DEVICES["pi-4"]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (None, "cannot be read"),
+        ("box: {watts: 3}", "row 'box', key 'train_gflops'"),
+        ("{}", "holds 0 devices"),
+    ],
+)
+def test_a_box_whose_device_file_is_broken_says_why_it_refuses(
+    tiny_settings, box, device_file, content, reason
+):
+    device_file.unlink() if content is None else device_file.write_text(content)
+    told = ask(tiny_settings(), {"client": 2, "data": box, "device": str(device_file)})[CONFIG]
+    assert told["error"].startswith(f"{device_file}: {reason}")
 
 
 def test_a_box_without_data_says_why_it_refuses(tiny_settings):
@@ -447,3 +486,13 @@ def test_a_box_trains_on_its_own_images(tiny_settings, box):
     reply = read_reply(ask(tiny_settings(), {"client": 1, "data": box}, work, MessageType.TRAIN))
     assert [(r.client, r.images, r.reason) for r in reply.results] == [(1, 7, "")]
     load(model, reply.arrays)
+
+
+@pytest.mark.parametrize(
+    ("node_config", "measured"), [({"client": 1}, True), ({}, False)], ids=["box", "worker"]
+)
+def test_only_a_box_measures_inference(tiny_settings, node_config, measured):
+    model = build_model(tiny_settings(), classes=10)
+    work = write_instruction(instruction(1, steps=1), to_record(pack(model)))
+    (result,) = read_reply(ask(tiny_settings(), node_config, work, MessageType.TRAIN)).results
+    assert (result.latency_s > 0) == measured

@@ -12,11 +12,12 @@ import fedfmd.client_app
 import strategies.tracked
 from fedfmd.client_app import app as client_app
 from fedfmd.data import ImageSet, load_dataset
+from fedfmd.edge import DEVICES, device_text
 from fedfmd.engines.inline import InlineGrid, run_inline
 from fedfmd.errors import RunError
 from fedfmd.federation import build_federation
 from fedfmd.server_app import app as server_app
-from fedfmd.tracking import RunFolder, latest_checkpoint, read_clients, read_rounds
+from fedfmd.tracking import WALL_COLUMNS, RunFolder, latest_checkpoint, read_clients, read_rounds
 from strategies import STRATEGIES, make_strategy
 
 SKEWED = {
@@ -49,11 +50,13 @@ def run(tiny_settings, tmp_path):
 
 
 def rows_of(folder):
-    """The rows of both files but for the time that this machine needed."""
+    """The rows of both files but for the time that real machines needed."""
     tables = []
     for name in ("rounds.csv", "clients.csv"):
         with (folder / name).open(encoding="utf-8", newline="") as file:
-            tables.append([{key: row[key] for key in row if key != "wall_s"} for row in csv.DictReader(file)])
+            tables.append(
+                [{key: row[key] for key in row.keys() - WALL_COLUMNS} for row in csv.DictReader(file)]
+            )
     return tables
 
 
@@ -83,6 +86,7 @@ def test_a_run_leaves_its_results_and_they_are_the_same_each_time(run):
     again = run("again")
     assert rows_of(again) == rows_of(whole)
     assert same_arrays(again, whole)
+    assert {(row.measured_transfer_s, row.measured_latency_s) for row in clients} == {(None, None)}
 
 
 @pytest.mark.parametrize(
@@ -234,6 +238,24 @@ def test_boxes_train_on_their_own_images_with_their_own_devices(run_boxes, boxes
         (2, 2, simulated, 1, 1, "ok"),
     ] * 2
     assert all(row.loss is not None for row in clients)
+
+
+def test_boxes_measure_what_is_modelled(run_boxes, boxes):
+    for row in run_boxes(boxes):
+        assert row.wall_s > 0
+        assert row.measured_transfer_s > 0
+        assert row.measured_latency_s > 0
+
+
+def test_boxes_may_bring_a_device_file_of_their_own(run_boxes, boxes, tmp_path):
+    own = replace(DEVICES["pi-5"], name="mine", round_s=100, down_mbps=8, up_mbps=8)
+    (tmp_path / "box.yaml").write_text(device_text(own))
+    boxes[1]["device"] = str(tmp_path / "box.yaml")
+    mine, other = [row for row in run_boxes(boxes) if row.round == 1 and row.client in (1, 2)]
+    assert mine.device == "mine"
+    assert 100 < mine.compute_s < 110 > other.compute_s
+    assert mine.down_s == pytest.approx(mine.down_bytes / 1e6)
+    assert mine.up_s == pytest.approx(mine.up_bytes / 1e6)
 
 
 def test_boxes_whose_data_is_wrong_stop_the_run_before_training(run_boxes, boxes):

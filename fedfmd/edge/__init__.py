@@ -1,7 +1,21 @@
 """The modelled edge: device profiles, links, fleets, and what a budget lets each client do in a round."""
 
-from fedfmd.edge.devices import DEVICES, LINKS, Bandwidth, Device, Link, load_devices
+from fedfmd.edge.devices import (
+    DEVICES,
+    LINKS,
+    Bandwidth,
+    Device,
+    Link,
+    Speed,
+    device_row,
+    device_text,
+    load_devices,
+    parse_device,
+    read_box,
+    read_devices,
+)
 from fedfmd.edge.fleet import ASSIGNMENTS, Client, Fleet, make_fleet, parse_fleet
+from fedfmd.edge.iperf import link_mbps
 from fedfmd.edge.plan import (
     KERNEL_CHOICES,
     POLICIES,
@@ -31,15 +45,22 @@ __all__ = [
     "Fleet",
     "Link",
     "Policy",
+    "Speed",
     "Trace",
     "WorkPlan",
     "Workload",
     "deal_out",
+    "device_row",
+    "device_text",
     "keep_first",
+    "link_mbps",
     "load_devices",
     "load_trace",
     "make_fleet",
+    "parse_device",
     "parse_fleet",
     "plan_work",
+    "read_box",
+    "read_devices",
     "round_seconds",
 ]

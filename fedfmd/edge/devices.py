@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
@@ -14,9 +15,11 @@ from pydantic_core import ErrorDetails
 
 from fedfmd.conv import CONVS
 from fedfmd.errors import not_one_of
+from fedfmd.models import MODELS
 
 MAX_JITTER = 2.0
 Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
 Probability = Annotated[float, Field(strict=True, gt=0, le=1)]
 Jitter = Annotated[float, Field(strict=True, ge=0, le=MAX_JITTER)]
 Figure = Literal["train_gflops", "infer_gflops", "memory_gb", "power_w"]
@@ -29,12 +32,44 @@ def _known_conv(name: str) -> str:
     return name
 
 
+def _known_model(name: str) -> str:
+    models = [f"{arch}/{conv}" for arch in MODELS for conv in CONVS]
+    if name not in models:
+        raise ValueError(not_one_of(name, models))
+    return name
+
+
 Conv = Annotated[str, AfterValidator(_known_conv)]
+Model = Annotated[str, AfterValidator(_known_model)]
+
+
+@checked_dataclass(frozen=True, config=_STRICT)
+class Speed:
+    """How fast a device works on one model: FLOPs at a rate, and what time passes beside them.
+
+    Attributes:
+        train_gflops, infer_gflops: as `Device` has them.
+        step_s: seconds of a local step whatever its batch, such as the optimiser's.
+        round_s: seconds of a round whatever its steps, such as loading the model.
+    """
+
+    train_gflops: Positive
+    infer_gflops: Positive
+    step_s: NonNegative = 0.0
+    round_s: NonNegative = 0.0
+
+
+@dataclass(frozen=True)
+class Bandwidth:
+    """One client's rates, in bits per second."""
+
+    down_bps: float
+    up_bps: float
 
 
 @checked_dataclass(frozen=True, config=_STRICT)
 class Device:
-    """A kind of edge device.
+    """A kind of edge device, or one box.
 
     Attributes:
         name: what a fleet calls it.
@@ -47,6 +82,9 @@ class Device:
         efficiency: factors on both rates for models of these convs; 1 for all others.
         availability: probability that the device is there in a round.
         jitter: standard deviation of the logarithm of its speed from round to round; the median is 1.
+        step_s, round_s: seconds of every local step and of every round, beside the FLOPs.
+        models: the speed on single models, by `arch/conv`; it replaces the rates, factors and seconds above.
+        down_mbps, up_mbps: its own link, 1e6 bit/s, in the place of the fleet's; None: the fleet's.
     """
 
     name: str
@@ -59,24 +97,26 @@ class Device:
     efficiency: Mapping[Conv, Positive] = field(default_factory=dict, hash=False)
     availability: Probability = 1.0
     jitter: Jitter = 0.0
+    step_s: NonNegative = 0.0
+    round_s: NonNegative = 0.0
+    models: Mapping[Model, Speed] = field(default_factory=dict, hash=False)
+    down_mbps: Positive | None = None
+    up_mbps: Positive | None = None
 
-    def running(self, conv: str) -> Device:
-        """The device with the rates that it reaches on models of this conv."""
+    def running(self, arch: str, conv: str) -> Device:
+        """The device with the speed that it reaches on this model."""
         factor = self.efficiency.get(conv, 1.0)
-        return replace(
-            self,
-            train_gflops=self.train_gflops * factor,
-            infer_gflops=self.infer_gflops * factor,
-            efficiency={},
+        speed = self.models.get(f"{arch}/{conv}") or Speed(
+            self.train_gflops * factor, self.infer_gflops * factor, self.step_s, self.round_s
         )
+        return replace(self, **asdict(speed), efficiency={}, models={})
 
-
-@dataclass(frozen=True)
-class Bandwidth:
-    """One client's rates, in bits per second."""
-
-    down_bps: float
-    up_bps: float
+    def bandwidth(self, fleet: Bandwidth) -> Bandwidth:
+        """The rates of its own link, where it has one; those of the fleet's where not."""
+        return Bandwidth(
+            1e6 * self.down_mbps if self.down_mbps else fleet.down_bps,
+            1e6 * self.up_mbps if self.up_mbps else fleet.up_bps,
+        )
 
 
 def _spread(value: object) -> object:
@@ -129,29 +169,63 @@ Row = TypeVar("Row", Device, Link)
 
 def _load(path: Path, row_type: type[Row]) -> dict[str, Row]:
     """The rows of a YAML file by name; anything wrong is a ValueError that names file, row and key."""
+    return _parse(_text(path), str(path), row_type)
+
+
+def _text(path: Path) -> str:
     try:
-        table = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read: {error}") from error
+
+
+def _parse(text: str, origin: str, row_type: type[Row]) -> dict[str, Row]:
+    try:
+        table = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{origin}: cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(table, dict):
-        raise ValueError(f"{path}: must hold one row per name, `name: {{key: value, …}}`, not {table!r}")
-    return {str(name): _row(path, str(name), row, row_type) for name, row in table.items()}
+        raise ValueError(f"{origin}: must hold one row per name, `name: {{key: value, …}}`, not {table!r}")
+    return {str(name): _row(origin, str(name), row, row_type) for name, row in table.items()}
 
 
-def _row(path: Path, name: str, row: object, row_type: type[Row]) -> Row:
+def _row(origin: str, name: str, row: object, row_type: type[Row]) -> Row:
     if not isinstance(row, dict):
-        raise ValueError(f"{path}: row {name!r} must be `key: value` pairs, not {row!r}")
+        raise ValueError(f"{origin}: row {name!r} must be `key: value` pairs, not {row!r}")
     try:
         return TypeAdapter(row_type).validate_python({**row, "name": name})
     except ValidationError as error:
         keys = ", ".join(field.name for field in fields(row_type) if field.name != "name")
         faults = "; ".join(map(_fault, error.errors()))
-        raise ValueError(f"{path}: row {name!r}, {faults} (keys of a row: {keys})") from error
+        raise ValueError(f"{origin}: row {name!r}, {faults} (keys of a row: {keys})") from error
 
 
 def _fault(error: ErrorDetails) -> str:
     got = "" if error["type"] == "missing" else f", got {error['input']!r}"
     return f"key {error['loc'][0]!r}: {error['msg']}{got}"
+
+
+def device_row(device: Device) -> dict[str, object]:
+    """The device as a row of a YAML file, under its name: only what it says, no defaults."""
+    row = TypeAdapter(Device).dump_python(device, mode="json", exclude_defaults=True)
+    return {key: value for key, value in row.items() if key != "name"}
+
+
+def device_text(device: Device) -> str:
+    """The device as the text of a file that holds it alone; `parse_device` reads it."""
+    return json.dumps({device.name: device_row(device)})
+
+
+def parse_device(text: str, origin: str) -> Device:
+    """The device in a text that holds one row, as a box's own file does.
+
+    Raises:
+        ValueError: the text holds none or several, or as `load_devices` does; the message names `origin`.
+    """
+    devices = _parse(text, origin, Device)
+    if len(devices) != 1:
+        raise ValueError(f"{origin}: holds {len(devices)} devices, a box's file must hold its own alone")
+    return next(iter(devices.values()))
 
 
 _HERE = Path(__file__).parent
@@ -166,4 +240,22 @@ def load_devices(path: Path | str | None = None) -> dict[str, Device]:
         ValueError: the file cannot be read, or a row lacks a key, has an unknown one or a value that is no
             positive number; the text names file, row and key.
     """
-    return DEVICES | (_load(Path(path), Device) if path else {})
+    return DEVICES | (read_devices(Path(path)) if path else {})
+
+
+def read_devices(path: Path) -> dict[str, Device]:
+    """The rows of a file by name.
+
+    Raises:
+        ValueError: as `load_devices` does.
+    """
+    return _load(path, Device)
+
+
+def read_box(path: Path) -> Device:
+    """The device in a box's own file, as `fedfmd calibrate` writes it.
+
+    Raises:
+        ValueError: as `load_devices` does, or the file has other than one row.
+    """
+    return parse_device(_text(path), str(path))

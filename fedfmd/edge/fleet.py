@@ -126,8 +126,8 @@ def make_fleet(
 ) -> Fleet:
     """Deal devices and links out to `clients` clients.
 
-    Links follow from the seed alone: they don't change with the devices, nor the first clients' links with the
-    number of clients. Devices follow from the seed, and from the sizes where they decide.
+    Links follow from the seed alone, unless a device has its own: they don't change with the devices, nor the
+    first clients' links with the number of clients. Devices follow from the seed, and from the sizes where they decide.
 
     Args:
         spec: the fleet, as `parse_fleet` reads it; shares become counts by largest remainder.
@@ -164,7 +164,7 @@ def make_fleet(
     quantiles = _generator(seed, "links").random(clients)
     return Fleet(
         tuple(
-            Client(id, dealt[place], link.sample(float(u)))
+            Client(id, dealt[place], dealt[place].bandwidth(link.sample(float(u))))
             for id, (place, u) in enumerate(zip(places, quantiles, strict=True))
         ),
         seed,

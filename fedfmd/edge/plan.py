@@ -260,7 +260,10 @@ def _work(
         down_bytes=workload.payload_bytes,
         up_bytes=up_bytes,
         down_s=workload.payload_bytes * 8 / bandwidth.down_bps,
-        compute_s=train_flops / (device.train_gflops * 1e9) + probe_flops / (device.infer_gflops * 1e9),
+        compute_s=train_flops / (device.train_gflops * 1e9)
+        + probe_flops / (device.infer_gflops * 1e9)
+        + steps * device.step_s
+        + device.round_s,
         up_s=up_bytes * 8 / bandwidth.up_bps,
     )
 

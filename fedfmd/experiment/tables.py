@@ -10,6 +10,7 @@ from rich import box
 from rich.console import Console, RenderableType
 from rich.table import Table
 
+from fedfmd.calibration import Timing
 from fedfmd.conv import CONVS
 from fedfmd.cost import count, latency
 from fedfmd.data import Dataset, Partition
@@ -87,6 +88,16 @@ def partition_table(rows: Sequence[Row], title: str) -> Table:
         column.justify = "right"
     for row in rows:
         table.add_row(*(str(row[key]) for key in ("client", "images", "classes")), *_class_cells(row, shown))
+    return table
+
+
+def timing_table(timings: Sequence[Timing], title: str) -> Table:
+    """One line per network and batch size, in milliseconds per image."""
+    table = Table("network", "conv", title=title, box=box.SIMPLE)
+    for heading in ("batch", "training ms", "inference ms"):
+        table.add_column(heading, justify="right")
+    for t in timings:
+        table.add_row(t.arch, t.conv, str(t.batch_size), f"{1000 * t.train_s:.2f}", f"{1000 * t.infer_s:.2f}")
     return table
 
 

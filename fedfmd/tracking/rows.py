@@ -67,7 +67,10 @@ class RoundRow:
 
 @dataclass(frozen=True, kw_only=True)
 class ClientRow:
-    """One client in one round. Seconds are virtual but for `wall_s`; energy in joules; accuracy in [0, 1].
+    """One client in one round. Energy in joules; accuracy in [0, 1]; seconds are virtual but for `WALL_COLUMNS`.
+
+    On real boxes compare compute_s with wall_s, down_s + up_s with measured_transfer_s, and latency_s with
+    measured_latency_s.
 
     Attributes:
         round, client: its key.
@@ -77,13 +80,17 @@ class ClientRow:
         examples, steps: images and local steps of the plan.
         kernels: kernels of each bank that are trained; 1 without banks.
         train_flops: of this round; `cum_train_flops` since the start.
-        compute_s, down_s, up_s, total_s: by the device and link model; `wall_s` on this machine.
+        compute_s, down_s, up_s, total_s: by the device and link model.
+        wall_s: seconds that the machine which hosted the client needed for it, from the global arrays to its update.
         loss, accuracy: of the client's model on its own shard.
         latency_s: modelled seconds of inference per image on its device.
         ies, rcs: latency_s / accuracy, accuracy / latency_s.
         kernel_entropy: mean over dynamic layers and images of H(π)/ln K; like the next two, over the images of
             its last eight local steps at most, and None where the operator has no such attention.
         input_attention, output_attention: means over layers, images and channels.
+        measured_transfer_s: seconds from sending a box its message until its reply was there, without wall_s: both
+            transfers, Flower's polling and the start of a process; like the next one, None in a simulation.
+        measured_latency_s: seconds of inference of one image on the box, after training.
     """
 
     round: int
@@ -113,6 +120,8 @@ class ClientRow:
     kernel_entropy: float | None = None
     input_attention: float | None = None
     output_attention: float | None = None
+    measured_transfer_s: float | None = None
+    measured_latency_s: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +167,9 @@ class EpochRow:
         """The epoch's number."""
         return self.epoch
 
+
+WALL_COLUMNS = ("wall_s", "measured_transfer_s", "measured_latency_s")
+"""Seconds on real machines: only in these do the rounds and clients of two equal runs differ."""
 
 Row = TypeVar("Row", RoundRow, ClientRow, EpochRow)
 ROUND_COLUMNS = tuple(field.name for field in fields(RoundRow))

@@ -1,8 +1,21 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
-from fedfmd.edge import DEVICES, LINKS, Bandwidth, Link, load_devices
+from fedfmd.edge import (
+    DEVICES,
+    LINKS,
+    Bandwidth,
+    Device,
+    Link,
+    Speed,
+    device_row,
+    device_text,
+    load_devices,
+    parse_device,
+    read_box,
+)
 
 BOARD = "{train_gflops: 18.2, infer_gflops: 20, memory_gb: 2, power_w: 6, source: measured here}"
 
@@ -32,13 +45,81 @@ def test_a_row_may_say_how_well_convs_run_and_how_reliable_the_device_is(tmp_pat
     file.write_text(f"x: {BOARD[:-1]}, efficiency: {{fmdconv: 0.5}}, availability: 0.8, jitter: 0.2}}")
     device = load_devices(file)["x"]
     assert (device.availability, device.jitter) == (0.8, 0.2)
-    assert (device.running("fmdconv").train_gflops, device.running("fmdconv").infer_gflops) == (9.1, 10)
-    assert (device.running("static").train_gflops, device.running("static").infer_gflops) == (18.2, 20)
+    for conv, rates in {"fmdconv": (9.1, 10), "static": (18.2, 20)}.items():
+        running = device.running("resnet8", conv)
+        assert (running.train_gflops, running.infer_gflops) == rates
+
+
+BOX = Device(
+    "box",
+    train_gflops=20,
+    infer_gflops=10,
+    memory_gb=2,
+    power_w=6,
+    source="measured here",
+    efficiency={"fmdconv": 0.5},
+    step_s=0.1,
+    round_s=1,
+    models={"resnet8/fmdconv": Speed(8, 4, step_s=0.02)},
+    down_mbps=50,
+)
+
+
+@pytest.mark.parametrize(
+    ("arch", "conv", "speed"),
+    [
+        ("resnet8", "fmdconv", Speed(8, 4, 0.02, 0)),
+        ("resnet18", "fmdconv", Speed(10, 5, 0.1, 1)),
+        ("resnet8", "static", Speed(20, 10, 0.1, 1)),
+    ],
+    ids=["its own speed", "by conv", "at the full rates"],
+)
+def test_the_speed_on_a_model_is_the_most_special_one_that_the_row_has(arch, conv, speed):
+    running = BOX.running(arch, conv)
+    assert Speed(running.train_gflops, running.infer_gflops, running.step_s, running.round_s) == speed
+    assert running.running(arch, conv) == running
+
+
+def test_a_device_may_have_a_link_of_its_own_in_each_direction():
+    assert BOX.bandwidth(Bandwidth(1e6, 2e6)) == Bandwidth(50e6, 2e6)
+    assert DEVICES["pi-4"].bandwidth(Bandwidth(1e6, 2e6)) == Bandwidth(1e6, 2e6)
+
+
+def write_devices(path, *devices):
+    path.write_text(yaml.safe_dump({device.name: device_row(device) for device in devices}))
+    return path
+
+
+@pytest.mark.parametrize("device", [BOX, *DEVICES.values()], ids=lambda device: device.name)
+def test_a_device_survives_a_file_and_a_message(device, tmp_path):
+    assert read_box(write_devices(tmp_path / "box.yaml", device)) == device
+    assert parse_device(device_text(device), "message") == device
+
+
+def test_a_row_says_nothing_that_goes_without_saying():
+    assert list(device_row(Device("box", 1, 2, 3, 4, "here"))) == [
+        "train_gflops",
+        "infer_gflops",
+        "memory_gb",
+        "power_w",
+        "source",
+    ]
+
+
+def test_a_box_has_one_device(tmp_path):
+    with pytest.raises(ValueError, match=r"two\.yaml: holds 2 devices, a box's file must hold its own alone"):
+        read_box(write_devices(tmp_path / "two.yaml", BOX, DEVICES["pi-4"]))
 
 
 @pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES.keys())
 def test_built_in_devices_are_always_there_and_steady(device):
     assert (device.efficiency, device.availability, device.jitter) == ({}, 1, 0)
+
+
+@pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES.keys())
+def test_built_in_devices_need_time_for_flops_alone_and_have_the_fleets_link(device):
+    assert (device.models, device.step_s, device.round_s) == ({}, 0, 0)
+    assert (device.down_mbps, device.up_mbps) == (None, None)
 
 
 @pytest.mark.parametrize(
@@ -60,6 +141,13 @@ def test_built_in_devices_are_always_there_and_steady(device):
         (f"x: {BOARD[:-1]}, availability: 0}}", ["'x'", "'availability'", "greater than 0"]),
         (f"x: {BOARD[:-1]}, availability: 1.1}}", ["'x'", "'availability'", "less than or equal to 1"]),
         (f"x: {BOARD[:-1]}, jitter: -0.1}}", ["'x'", "'jitter'", "greater than or equal to 0"]),
+        (f"x: {BOARD[:-1]}, step_s: -1}}", ["'x'", "'step_s'", "greater than or equal to 0"]),
+        (f"x: {BOARD[:-1]}, up_mbps: 0}}", ["'x'", "'up_mbps'", "greater than 0"]),
+        (
+            f"x: {BOARD[:-1]}, models: {{resnet8/fmdcnv: {{train_gflops: 1, infer_gflops: 1}}}}}}",
+            ["'x'", "'models'", "did you mean 'resnet8/fmdconv'"],
+        ),
+        (f"x: {BOARD[:-1]}, models: {{resnet8/fmdconv: {{train_gflops: 1}}}}}}", ["'x'", "infer_gflops"]),
         ("x: 3", ["'x'", "3"]),
         ("just text", ["just text"]),
         ("x: {", ["cannot be read"]),

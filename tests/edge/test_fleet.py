@@ -90,6 +90,15 @@ def test_links_change_neither_with_the_devices_nor_with_the_number_of_clients():
     assert [c.bandwidth for c in few.clients] == [c.bandwidth for c in many.clients[:5]]
 
 
+def test_a_box_brings_its_own_link_and_leaves_the_others_theirs():
+    wired = Device("wired", 1, 1, 1, 1, source="measured", down_mbps=900, up_mbps=800)
+    plain = make_fleet("pi-4", 6, WIFI, seed=3)
+    mixed = make_fleet("pi-4:3, wired:3", 6, WIFI, seed=3, devices=DEVICES | {"wired": wired})
+    for client, other in zip(mixed.clients, plain.clients, strict=True):
+        own = client.device.name == "wired"
+        assert client.bandwidth == (Bandwidth(900e6, 800e6) if own else other.bandwidth)
+
+
 def test_devices_and_links_are_dealt_independently():
     fleet = make_fleet("pi-4:500, phone:500", 1000, WIFI, seed=0)
     good = [client.device.name for client in fleet.clients if client.bandwidth.down_bps > 34.5e6]

@@ -90,6 +90,21 @@ def test_a_round_of_three_devices_by_hand(policy, deadline_s, steps, kernels, se
 
 
 @pytest.mark.parametrize(
+    ("deadline_s", "steps", "compute_s"),
+    [
+        (None, 6, 5 + 6 * 0.25 + 0.5),  # 150 GFLOP at 30 GFLOP/s, six steps, one round
+        (9.25, 5, 4.5 + 5 * 0.25 + 0.5),  # 45 images, and 3 s of transfers
+        (9.2, 4, 3.5 + 4 * 0.25 + 0.5),
+    ],
+)
+def test_steps_and_rounds_may_take_time_beside_their_flops(deadline_s, steps, compute_s):
+    slow = replace(CLIENTS[0], device=replace(CLIENTS[0].device, step_s=0.25, round_s=0.5))
+    plan = plan_work(slow, WORKLOAD, Budget(deadline_s))
+    assert plan.steps == steps
+    assert plan.compute_s == pytest.approx(compute_s)
+
+
+@pytest.mark.parametrize(
     ("limits", "policy", "steps", "kernels", "status", "round_s"),
     [
         # At 2 W, 20 J are 10 s. Client 1 has 9 s for 45 images; client 2 has 8 s for none of 10.

@@ -42,7 +42,7 @@ def stub_app(behave):
 
     @app.query()
     def query(message, context):
-        nobody = {"client": -1, "rank": 0, "nodes": 0, "device": "", "images": 0, "error": ""}
+        nobody = {"client": -1, "rank": 0, "nodes": 0, "device": "", "profile": "", "images": 0, "error": ""}
         told = nobody | context.node_config
         told["client"] = int(told["client"])
         return Message(RecordDict({CONFIG: ConfigRecord(told)}), reply_to=message)

@@ -1,12 +1,14 @@
 from dataclasses import replace
 
 import pytest
+from flwr.app import Message, RecordDict
+from flwr.app.message_type import MessageType
 
 import strategies.nodes
-from fedfmd.edge import plan_work
+from fedfmd.edge import Device, Speed, device_text, plan_work
 from fedfmd.engines.inline import InlineGrid
 from fedfmd.errors import RunError
-from strategies.nodes import Node, assign, meet_nodes, on_boxes
+from strategies.nodes import Node, assign, exchange, meet_nodes, on_boxes
 
 
 @pytest.fixture(autouse=True)
@@ -100,6 +102,29 @@ def test_a_box_with_an_unknown_device_is_named(make_federation):
         on_boxes(make_federation(), (Node(5, 2, 2, 7, "toaster"),))
 
 
+TOASTER = Device("toaster", 3, 2, 1, 4, "me", models={"resnet8/static": Speed(7, 6, 0.5, 0.25)}, down_mbps=80)
+
+
+def test_a_box_may_bring_its_own_device(make_grid, make_federation):
+    told = {"device": "/srv/box.yaml", "profile": device_text(TOASTER)}
+    nodes = meet_nodes(make_grid([box(0, **told), box(1), box(2)]), clients=3, timeout_s=1)
+    assert [node.profile for node in nodes] == [TOASTER, None, None]
+    simulated = make_federation({"model.conv": "static", "fleet.jitter": 0.3}).fleet.clients[0]
+    client = on_boxes(make_federation({"model.conv": "static", "fleet.jitter": 0.3}), nodes).fleet.clients[0]
+    assert client.device == replace(
+        TOASTER, train_gflops=7, infer_gflops=6, step_s=0.5, round_s=0.25, models={}, jitter=0.3
+    )
+    assert client.bandwidth == replace(simulated.bandwidth, down_bps=80e6)
+
+
+def test_a_box_whose_device_the_server_cannot_read_is_named(make_grid):
+    grid = make_grid([box(0, device="box.yaml", profile='{"x": {"watts": 3}}'), box(1), box(2)])
+    with pytest.raises(
+        RunError, match=r"the box of client 0 can't be used: its device file: row 'x', .*'watts'"
+    ):
+        meet_nodes(grid, clients=3, timeout_s=1)
+
+
 @pytest.fixture
 def plans(make_federation):
     """Plans of three clients with 30, 20 and 10 images."""
@@ -129,3 +154,32 @@ def test_boxes_get_their_own_client_if_it_was_picked(plans):
 def test_a_message_holds_one_client_where_updates_are_needed_separately(plans):
     workers = [Node(5, 0, None, 0, ""), Node(6, 1, None, 0, "")]
     assert hands(workers, plans, separate=True) == [(5, [0]), (6, [1]), (6, [2])]
+
+
+def test_an_exchange_ends_when_all_replies_are_there_and_tells_when_each_was(make_grid, monkeypatch):
+    grid = make_grid([worker(0, 2), worker(1, 2)])
+    first, second = (Message(RecordDict(), node, MessageType.QUERY) for node in grid.get_node_ids())
+    looks = iter(range(10))
+
+    def pull(ids):
+        """The first reply at the first look, both at the fourth."""
+        early = set(ids) & {first.metadata.message_id}
+        return InlineGrid.pull_messages(grid, early if next(looks) < 3 else ids)
+
+    monkeypatch.setattr(grid, "pull_messages", pull)
+    replies, seconds = exchange(grid, [first, second], timeout_s=5)
+    assert [reply.metadata.src_node_id for reply in replies] == grid.get_node_ids()
+    assert next(looks) == 4
+    early, late = (seconds[message.metadata.message_id] for message in (first, second))
+    assert 0 < early < late - 3 * strategies.nodes.POLL_S / 2
+
+
+def test_an_exchange_waits_no_longer_than_it_may(make_grid, monkeypatch):
+    grid = make_grid([worker(0, 1)])
+    monkeypatch.setattr(grid, "pull_messages", lambda ids: [])
+    message = Message(RecordDict(), grid.get_node_ids()[0], MessageType.QUERY)
+    assert exchange(grid, [message], timeout_s=0.05) == ([], {})
+
+
+def test_an_exchange_of_nothing_is_over_at_once(make_grid):
+    assert exchange(make_grid([]), [], timeout_s=60) == ([], {})

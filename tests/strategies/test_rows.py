@@ -53,12 +53,12 @@ def plan(federation):
     ]
 
 
-def result(client, reason=""):
-    return ClientResult(client, 10, 2, 20, 1.25, 0.5, 0.1, reason, 0.9, 0.4, math.nan)
+def result(client, reason="", latency_s=math.nan):
+    return ClientResult(client, 10, 2, 20, 1.25, 0.5, 0.1, reason, 0.9, 0.4, math.nan, latency_s)
 
 
-def rows_of(federation, results):
-    return client_rows(7, plan(federation), results, {0: 0, 2: 1}, BEFORE)
+def rows_of(federation, results, trips=None):
+    return client_rows(7, plan(federation), results, {0: 0, 2: 1}, BEFORE, trips or {})
 
 
 @pytest.fixture
@@ -97,6 +97,13 @@ def test_a_trained_client_by_hand(clients):
         output_attention=None,  # the operator has none
     )
     assert asdict(clients[0]) == pytest.approx(asdict(expected))
+
+
+def test_a_real_boxs_row_has_measured_seconds(federation):
+    results = {0: result(0, latency_s=0.3), 2: result(2, "OSError: no disk")}
+    ok, _, failed = rows_of(federation, results, {0: 5.5, 2: 5.5})
+    assert (ok.wall_s, ok.measured_transfer_s, ok.measured_latency_s) == (0.1, pytest.approx(5.4), 0.3)
+    assert (failed.measured_transfer_s, failed.measured_latency_s) == (None, None)
 
 
 def test_a_late_client_costs_but_has_no_results(clients):

@@ -7,6 +7,7 @@ from fedfmd.tracking import (
     CLIENT_COLUMNS,
     EPOCH_COLUMNS,
     ROUND_COLUMNS,
+    WALL_COLUMNS,
     ClientRow,
     EpochRow,
     RoundRow,
@@ -68,6 +69,8 @@ CLIENT = ClientRow(
     kernel_entropy=0.75,
     input_attention=0.5,
     output_attention=0.25,
+    measured_transfer_s=3.5,
+    measured_latency_s=0.03,
 )
 ATTENTIONS = ("kernel_entropy", "input_attention", "output_attention")
 UNFIT = replace(
@@ -76,7 +79,7 @@ UNFIT = replace(
     node=None,
     status="unfit",
     reason='can\'t hold "2 GB",\n  naïvely',
-    **dict.fromkeys(["wall_s", "loss", "accuracy", "latency_s", "ies", "rcs", *ATTENTIONS]),
+    **dict.fromkeys([*WALL_COLUMNS, "loss", "accuracy", "latency_s", "ies", "rcs", *ATTENTIONS]),
 )
 
 
@@ -116,8 +119,9 @@ def test_the_columns_are_those_that_users_rely_on():
     assert ",".join(CLIENT_COLUMNS) == (
         "round,client,node,device,status,reason,examples,steps,kernels,train_flops,cum_train_flops,compute_s,"
         "down_s,up_s,total_s,wall_s,up_bytes,down_bytes,energy_j,loss,accuracy,latency_s,ies,rcs,"
-        "kernel_entropy,input_attention,output_attention"
+        "kernel_entropy,input_attention,output_attention,measured_transfer_s,measured_latency_s"
     )
+    assert set(WALL_COLUMNS) < {*CLIENT_COLUMNS}
     assert ",".join(EPOCH_COLUMNS) == (
         "epoch,wall_s,cum_wall_s,lr,temperature,train_loss,train_accuracy,loss,accuracy,top5_accuracy,best_accuracy,"
         "kernel_entropy,train_flops,cum_train_flops,latency_s,ies_train,rcs_train,ies_infer,rcs_infer"
@@ -134,7 +138,7 @@ def test_the_files_read_as_their_columns(tmp_path):
     )
     assert folder.clients.read_text().splitlines()[2] == (
         '3,8,,pi-4,unfit,"can\'t hold ""2 GB"", naïvely",45,5,4,100000000000,300000000000,9,0.5,1,10.5,,'
-        "2000000,1000000,75.6,,,,,,,,"
+        "2000000,1000000,75.6,,,,,,,,,,"
     )
 
 

@@ -1,0 +1,273 @@
+"""Measures this box with a client's own code: the device profile that fleets and boxes take.
+
+The seconds of a client's round are modelled as ``round_s + steps · step_s + FLOPs / rate``. Rounds of one step and
+of several, on single images and on batches, tell the three parts apart. The first is loading and packing the model,
+the second what a step needs whatever its batch, above all the optimiser on the many parameters of a bank.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from itertools import product
+from math import log
+from pathlib import Path
+from statistics import geometric_mean, median
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+import yaml
+from scipy.optimize import lsq_linear
+
+from fedfmd.client_app import Host, run_assignments
+from fedfmd.cost import Cost, count, latency
+from fedfmd.data import Dataset, ImageSet
+from fedfmd.edge import DEVICES, Device, Speed, device_row, read_devices
+from fedfmd.errors import RunError, SettingsError
+from fedfmd.federation import torch_device
+from fedfmd.settings import Settings
+from fedfmd.tracking import atomic_write
+from fedfmd.tracking.folder import environment
+from fedfmd.wire import Arrays, Assignment, Instruction, pack
+
+BASE = "static"
+"""The operator whose rates are the device's; `efficiency` holds the others' relative to it."""
+
+REPEATS = 5
+ROUND_S = 1.0
+FEWEST_STEPS, MOST_STEPS = 3, 30
+FASTEST_GFLOPS = 1e6
+LEARNING_RATE = 1e-3
+
+
+@dataclass(frozen=True)
+class Round:
+    """A client's round, as it was measured."""
+
+    steps: int
+    batch_size: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per image of a model: in a round of local training, and in inference."""
+
+    arch: str
+    conv: str
+    batch_size: int
+    train_s: float
+    infer_s: float
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a model was measured to need, in order of the batch sizes, and the speed that predicts it."""
+
+    timings: tuple[Timing, ...]
+    cost: Cost
+    speed: Speed
+
+    @property
+    def arch(self) -> str:
+        """The network's name."""
+        return self.timings[0].arch
+
+    @property
+    def conv(self) -> str:
+        """The operator's name."""
+        return self.timings[0].conv
+
+    @property
+    def train_gflops(self) -> float:
+        """The whole rate in training with the largest batch: fixed seconds included."""
+        return self.cost.train_flops / self.timings[-1].train_s / 1e9
+
+
+def models_of(archs: Iterable[str], convs: Iterable[str], common: Mapping[str, Any]) -> list[Settings]:
+    """The settings of every network to measure, the static ones included; `common` are those of all, by dotted key.
+
+    Raises:
+        SettingsError: an unknown name, or another setting that can't be used.
+    """
+    pairs = product(dict.fromkeys(archs), dict.fromkeys((BASE, *convs)))
+    return [Settings.from_mapping({"model.arch": a, "model.conv": c, **common}) for a, c in pairs]
+
+
+def measure(settings: Settings, classes: int, image_size: int, batch_sizes: Iterable[int]) -> Measurement:
+    """Train and run the settings' network on random images, alone and in these batches.
+
+    Training is a client's round as the server asks for it, augmentation and optimiser included. Every time is the
+    median over `REPEATS` rounds after a warm-up; rounds of all kinds take turns, so that a slow moment of the
+    machine meets all of them.
+
+    Raises:
+        RunError: a round fails; the text names the network and the batch.
+    """
+    sizes = sorted({1, *batch_sizes})
+    host = _host(settings, classes, image_size, MOST_STEPS * sizes[-1])
+    cost = count(host.model, image_size)
+    infer_s = {size: latency(host.model, image_size, batch=size, repeats=REPEATS) for size in sizes}
+    rounds = _rounds(host, cost.kernels, sizes)
+    speed = fit_speed(rounds, cost, infer_gflops=cost.flops / infer_s[1] / 1e9)
+    long = {r.batch_size: r.seconds / (r.steps * r.batch_size) for r in rounds if r.steps > 1}
+    model = settings.model
+    timings = tuple(Timing(model.arch, model.conv, size, long[size], infer_s[size]) for size in sizes)
+    return Measurement(timings, cost, speed)
+
+
+def fit_speed(rounds: Sequence[Round], cost: Cost, infer_gflops: float) -> Speed:
+    """The speed with the least squares of relative errors over these rounds; no part of it is negative.
+
+    Where a batch needs no longer than an image (a GPU that waits for its next kernel) the rate is `FASTEST_GFLOPS`.
+    """
+    seconds = np.array([r.seconds for r in rounds])
+    gflops = cost.train_flops / 1e9
+    terms = np.array([(1, r.steps, r.steps * r.batch_size * gflops) for r in rounds])
+    lowest = (0, 0, 1 / FASTEST_GFLOPS)
+    fit = lsq_linear(terms / seconds[:, None], np.ones(len(rounds)), (lowest, np.inf), method="bvls")
+    round_s, step_s, s_per_gflop = fit.x.tolist()
+    return Speed(1 / s_per_gflop, infer_gflops, step_s, round_s)
+
+
+def make_device(
+    name: str,
+    measured: Sequence[Measurement],
+    source: str,
+    *,
+    memory_gb: float,
+    power_w: float | None = None,
+    down_mbps: float | None = None,
+    up_mbps: float | None = None,
+) -> Device:
+    """The profile that follows from the measurements: each network's speed, and what it tells of other networks.
+
+    For these, rates are geometric means over the architectures: of the static networks, and of what the other
+    operators reach relative to them.
+
+    Args:
+        name: the row's name.
+        measured: for each architecture the static network, and others.
+        source: what was measured where.
+        memory_gb: 1e9 bytes.
+        power_w: watts; None: an estimate, those of the built-in device whose rate is nearest.
+        down_mbps: its own link, 1e6 bit/s; None: the fleet's.
+        up_mbps: the same for the upload.
+    """
+    static = {m.arch: m for m in measured if m.conv == BASE}
+    train_gflops = geometric_mean(m.train_gflops for m in static.values())
+    relative = {
+        conv: geometric_mean(m.train_gflops / static[m.arch].train_gflops for m in measured if m.conv == conv)
+        for conv in dict.fromkeys(m.conv for m in measured)
+    }
+    estimate: tuple[str, ...] = ()
+    if power_w is None:
+        like = min(DEVICES.values(), key=lambda device: abs(log(device.train_gflops / train_gflops)))
+        power_w, estimate = like.power_w, ("power_w",)
+        source = f"{source}; watts of {like.name}, whose rate is the nearest"
+    return Device(
+        name,
+        train_gflops=_rounded(train_gflops),
+        infer_gflops=_rounded(geometric_mean(m.speed.infer_gflops for m in static.values())),
+        memory_gb=_rounded(memory_gb),
+        power_w=power_w,
+        source=source,
+        estimate=estimate,
+        efficiency={conv: _rounded(ratio) for conv, ratio in relative.items()},
+        models={f"{m.arch}/{m.conv}": _rounded_speed(m.speed) for m in measured},
+        down_mbps=down_mbps,
+        up_mbps=up_mbps,
+    )
+
+
+def total_memory_gb(device: torch.device) -> float:
+    """All memory of the machine, or of the GPU, in 1e9 bytes."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory / 1e9
+    return psutil.virtual_memory().total / 1e9
+
+
+def source_of(settings: Settings, image_size: int, batch_sizes: Iterable[int]) -> str:
+    """What was measured, where and when, for a row's `source`."""
+    about, model = environment(), settings.model
+    machine, versions = about["machine"], about["versions"]
+    gpu = torch_device(settings).type == "cuda"
+    place = machine["gpu"] if gpu else f"{machine['processor']}, {torch.get_num_threads()} threads"
+    return (
+        f"fedfmd calibrate {versions['fedfmd']}, {date.today().isoformat()}: {place}; torch {versions['torch']}; "
+        f"K={model.kernels}, {model.norm} normalisation, {image_size}×{image_size} images, "
+        f"batches of {', '.join(map(str, sorted({1, *batch_sizes})))}"
+    )
+
+
+def other_rows(path: Path, name: str) -> dict[str, Device]:
+    """What a profile file holds so far, but for the row that is to be replaced.
+
+    Raises:
+        SettingsError: the name can't stand in `fleet.devices`, or the file can't be read or written.
+    """
+    if not re.fullmatch(r"[\w.-]+", name):
+        raise SettingsError(f"--name {name!r}: use letters, digits, dots and hyphens alone")
+    if not os.access(path.parent, os.W_OK):
+        raise SettingsError(f"--out {path}: give a file in a folder that you may write to")
+    try:
+        rows = read_devices(path) if path.exists() else {}
+    except ValueError as error:
+        raise SettingsError(f"--out {error}") from error
+    return {other: device for other, device in rows.items() if other != name}
+
+
+def write_devices(path: Path, devices: Mapping[str, Device]) -> None:
+    """Write the file that `fleet.devices-file`, or the `device` of a box's node config, names."""
+    rows = {name: device_row(device) for name, device in devices.items()}
+    atomic_write(path, yaml.safe_dump(rows, sort_keys=False, allow_unicode=True, width=110))
+
+
+def _host(settings: Settings, classes: int, image_size: int, images: int) -> Host:
+    """A node whose client n has n images, up to `images`."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (images, 3, image_size, image_size), generator=generator, dtype=torch.uint8)
+    shard = ImageSet(pixels, torch.arange(images) % classes)
+    names = tuple(str(label) for label in range(classes))
+    dataset = Dataset("random", shard, shard, classes, names, (0.5,) * 3, (0.25,) * 3, augment=True)
+    return Host(settings, dataset, lambda client: shard.subset(torch.arange(client)), torch_device(settings))
+
+
+def _rounds(host: Host, kernels: int, batch_sizes: Iterable[int]) -> list[Round]:
+    """Median rounds of one step and of as many as last about `ROUND_S`, with each batch size."""
+    arrays = pack(host.model)
+    kinds = []
+    for size in batch_sizes:
+        _train(host, arrays, Assignment(size, 1, size, kernels))
+        step_s = _train(host, arrays, Assignment(size, 1, size, kernels))
+        steps = min(MOST_STEPS, max(FEWEST_STEPS, round(ROUND_S / step_s)))
+        kinds += [Assignment(size, 1, size, kernels), Assignment(steps * size, steps, size, kernels)]
+    seconds = [[_train(host, arrays, kind) for kind in kinds] for _ in range(REPEATS)]
+    return [
+        Round(kind.steps, kind.batch_size, median(taken))
+        for kind, taken in zip(kinds, zip(*seconds, strict=True), strict=True)
+    ]
+
+
+def _train(host: Host, arrays: Arrays, work: Assignment) -> float:
+    """Seconds of a client's round."""
+    instruction = Instruction(1, LEARNING_RATE, host.settings.temperature.initial, (work,))
+    (result,) = run_assignments(host, instruction, arrays).results
+    if not result.ok:
+        model = host.settings.model
+        raise RunError(f"{model.arch} with {model.conv}, batch {work.batch_size}: {result.reason}")
+    return result.wall_s
+
+
+def _rounded_speed(speed: Speed) -> Speed:
+    return Speed(*map(_rounded, (speed.train_gflops, speed.infer_gflops, speed.step_s, speed.round_s)))
+
+
+def _rounded(value: float) -> float:
+    """Four digits: more are noise."""
+    return float(f"{value:.4g}")
