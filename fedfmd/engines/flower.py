@@ -20,13 +20,14 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
 import tomli_w
 
 import fedfmd
-from fedfmd.errors import RunError
+from fedfmd.errors import RunError, SettingsError
 
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 STARTUP_S = 60.0
@@ -46,8 +47,13 @@ def run_flower(
     Logs go line by line to `on_line`; the SuperLink's own log is kept as ``superlink.log`` in `folder`.
 
     Raises:
+        SettingsError: Ray is missing.
         RunError: Flower can't start, or the ServerApp failed.
     """
+    if find_spec("ray") is None:
+        raise SettingsError(
+            "the engine flwr needs ray: pip install 'fedfmd[simulation]', or take --engine inline"
+        )
     before = _descendants()
     _adopt_orphans()
     folder.mkdir(parents=True, exist_ok=True)
