@@ -223,7 +223,7 @@ def write_question(images: ImageFormat) -> RecordDict:
 
 def read_question(content: RecordDict) -> tuple[str, ImageFormat]:
     """The server's version of fedfmd, and what a box's images must be like."""
-    return content[CONFIG][VERSION], _read_format(content[IMAGES])
+    return content[CONFIG][VERSION], ImageFormat.from_lists(content[IMAGES])
 
 
 def write_instruction(instruction: Instruction, arrays: ArrayRecord) -> RecordDict:
@@ -240,7 +240,7 @@ def read_instruction(content: RecordDict) -> tuple[Instruction, Arrays]:
     """Unpack a node's part of a round and the global arrays."""
     config = content[CONFIG]
     scalars = {name: config[name] for name in SCALARS}
-    images = _read_format(content[IMAGES]) if IMAGES in content else None
+    images = ImageFormat.from_lists(content[IMAGES]) if IMAGES in content else None
     instruction = Instruction(assignments=tuple(_rows(config, Assignment)), images=images, **scalars)
     return instruction, from_record(content[ARRAYS])
 
@@ -270,10 +270,6 @@ def read_reply(content: RecordDict) -> Reply:
 def _format_record(images: ImageFormat) -> ConfigRecord:
     """Tuples as lists, since records hold those."""
     return ConfigRecord({k: list(v) if isinstance(v, tuple) else v for k, v in vars(images).items()})
-
-
-def _read_format(record: ConfigRecord) -> ImageFormat:
-    return ImageFormat(**{k: tuple(v) if isinstance(v, list) else v for k, v in record.items()})
 
 
 def _columns(rows: Sequence[object], cls: type) -> dict[str, list]:

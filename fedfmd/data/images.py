@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,6 +55,13 @@ class ImageFormat:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     augment: bool
+
+    @classmethod
+    def from_lists(cls, values: Mapping[str, Any]) -> ImageFormat:
+        """The format whose tuples came back as lists, from JSON or from a message."""
+        return cls(
+            **{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        )
 
 
 @dataclass(frozen=True, eq=False)
