@@ -41,6 +41,7 @@ class ExportFormat(StrEnum):
 
     onnx = "onnx"
     torch_export = "torch-export"
+    safetensors = "safetensors"
 
 
 class Backend(StrEnum):
@@ -278,7 +279,7 @@ def export(
         int | None, typer.Option(min=1, help="Height and width in pixels; by default the run's.")
     ] = None,
 ) -> None:
-    """Write a trained model for other runtimes, for batches of any size."""
+    """Write a trained model for other runtimes, for batches of any size, or for fedfmd.classifier."""
     from fedfmd.experiment import export_checkpoint
 
     typer.echo(export_checkpoint(checkpoint, target.value, out, image_size))

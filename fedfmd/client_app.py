@@ -23,11 +23,12 @@ from flwr.clientapp import ClientApp
 from torch import Tensor, nn
 
 from fedfmd.averaging import WeightedMean, effective_steps
+from fedfmd.box import NodeConfig, check_version, own_dataset
 from fedfmd.client_state import ClientState, ClientStates, discard_old, norm_views, states_of_run
 from fedfmd.conv import AttentionRecord, record_attention, set_temperature
 from fedfmd.cost import latency
-from fedfmd.data import Dataset, ImageSet, load_image_set
-from fedfmd.edge import PROBE_IMAGES, device_text, read_box
+from fedfmd.data import Dataset, ImageFormat, ImageSet
+from fedfmd.edge import PROBE_IMAGES
 from fedfmd.federation import build_dataset, build_model, build_partition, cache_dir, torch_device
 from fedfmd.kernels import Kernels, most_attended, rotated, trained_parameters
 from fedfmd.seeds import derive_seed
@@ -46,6 +47,7 @@ from fedfmd.wire import (
     load,
     parameter_names,
     read_instruction,
+    read_question,
     trained_views,
     write_reply,
 )
@@ -60,9 +62,6 @@ RECORDED_STEPS = 8
 
 LATENCY_IMAGES = 5
 """Images, after a warm-up, on which a box measures how long inference takes: their median."""
-
-PROFILES = (".yaml", ".yml")
-"""How the name of a box's own device file ends."""
 
 NOT_TRAINED = TrainResult(0, 0, math.nan, math.nan)
 
@@ -88,21 +87,23 @@ class Host:
 @app.query()
 def query(message: Message, context: Context) -> Message:
     """Tell the server which client this node hosts (-1: any) and with what."""
-    box = context.node_config
     hosted: dict[str, int | str] = {
-        "client": int(box.get("client", -1)),
-        "rank": int(box.get("partition-id", box.get("client", 0))),
-        "nodes": int(box.get("num-partitions", 0)),
-        "device": str(box.get("device", "")),
+        "client": -1,
+        "rank": 0,
+        "nodes": 0,
+        "device": "",
         "profile": "",
         "images": 0,
         "error": "",
     }
     try:
-        if hosted["device"].endswith(PROFILES):
-            hosted["profile"] = device_text(read_box(Path(hosted["device"]).expanduser()))
-        if "client" in box:
-            hosted["images"] = len(_host_of(context).images_of(int(box["client"])))
+        node = NodeConfig.from_mapping(context.node_config)
+        hosted |= {"rank": node.rank, "nodes": node.nodes, "device": node.device, "profile": node.profile()}
+        if node.client is not None:
+            hosted["client"] = node.client
+            version, images = read_question(message.content)
+            check_version(version)
+            hosted["images"] = len(_host_of(context, images).images_of(node.client))
     except Exception as error:  # the server decides what a refusing node means for the run
         hosted["error"] = f"{error}"
     return Message(RecordDict({CONFIG: ConfigRecord(hosted)}), reply_to=message)
@@ -112,7 +113,7 @@ def query(message: Message, context: Context) -> Message:
 def train_clients(message: Message, context: Context) -> Message:
     """Train the assigned clients one after another and answer once, with their weighted mean."""
     instruction, arrays = read_instruction(message.content)
-    host = _host_of(context)
+    host = _host_of(context, instruction.images)
     reply = run_assignments(host, instruction, arrays)
     if "client" in context.node_config and reply.arrays:
         latency_s = latency(host.model, host.dataset.image_size, repeats=LATENCY_IMAGES)
@@ -269,23 +270,31 @@ def states_dir() -> Path:
     return cache_dir() / "clients"
 
 
-def _host_of(context: Context) -> Host:
-    data = context.node_config.get("data")
+def _host_of(context: Context, images: ImageFormat | None) -> Host:
+    """What the node needs; `images` tells a box what its own must be like."""
+    node = NodeConfig.from_mapping(context.node_config)
     with _loading:
-        return _load_host(tuple(sorted(context.run_config.items())), None if data is None else str(data))
+        return _load_host(tuple(sorted(context.run_config.items())), node.data, node.backend, images)
 
 
 @lru_cache(maxsize=1)
-def _load_host(run_config: tuple[tuple[str, bool | int | float | str], ...], data: str | None) -> Host:
+def _load_host(
+    run_config: tuple[tuple[str, bool | int | float | str], ...],
+    data: Path | None,
+    backend: str,
+    images: ImageFormat | None,
+) -> Host:
     """Load what a node needs, once per process and run."""
     settings = Settings.from_mapping(dict(run_config))
-    device = torch_device(settings)
-    dataset = build_dataset(settings)
+    device = torch_device(settings, backend)
     discard_old(states_dir())
     if data is None:
+        dataset = build_dataset(settings)
         partition = build_partition(settings, dataset)
         images_of = lru_cache(maxsize=None)(lambda client: dataset.train.subset(partition.indices[client]))
     else:
-        own = load_image_set(Path(data), image_size=dataset.image_size, class_names=dataset.class_names)
-        images_of = lambda _client: own  # noqa: E731
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+        dataset = own_dataset(data, images, settings.data.image_size)
+        images_of = lambda _client: dataset.train  # noqa: E731
     return Host(settings, dataset, images_of, device)

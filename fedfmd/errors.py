@@ -21,8 +21,12 @@ class RunError(FedfmdError, RuntimeError):
 def not_one_of(name: object, names: Iterable[str]) -> str:
     """What to say of a name that isn't among the registered ones, the nearest of which is suggested."""
     known = tuple(names)
-    nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)[0]
-    return f"must be one of {', '.join(known)}; did you mean {nearest!r}?"
+    return f"must be one of {', '.join(known)}; did you mean {nearest_of(name, known)!r}?"
+
+
+def nearest_of(name: object, names: Iterable[str]) -> str:
+    """The one of `names` that looks most like `name`."""
+    return difflib.get_close_matches(str(name), names, n=1, cutoff=0.0)[0]
 
 
 def one_line(error: Exception) -> str:

@@ -234,17 +234,17 @@ def _upload_bytes(arrays: Arrays, parameters: Collection[str], upload: str, kern
     return tuple(upload_bytes(sent(trained + 1), upload, parameters) for trained in range(kernels))
 
 
-def torch_device(settings: Settings) -> torch.device:
-    """Return the device to compute on; "auto" takes a GPU where there is one."""
-    name = settings.device
+def torch_device(settings: Settings, backend: str = "") -> torch.device:
+    """Return the device to compute on, a box's own `backend` or the run's; "auto" takes a GPU where there is one."""
+    key, name = ("device-backend", backend) if backend else ("device", settings.device)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise SettingsError(f"device = {name!r}: must be auto, cpu, cuda or cuda:N")
+        raise SettingsError(f"{key} = {name!r}: must be auto, cpu, cuda or cuda:N")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise SettingsError(
-            f"device = {name!r} but PyTorch sees {torch.cuda.device_count()} GPUs here: use device=cpu or auto"
+            f"{key} = {name!r} but PyTorch sees {torch.cuda.device_count()} GPUs here: use {key}=cpu or auto"
         )
     return device
 

@@ -6,7 +6,6 @@ config holds nothing else; 0 and "" stand for "not set" where a setting may be l
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import math
@@ -22,7 +21,7 @@ from fedfmd.conv.layers import ATTENTIONS
 from fedfmd.data import DATASETS, PARTITIONS
 from fedfmd.edge import ASSIGNMENTS, KERNEL_CHOICES, LINKS, POLICIES
 from fedfmd.edge.devices import MAX_JITTER
-from fedfmd.errors import SettingsError, not_one_of
+from fedfmd.errors import SettingsError, nearest_of, not_one_of
 from fedfmd.models import MODELS
 from fedfmd.transport import UPLOADS
 
@@ -318,8 +317,9 @@ class Settings(_Section):
         known = cls().flat()
         for key, value in flat.items():
             if key not in known:
-                nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
-                raise SettingsError(f"unknown setting {key} = {value!r}; the nearest one is {nearest}")
+                raise SettingsError(
+                    f"unknown setting {key} = {value!r}; the nearest one is {nearest_of(key, known)}"
+                )
         try:
             return cls.model_validate(_nest(flat))
         except ValidationError as error:

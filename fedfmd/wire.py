@@ -17,7 +17,11 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor, nn
 
+import fedfmd
+from fedfmd.data import ImageFormat
+
 ARRAYS, CONFIG, METRICS, WEIGHTS, SCALES = "arrays", "config", "metrics", "weights", "scales"
+IMAGES, VERSION = "images", "version"
 WEIGHT = "num-examples"
 BY_ATTENTION = -1
 BANKS = ("bank", "bias_bank")
@@ -55,6 +59,7 @@ class Instruction:
         normalised: each client's update of parameters is divided by its effective steps (FedNova).
         local_norm: a client trains its own normalisation layers, which it keeps (FedBN).
         run: a name of the run, under which clients keep what they need in later rounds; "" if nothing is kept.
+        images: what a box's own images must be like; None for workers, which have the run's data set.
     """
 
     round: int
@@ -64,9 +69,10 @@ class Instruction:
     normalised: bool = False
     local_norm: bool = False
     run: str = ""
+    images: ImageFormat | None = None
 
 
-SCALARS = tuple(field.name for field in fields(Instruction) if field.name != "assignments")
+SCALARS = tuple(f.name for f in fields(Instruction) if f.name not in ("assignments", "images"))
 
 
 @dataclass(frozen=True)
@@ -212,18 +218,32 @@ def from_record(record: ArrayRecord) -> Arrays:
     return {name: array.numpy() for name, array in record.items()}
 
 
+def write_question(images: ImageFormat) -> RecordDict:
+    """Pack what a node must know to say whether it can take part, as `read_question` unpacks it."""
+    return RecordDict({CONFIG: ConfigRecord({VERSION: fedfmd.__version__}), IMAGES: _format_record(images)})
+
+
+def read_question(content: RecordDict) -> tuple[str, ImageFormat]:
+    """The server's version of fedfmd, and what a box's images must be like."""
+    return content[CONFIG][VERSION], ImageFormat.from_lists(content[IMAGES])
+
+
 def write_instruction(instruction: Instruction, arrays: ArrayRecord) -> RecordDict:
     """Pack a node's part of a round; `arrays` (the global state) may be shared between messages."""
     scalars = {name: getattr(instruction, name) for name in SCALARS}
     columns = _columns(instruction.assignments, Assignment)
-    return RecordDict({ARRAYS: arrays, CONFIG: ConfigRecord(scalars | columns)})
+    content = RecordDict({ARRAYS: arrays, CONFIG: ConfigRecord(scalars | columns)})
+    if instruction.images:
+        content[IMAGES] = _format_record(instruction.images)
+    return content
 
 
 def read_instruction(content: RecordDict) -> tuple[Instruction, Arrays]:
     """Unpack a node's part of a round and the global arrays."""
     config = content[CONFIG]
     scalars = {name: config[name] for name in SCALARS}
-    instruction = Instruction(assignments=tuple(_rows(config, Assignment)), **scalars)
+    images = ImageFormat.from_lists(content[IMAGES]) if IMAGES in content else None
+    instruction = Instruction(assignments=tuple(_rows(config, Assignment)), images=images, **scalars)
     return instruction, from_record(content[ARRAYS])
 
 
@@ -247,6 +267,11 @@ def read_reply(content: RecordDict) -> Reply:
     columns = dict(content[METRICS]) | dict(content[CONFIG])
     results = tuple(_rows(columns, ClientResult))
     return Reply(from_record(content[ARRAYS]), results, dict(content[WEIGHTS]), dict(content[SCALES]))
+
+
+def _format_record(images: ImageFormat) -> ConfigRecord:
+    """Tuples as lists, since records hold those."""
+    return ConfigRecord({k: list(v) if isinstance(v, tuple) else v for k, v in vars(images).items()})
 
 
 def _columns(rows: Sequence[object], cls: type) -> dict[str, list]:

@@ -21,7 +21,7 @@ from fedfmd.federation import Federation
 from fedfmd.tracking import RunFolder
 from fedfmd.wire import Arrays, Assignment, from_record, to_record
 from strategies.aggregation import Replies, transplant
-from strategies.nodes import assign
+from strategies.nodes import assign, reachable
 from strategies.tracked import Algorithm, Round, TrackedStrategy
 
 VERSION = "version-"
@@ -121,7 +121,8 @@ class BufferedStrategy(TrackedStrategy):
         """Send the next client off, drawn by the number of its flight from those that are there and free."""
         number = self._started + 1
         taken = {flight.plan.client.id for flight in busy}
-        free = [client for client in self.federation.fleet.present(number, now) if client not in taken]
+        present = reachable(self.nodes, self.federation.fleet.present(number, now))
+        free = [client for client in present if client not in taken]
         if not free:
             return None
         self._started = number

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from flwr.app import Message, RecordDict
+from flwr.app import Message
 from flwr.app.message_type import MessageType
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
+from fedfmd.data import ImageFormat
 from fedfmd.edge import Device, WorkPlan, deal_out, parse_device
 from fedfmd.errors import RunError
 from fedfmd.federation import Federation, device_in_run, known_devices
 from fedfmd.settings import Settings
-from fedfmd.wire import CONFIG
+from fedfmd.wire import CONFIG, write_question
 from strategies.replies import error_text
 
 POLL_S = 0.2
+
+logger = logging.getLogger("fedfmd")
 
 
 @dataclass(frozen=True)
@@ -36,26 +41,87 @@ class Node:
     profile: Device | None = None
 
 
-def meet_nodes(grid: Grid, clients: int, timeout_s: float) -> tuple[Node, ...]:
+@dataclass(frozen=True)
+class Answer:
+    """What a node says of itself, of how many nodes it knows, and why it can't take part, if so."""
+
+    node: Node
+    peers: int = 0
+    fault: str = ""
+
+    def __str__(self) -> str:
+        """The node as a person knows it, with its fault."""
+        client = self.node.client
+        name = f"node {self.node.id}" if client is None else f"the box of client {client}"
+        return f"{name} {self.fault}"
+
+
+def meet_nodes(
+    grid: Grid, images: ImageFormat, clients: int, timeout_s: float, least: int
+) -> tuple[Node, ...]:
     """Ask every node what it hosts, in an order that does not depend on Flower's random node ids.
 
-    Waits until a simulation's nodes are all there, or until all `clients` have a box of their own.
+    Waits until a simulation's nodes are all there, or until all `clients` have a box of their own; after
+    `timeout_s` it makes do with `least` boxes. `images` tells what a box's own must be like.
 
     Raises:
         RunError: nodes are missing after `timeout_s`, refuse, or claim the same client.
     """
-    met: dict[int, tuple[Node, int]] = {}
+    met: dict[int, Answer] = {}
     deadline = time.monotonic() + timeout_s
     while True:
         unknown = [node_id for node_id in grid.get_node_ids() if node_id not in met]
-        met |= _query(grid, unknown, timeout_s)
-        nodes = sorted((node for node, _ in met.values()), key=lambda node: (node.rank, node.id))
-        if _complete(nodes, max((peers for _, peers in met.values()), default=0), clients):
-            return tuple(nodes)
+        for answer in _query(grid, unknown, images, timeout_s):
+            if answer.fault:
+                raise RunError(str(answer))
+            met[answer.node.id] = answer
+        nodes = _in_order(answer.node for answer in met.values())
+        if _complete(nodes, max((answer.peers for answer in met.values()), default=0), clients):
+            return nodes
         if time.monotonic() > deadline:
+            if has_boxes(nodes) and len(nodes) >= least:
+                return nodes
             raise RunError(
                 f"{len(nodes)} of the nodes for partition.clients = {clients} came within "
                 f"server.node-timeout-s = {timeout_s:g}: start the missing ones or wait longer"
+            )
+        time.sleep(POLL_S)
+
+
+def meet_again(
+    known: Sequence[Node], grid: Grid, images: ImageFormat, clients: int, timeout_s: float, least: int
+) -> tuple[Node, ...]:
+    """The boxes that are there now: those of the `known` ones that stayed, and those that came back or are new.
+
+    A box that was restarted may have another id than before. One that refuses is left out, with a warning.
+
+    Raises:
+        RunError: fewer than `least` boxes are there after `timeout_s`.
+    """
+    boxes = {node.client: node for node in known}
+    refused: set[int] = set()
+    deadline = time.monotonic() + timeout_s
+    while True:
+        online = set(grid.get_node_ids())
+        boxes = {client: node for client, node in boxes.items() if node.id in online}
+        unknown = online - refused - {node.id for node in boxes.values()}
+        for answer in _query(grid, sorted(unknown), images, timeout_s):
+            node = answer.node
+            if answer.fault or node.client not in range(clients):
+                logger.warning("%s", answer if answer.fault else f"node {node.id} is no box of this run")
+                refused.add(node.id)
+            else:
+                boxes[node.client] = node
+        if len(boxes) >= least:
+            for client in sorted({node.client for node in known} ^ boxes.keys()):
+                logger.warning(
+                    "the box of client %d is %s", client, "there again" if client in boxes else "gone"
+                )
+            return _in_order(boxes.values())
+        if time.monotonic() > deadline:
+            raise RunError(
+                f"{len(boxes)} of {clients} boxes are there after server.node-timeout-s = {timeout_s:g}, and "
+                f"server.max-failed-share lets no fewer than {least} go on: start the others, then run again"
             )
         time.sleep(POLL_S)
 
@@ -133,35 +199,47 @@ def exchange(
     return replies, seconds
 
 
+def reachable(nodes: Iterable[Node], clients: Iterable[int]) -> list[int]:
+    """Those of the clients that have a node: a box has its own, a worker takes any."""
+    hosted = {node.client for node in nodes}
+    return [client for client in clients if client in hosted or None in hosted]
+
+
 def has_boxes(nodes: Iterable[Node]) -> bool:
     """Whether the nodes are real boxes, each with its own client."""
     return any(node.client is not None for node in nodes)
 
 
-def _query(grid: Grid, node_ids: Sequence[int], timeout_s: float) -> dict[int, tuple[Node, int]]:
-    """What the nodes say of themselves, and how many peers each knows of."""
-    messages = [Message(RecordDict(), node_id, MessageType.QUERY) for node_id in node_ids]
+def _query(grid: Grid, node_ids: Sequence[int], images: ImageFormat, timeout_s: float) -> list[Answer]:
+    """The answers of the nodes; those that don't answer, or are gone by now, are left out."""
+    messages = [Message(write_question(images), node_id, MessageType.QUERY) for node_id in node_ids]
     if not messages:
-        return {}
-    met = {}
-    for reply in grid.send_and_receive(messages, timeout=timeout_s):
-        if reply.has_error():
-            raise RunError(f"a node could not start: {error_text(reply)}")
-        config, node_id = reply.content[CONFIG], reply.metadata.src_node_id
-        if config["error"]:
-            raise RunError(f"the box of client {config['client']} refuses: {config['error']}")
-        client = None if config["client"] < 0 else config["client"]
-        profile = _read_profile(config["profile"], client)
-        node = Node(node_id, config["rank"], client, config["images"], config["device"], profile)
-        met[node_id] = node, config["nodes"]
-    return met
+        return []
+    replies = grid.send_and_receive(messages, timeout=timeout_s)
+    asked = {message.metadata.message_id: message.metadata.dst_node_id for message in messages}
+    return [
+        _answer(asked[reply.metadata.reply_to_message_id], reply)
+        for reply in replies
+        if not (reply.has_error() and reply.error.code == ErrorCode.NODE_UNAVAILABLE)
+    ]
 
 
-def _read_profile(text: str, client: int | None) -> Device | None:
+def _answer(node_id: int, reply: Message) -> Answer:
+    if reply.has_error():
+        return Answer(Node(node_id, 0, None, 0, ""), fault=f"could not start: {error_text(reply)}")
+    config = reply.content[CONFIG]
+    client = None if config["client"] < 0 else config["client"]
+    fault = f"refuses: {config['error']}" if config["error"] else ""
     try:
-        return parse_device(text, "its device file") if text else None
+        profile = parse_device(config["profile"], "its device file") if config["profile"] else None
     except ValueError as error:  # the box could read it: its version of fedfmd is another one
-        raise RunError(f"the box of client {client} can't be used: {error}") from error
+        profile, fault = None, f"can't be used: {error}"
+    node = Node(node_id, config["rank"], client, config["images"], config["device"], profile)
+    return Answer(node, config["nodes"], fault)
+
+
+def _in_order(nodes: Iterable[Node]) -> tuple[Node, ...]:
+    return tuple(sorted(nodes, key=lambda node: (node.rank, node.id)))
 
 
 def _complete(nodes: Sequence[Node], peers: int, clients: int) -> bool:

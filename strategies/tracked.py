@@ -8,6 +8,7 @@ import secrets
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,7 @@ from fedfmd.wire import (
 )
 from strategies.aggregation import Replies, aggregate, lengthen
 from strategies.lines import header_lines, round_text
-from strategies.nodes import Node, assign, exchange, has_boxes, meet_nodes, on_boxes
+from strategies.nodes import Node, assign, exchange, has_boxes, meet_again, meet_nodes, on_boxes, reachable
 from strategies.optimiser import optimiser_arrays, restore_optimiser
 from strategies.replies import client_results, read_replies
 from strategies.rows import client_rows, round_row
@@ -138,8 +139,7 @@ class TrackedStrategy(Strategy):
         settings = self.federation.settings
         progress = self._resume()
         if progress.round < settings.server.rounds:
-            self.nodes = meet_nodes(grid, settings.partition.clients, settings.server.node_timeout_s)
-            self.federation = on_boxes(self.federation, self.nodes)
+            self._meet(grid, resumed=progress.round > 0)
         self.summary()
         for server_round in range(progress.round + 1, settings.server.rounds + 1):
             progress = self._run_round(grid, server_round, progress)
@@ -206,6 +206,8 @@ class TrackedStrategy(Strategy):
         return None
 
     def _run_round(self, grid: Grid, server_round: int, progress: Progress) -> Progress:
+        if has_boxes(self.nodes):
+            self._meet(grid, resumed=True)
         started = time.perf_counter()
         federation = self.federation
         model, settings = federation.model, federation.settings
@@ -258,10 +260,18 @@ class TrackedStrategy(Strategy):
         self._stop_if_hopeless(server_round, clients)
         return progress
 
+    def _meet(self, grid: Grid, resumed: bool) -> None:
+        """A new run starts with all its boxes. Later they come and go, and it does without the failed share."""
+        settings, images = self.federation.settings, self.federation.dataset.format
+        clients, server = settings.partition.clients, settings.server
+        least = max(1, math.ceil((1 - server.max_failed_share) * clients)) if resumed else clients
+        meet = partial(meet_again, self.nodes) if has_boxes(self.nodes) else meet_nodes
+        self.nodes = meet(grid, images, clients, server.node_timeout_s, least)
+        self.federation = on_boxes(self.federation, self.nodes)
+
     def _sample(self, server_round: int, time_s: float, count: int) -> list[int]:
         """Clients of the round among those that are there, from (seed, round) alone."""
-        federation = self.federation
-        present = federation.fleet.present(server_round, time_s)
+        present = reachable(self.nodes, self.federation.fleet.present(server_round, time_s))
         generator = self._sampling_generator(server_round)
         return sorted(generator.choice(present, min(count, len(present)), replace=False).tolist())
 
@@ -297,6 +307,7 @@ class TrackedStrategy(Strategy):
             normalised=self.algorithm.normalised,
             local_norm=self.algorithm.local_norm,
             run=self._run_token,
+            images=self.federation.dataset.format if has_boxes(self.nodes) else None,
         )
         return Request(Message(write_instruction(instruction, arrays), node, MessageType.TRAIN), assignments)
 

@@ -1,10 +1,11 @@
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from flwr.app import Message, RecordDict
+from flwr.app import Message
 from flwr.app.message_type import MessageType
 from flwr.common.serde import recorddict_to_proto
 
@@ -12,7 +13,7 @@ from fedfmd.averaging import WeightedMean
 from fedfmd.client_app import Host, app, run_assignments
 from fedfmd.client_state import ClientStates, norm_views
 from fedfmd.conv import CONVS, AttentionRecord, record_attention
-from fedfmd.data import Dataset, ImageSet
+from fedfmd.data import Dataset, ImageFormat, ImageSet
 from fedfmd.edge import DEVICES, device_text, parse_device
 from fedfmd.engines.inline import InlineGrid
 from fedfmd.federation import build_model
@@ -31,6 +32,7 @@ from fedfmd.wire import (
     read_reply,
     to_record,
     write_instruction,
+    write_question,
     write_reply,
 )
 
@@ -420,10 +422,13 @@ def box(tmp_path):
 
 def ask(settings, node_config, content=None, kind=MessageType.QUERY):
     with InlineGrid(app, settings.flat(), [node_config]) as grid:
-        message = Message(content or RecordDict(), grid.get_node_ids()[0], kind)
+        message = Message(content or write_question(IMAGES), grid.get_node_ids()[0], kind)
         (reply,) = grid.send_and_receive([message])
         assert not reply.has_error()
         return reply.content
+
+
+IMAGES = ImageFormat(tuple("0123456789"), 8, (0.5,) * 3, (0.25,) * 3, False)
 
 
 def test_a_worker_says_that_it_hosts_any_client(tiny_settings):
@@ -480,9 +485,45 @@ def test_a_box_without_data_says_why_it_refuses(tiny_settings):
     assert told["error"].startswith("nowhere.npz: no such file")
 
 
+def test_a_box_needs_no_data_set_of_the_runs(tiny_settings, box, tmp_path):
+    elsewhere = {"data.dataset": "npz", "data.train": "/server/train.npz", "data.test": "/server/test.npz"}
+    settings = tiny_settings(**elsewhere, **{"data.image-size": 0})
+    assert ask(settings, {"client": 0, "data": box})[CONFIG]["images"] == 7
+
+
+@pytest.mark.parametrize(
+    ("wanted", "node_config", "error"),
+    [
+        ({"class_names": tuple("abc")}, {}, r"box\.npz: label 6 is outside the classes 0\.\.2; relabel"),
+        (
+            {"image_size": 32},
+            {},
+            r"box\.npz: images of 8×8 pixels, the run's have 32×32: .*data\.image-size=32",
+        ),
+        ({}, {"devise": "pi-5"}, r"unknown key devise = 'pi-5'; the nearest one is device"),
+        ({}, {"device-backend": "gpu"}, r"device-backend = 'gpu': must be auto, cpu, cuda or cuda:N"),
+        ({}, {"device-backend": "cuda:7"}, r"device-backend = 'cuda:7' .* sees 0 GPUs .*device-backend=cpu"),
+    ],
+)
+def test_a_box_that_does_not_fit_says_why(tiny_settings, box, monkeypatch, wanted, node_config, error):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    settings = tiny_settings(**{"data.image-size": 0})
+    question = write_question(replace(IMAGES, **wanted))
+    told = ask(settings, {"client": 0, "data": box} | node_config, question)[CONFIG]
+    assert re.search(error, told["error"])
+    assert told["images"] == 0
+
+
+def test_a_box_refuses_a_server_of_another_version(tiny_settings, box):
+    question = write_question(IMAGES)
+    question[CONFIG]["version"] = "9.9.9"
+    told = ask(tiny_settings(), {"client": 0, "data": box}, question)[CONFIG]
+    assert re.fullmatch(r"this box has fedfmd .*, the server 9\.9\.9: install the same .*", told["error"])
+
+
 def test_a_box_trains_on_its_own_images(tiny_settings, box):
     model = build_model(tiny_settings(), classes=10)
-    work = write_instruction(instruction(1, steps=1), to_record(pack(model)))
+    work = write_instruction(instruction(1, steps=1, images=IMAGES), to_record(pack(model)))
     reply = read_reply(ask(tiny_settings(), {"client": 1, "data": box}, work, MessageType.TRAIN))
     assert [(r.client, r.images, r.reason) for r in reply.results] == [(1, 7, "")]
     load(model, reply.arrays)

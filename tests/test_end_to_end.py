@@ -2,7 +2,7 @@
 
 import csv
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -15,9 +15,10 @@ from fedfmd.data import ImageSet, load_dataset
 from fedfmd.edge import DEVICES, device_text
 from fedfmd.engines.inline import InlineGrid, run_inline
 from fedfmd.errors import RunError
-from fedfmd.federation import build_federation
+from fedfmd.federation import build_federation, build_model
 from fedfmd.server_app import app as server_app
 from fedfmd.tracking import WALL_COLUMNS, RunFolder, latest_checkpoint, read_clients, read_rounds
+from fedfmd.wire import ClientResult, from_record, pack
 from strategies import STRATEGIES, make_strategy
 
 SKEWED = {
@@ -219,10 +220,10 @@ def boxes(tmp_path):
 def run_boxes(tiny_settings, tmp_path):
     """Runs two rounds on boxes with these node configs; gives the rows of the clients."""
 
-    def run(node_configs):
+    def run(node_configs, grid_type=InlineGrid):
         settings = tiny_settings(**{"server.rounds": 2, "train.batch-size": 16, "model.norm": "batch"})
         folder = RunFolder(tmp_path / "run")
-        with InlineGrid(client_app, settings.flat(), node_configs) as grid:
+        with grid_type(client_app, settings.flat(), node_configs) as grid:
             make_strategy(build_federation(settings), folder).run(grid)
         return read_clients(folder.clients)
 
@@ -256,6 +257,36 @@ def test_boxes_may_bring_a_device_file_of_their_own(run_boxes, boxes, tmp_path):
     assert 100 < mine.compute_s < 110 > other.compute_s
     assert mine.down_s == pytest.approx(mine.down_bytes / 1e6)
     assert mine.up_s == pytest.approx(mine.up_bytes / 1e6)
+
+
+def test_nothing_of_a_boxs_images_leaves_it(run_boxes, boxes, tiny_settings):
+    sent = []
+
+    class TappedGrid(InlineGrid):
+        def pull_messages(self, message_ids):
+            replies = super().pull_messages(message_ids)
+            sent.extend((reply.metadata.message_type, dict(reply.content)) for reply in replies)
+            return replies
+
+    run_boxes(boxes, TappedGrid)
+    model = pack(build_model(tiny_settings(**{"model.norm": "batch"}), classes=10))
+    answers, updates = ([content for type_, content in sent if type_ == kind] for kind in ("query", "train"))
+    assert (len(answers), len(updates)) == (3, 2 * 3)
+    for content in answers:
+        assert list(content) == ["config"]
+        assert content["config"].keys() == {"client", "rank", "nodes", "device", "profile", "images", "error"}
+        assert all(isinstance(value, int) or len(value) < 20 for value in content["config"].values())
+    metrics = {field.name for field in fields(ClientResult)} - {"reason"} | {"num-examples"}
+    for content in updates:
+        assert set(content) == {"arrays", "weights", "scales", "metrics", "config"}
+        assert {n: a.shape for n, a in from_record(content["arrays"]).items()} == {
+            n: a.shape for n, a in model.items()
+        }
+        assert content["weights"].keys() == model.keys()
+        assert not content["scales"]
+        assert content["metrics"].keys() == metrics
+        assert all(len(value) == 1 for name, value in content["metrics"].items() if name != "num-examples")
+        assert dict(content["config"]) == {"reason": [""]}
 
 
 def test_boxes_whose_data_is_wrong_stop_the_run_before_training(run_boxes, boxes):

@@ -5,7 +5,9 @@ import pytest
 import torch
 from torch import nn
 
+import fedfmd
 from fedfmd.conv import CONVS, make_conv
+from fedfmd.data import ImageFormat
 from fedfmd.models import make_model
 from fedfmd.wire import (
     BY_ATTENTION,
@@ -22,10 +24,12 @@ from fedfmd.wire import (
     parameter_names,
     payload_bytes,
     read_instruction,
+    read_question,
     read_reply,
     to_record,
     trained_views,
     write_instruction,
+    write_question,
     write_reply,
 )
 
@@ -138,13 +142,22 @@ def test_payload_is_what_the_values_need():
     assert payload_bytes({"w": np.zeros((2, 3), np.float32), "n": np.array(1)}) == 2 * 3 * 4 + 8
 
 
-@pytest.mark.parametrize("how", [{}, {"normalised": True}, {"local_norm": True, "run": "a-3"}])
+IMAGES = ImageFormat(("cat", "dog"), 32, (0.5, 0.4, 0.3), (0.25, 0.2, 0.1), True)
+
+
+@pytest.mark.parametrize(
+    "how", [{}, {"normalised": True}, {"local_norm": True, "run": "a-3"}, {"images": IMAGES}]
+)
 def test_an_instruction_comes_back_with_its_arrays(how):
     work = Assignment(7, 12, 32, 4), Assignment(2, 1, 8, 1, BY_ATTENTION)
     instruction = Instruction(4, 0.05, 21.5, work, **how)
     read, arrays = read_instruction(write_instruction(instruction, to_record({"w": np.arange(3.0)})))
     assert read == instruction
     assert np.array_equal(arrays["w"], np.arange(3.0))
+
+
+def test_a_question_tells_the_version_and_the_images():
+    assert read_question(write_question(IMAGES)) == (fedfmd.__version__, IMAGES)
 
 
 def test_a_reply_comes_back_and_weighs_what_its_trained_clients_do():

@@ -5,7 +5,7 @@ so that importing this package costs no more than importing torch.
 """
 
 from fedfmd.data.batches import batches
-from fedfmd.data.images import Dataset, ImageSet, load_image_set, read_image
+from fedfmd.data.images import Dataset, ImageFormat, ImageSet, fit, load_image_set, read_image
 from fedfmd.data.partition import (
     Partition,
     cached_partition,
@@ -21,10 +21,12 @@ __all__ = [
     "DATASETS",
     "PARTITIONS",
     "Dataset",
+    "ImageFormat",
     "ImageSet",
     "Partition",
     "batches",
     "cached_partition",
+    "fit",
     "load_dataset",
     "load_image_set",
     "load_partition",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -29,10 +30,40 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def size(self) -> int:
+        """Height and width in pixels."""
+        return self.images.shape[-1]
+
     def subset(self, indices: np.ndarray | Tensor) -> ImageSet:
         """A copy of the images at `indices` (int64), in that order."""
         chosen = torch.as_tensor(indices)
         return ImageSet(self.images[chosen], self.labels[chosen])
+
+
+@dataclass(frozen=True)
+class ImageFormat:
+    """What images must be like to be those of a model: all that somebody needs who has none of a run's own.
+
+    Attributes:
+        class_names: the classes by label.
+        image_size: height and width in pixels.
+        mean, std: per channel, of pixel values scaled to 0..1, by which images are normalised.
+        augment: whether random crops and flips keep the label.
+    """
+
+    class_names: tuple[str, ...]
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    augment: bool
+
+    @classmethod
+    def from_lists(cls, values: Mapping[str, Any]) -> ImageFormat:
+        """The format whose tuples came back as lists, from JSON or from a message."""
+        return cls(
+            **{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +86,12 @@ class Dataset:
     @property
     def image_size(self) -> int:
         """Height and width in pixels."""
-        return self.train.images.shape[-1]
+        return self.train.size
+
+    @property
+    def format(self) -> ImageFormat:
+        """What other images must be like to go with these."""
+        return ImageFormat(self.class_names, self.image_size, self.mean, self.std, self.augment)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -145,7 +181,10 @@ def _read_npz(path: Path, image_size: int | None, class_names: Sequence[str] | N
     if labels.min() < 0:
         raise ValueError(f"{path}: label {labels.min()} is negative; classes count from 0")
     if class_names is not None and labels.max() >= len(class_names):
-        raise ValueError(f"{path}: label {labels.max()} is outside the classes 0..{len(class_names) - 1}")
+        raise ValueError(
+            f"{path}: label {labels.max()} is outside the classes 0..{len(class_names) - 1}; "
+            "relabel or remove those images"
+        )
     if image_size is None and pixels.shape[1] != pixels.shape[2]:
         raise ValueError(
             f"{path}: images of {_shape(pixels[0])} are not square; set data.image-size to cut them"
@@ -165,7 +204,9 @@ def _read_folder(path: Path, image_size: int, class_names: Sequence[str] | None)
         raise ValueError(f"{path}: {error}") from None
     names = folder.classes if class_names is None else list(class_names)
     if unknown := sorted(set(folder.classes) - set(names)):
-        raise ValueError(f"{path}: class folders {', '.join(unknown)} are not among {', '.join(names)}")
+        raise ValueError(
+            f"{path}: class folders {', '.join(unknown)} are not among {', '.join(names)}; rename or remove them"
+        )
     needed, free = 3 * len(folder) * image_size**2, psutil.virtual_memory().available
     if needed > free:
         raise ValueError(

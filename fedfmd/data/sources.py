@@ -175,7 +175,7 @@ def _load(setting: str, path: Path, image_size: int | None, class_names: Sequenc
 
 
 def _dataset(name: str, train: ImageSet, test: ImageSet, names: Sequence[str], *, augment: bool) -> Dataset:
-    sizes = [images.images.shape[-1] for images in (train, test)]
+    sizes = [images.size for images in (train, test)]
     if sizes[0] != sizes[1]:
         raise ValueError(
             f"data.train has images of {sizes[0]} pixels but data.test of {sizes[1]}; set data.image-size"

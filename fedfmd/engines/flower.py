@@ -20,13 +20,14 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
 import tomli_w
 
 import fedfmd
-from fedfmd.errors import RunError
+from fedfmd.errors import RunError, SettingsError
 
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 STARTUP_S = 60.0
@@ -46,15 +47,20 @@ def run_flower(
     Logs go line by line to `on_line`; the SuperLink's own log is kept as ``superlink.log`` in `folder`.
 
     Raises:
+        SettingsError: Ray is missing.
         RunError: Flower can't start, or the ServerApp failed.
     """
-    before = _descendants()
+    if find_spec("ray") is None:
+        raise SettingsError(
+            "the engine flwr needs ray: pip install 'fedfmd[simulation]', or take --engine inline"
+        )
+    before = descendants()
     _adopt_orphans()
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="fedfmd-flwr-") as scratch:
         home, app = Path(scratch) / "home", Path(scratch) / "fedfmd"
-        port = _free_port()
-        environment = _environment(home)
+        port = free_port()
+        environment = flower_environment(home)
         _write_connection(home, port)
         _stage_app(app, run_config)
         try:
@@ -64,10 +70,10 @@ def run_flower(
             _stream(run_id, environment, on_line)
             _check_status(run_id, environment)
         finally:
-            _end_processes(before)
+            end_processes(before)
 
 
-def _environment(home: Path) -> dict[str, str]:
+def flower_environment(home: Path) -> dict[str, str]:
     """Environment of every process of the run; Flower's programs are looked up next to this Python."""
     return os.environ | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
@@ -144,7 +150,7 @@ def _wait_until_healthy(superlink: subprocess.Popen[bytes], port: int, log: Path
 def _submit(app: Path, workers: int, environment: Mapping[str, str]) -> str:
     simulation = f"num-supernodes={workers} client-resources-num-cpus=1 init-args-num-cpus={workers}"
     command = ["flwr", "run", str(app), "fedfmd", "--format", "json", "--federation-config", simulation]
-    answer = _flwr_json(command, environment)
+    answer = flwr_json(command, environment)
     if not answer.get("success"):
         raise RunError(f"flwr run was refused: {answer.get('error-message', answer)}")
     return str(answer["run-id"])
@@ -171,7 +177,7 @@ def _stream(run_id: str, environment: Mapping[str, str], on_line: Callable[[str]
 def _check_status(run_id: str, environment: Mapping[str, str]) -> None:
     """Raise unless the run finished; Flower's own exit status doesn't tell."""
     while True:
-        answer = _flwr_json(["flwr", "ls", "fedfmd", "--run-id", run_id, "--format", "json"], environment)
+        answer = flwr_json(["flwr", "ls", "fedfmd", "--run-id", run_id, "--format", "json"], environment)
         run = answer["runs"][0]
         if run["status"].startswith("finished"):
             break
@@ -180,7 +186,12 @@ def _check_status(run_id: str, environment: Mapping[str, str]) -> None:
         raise RunError(f"Flower says {run['status']}: {run.get('status-details') or 'see the log above'}")
 
 
-def _flwr_json(command: list[str], environment: Mapping[str, str]) -> dict:
+def flwr_json(command: list[str], environment: Mapping[str, str]) -> dict:
+    """What a ``flwr`` command with ``--format json`` answers.
+
+    Raises:
+        RunError: it answers something else.
+    """
     done = subprocess.run(
         command, env=dict(environment), stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
     )
@@ -196,21 +207,23 @@ def _adopt_orphans() -> None:
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
-def _end_processes(before: set[psutil.Process]) -> None:
+def end_processes(before: set[psutil.Process]) -> None:
     """Terminate, then kill, every process below this one that was not there before."""
     for act in (psutil.Process.terminate, psutil.Process.kill, psutil.Process.kill):
-        started = _descendants() - before
+        started = descendants() - before
         for process in started:
             with contextlib.suppress(psutil.NoSuchProcess):
                 act(process)
         psutil.wait_procs(started, timeout=GRACE_S)
 
 
-def _descendants() -> set[psutil.Process]:
+def descendants() -> set[psutil.Process]:
+    """All processes that this one, or one of them, started."""
     return set(psutil.Process().children(recursive=True))
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of the loopback that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

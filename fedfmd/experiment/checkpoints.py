@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from torch import nn
 
+from fedfmd.classifier import Classifier
 from fedfmd.errors import SettingsError
 from fedfmd.export import export_onnx, export_program
 from fedfmd.federation import build_dataset, build_model
 from fedfmd.settings import Settings
 from fedfmd.tracking import load_model
 
-ExportFormat = Literal["onnx", "torch-export"]
+ExportFormat = Literal["onnx", "torch-export", "safetensors"]
 
 EXPORTS = {"onnx": (export_onnx, ".onnx"), "torch-export": (export_program, ".pt2")}
+CLASSIFIER_ENDING = ".model.safetensors"
 
 
 def trained_model(checkpoint: Path) -> tuple[nn.Module, Settings]:
@@ -54,9 +58,15 @@ def export_checkpoint(
         SettingsError: the checkpoint can't be used, or the format's packages are missing.
     """
     model, settings = trained_model(checkpoint)
-    size = image_size or settings.data.image_size or build_dataset(settings).image_size
-    write, ending = EXPORTS[target]
+    if target == "safetensors":
+        images = build_dataset(settings).format
+        classifier = Classifier(model, settings, replace(images, image_size=image_size or images.image_size))
+        write, ending = classifier.save, CLASSIFIER_ENDING
+    else:
+        size = image_size or settings.data.image_size or build_dataset(settings).image_size
+        export, ending = EXPORTS[target]
+        write = partial(export, model, size)
     path = out or checkpoint.with_suffix(ending)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write(model, size, path)
+    write(path)
     return path

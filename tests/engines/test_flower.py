@@ -1,4 +1,4 @@
-"""The flwr engine starts real Flower and Ray processes, so these tests take tens of seconds each."""
+"""The flwr engine starts real Flower and Ray processes, so most of these tests take tens of seconds each."""
 
 from __future__ import annotations
 
@@ -14,11 +14,9 @@ import pytest
 import yaml
 
 from fedfmd.engines import run_flower, run_inline
-from fedfmd.errors import RunError
+from fedfmd.errors import RunError, SettingsError
 from fedfmd.settings import Settings
 from fedfmd.tracking import read_clients, read_rounds
-
-pytestmark = pytest.mark.slow
 
 TINY = {
     "data.image-size": 8,
@@ -35,6 +33,7 @@ def children() -> set[psutil.Process]:
     return set(psutil.Process().children(recursive=True))
 
 
+@pytest.mark.slow
 def test_run_equals_the_inline_engine(tmp_path):
     from fedfmd.client_app import app as client_app
     from fedfmd.server_app import app as server_app
@@ -60,6 +59,7 @@ def test_run_equals_the_inline_engine(tmp_path):
     assert accuracies[0] == pytest.approx(accuracies[1], abs=0.02)
 
 
+@pytest.mark.slow
 def test_failing_server_app_is_an_error_with_its_reason(tmp_path):
     before = children()
     broken = Settings().flat() | {"model.conv": "fmdcnv"}
@@ -68,6 +68,14 @@ def test_failing_server_app_is_an_error_with_its_reason(tmp_path):
     assert children() == before
 
 
+def test_without_ray_it_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setattr("fedfmd.engines.flower.find_spec", lambda name: None)
+    with pytest.raises(SettingsError, match=r"needs ray: pip install 'fedfmd\[simulation\]'"):
+        run_flower(Settings().flat(), 1, tmp_path, print)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
 def test_interrupt_leaves_no_process(tmp_path):
     file = tmp_path / "long.yaml"
     file.write_text(yaml.safe_dump({"base": TINY | {"server.rounds": 10_000}}))

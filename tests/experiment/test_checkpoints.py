@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from fedfmd.classifier import load_classifier
 from fedfmd.errors import SettingsError
 from fedfmd.experiment import export_checkpoint, trained_model
 from fedfmd.federation import build_model
@@ -30,6 +31,16 @@ def test_an_export_lies_beside_the_checkpoint_and_gives_the_same_logits(checkpoi
     model, _ = trained_model(checkpoint)
     images = torch.rand(5, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(torch.export.load(path).module()(images), model.eval()(images))
+
+
+def test_a_classifier_is_a_file_of_its_own_beside_the_checkpoint(checkpoint):
+    path = export_checkpoint(checkpoint, "safetensors", None, None)
+    assert path.name == "round-00007.model.safetensors"
+    classifier = load_classifier(path)
+    assert classifier.images.class_names == tuple("0123456789")
+    assert classifier.images.image_size == 8
+    assert classifier.model.fc.bias.tolist() == [3.0] * 10
+    trained_model(checkpoint)
 
 
 @pytest.mark.parametrize(("image_size", "expected"), [(None, 8), (12, 12)])

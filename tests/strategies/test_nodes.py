@@ -1,3 +1,4 @@
+import re
 from dataclasses import replace
 
 import pytest
@@ -5,10 +6,13 @@ from flwr.app import Message, RecordDict
 from flwr.app.message_type import MessageType
 
 import strategies.nodes
+from fedfmd.data import ImageFormat
 from fedfmd.edge import Device, Speed, device_text, plan_work
 from fedfmd.engines.inline import InlineGrid
 from fedfmd.errors import RunError
-from strategies.nodes import Node, assign, exchange, meet_nodes, on_boxes
+from strategies.nodes import Node, assign, exchange, meet_again, meet_nodes, on_boxes, reachable
+
+IMAGES = ImageFormat(("cat", "dog"), 8, (0.5,) * 3, (0.25,) * 3, False)
 
 
 @pytest.fixture(autouse=True)
@@ -24,14 +28,18 @@ def box(client, **told):
     return {"client": client, "rank": client, "images": 10} | told
 
 
+def meet(grid, clients, timeout_s=1.0, least=None):
+    return meet_nodes(grid, IMAGES, clients, timeout_s, least or clients)
+
+
 def test_nodes_come_in_the_order_of_their_ranks(make_grid):
-    nodes = meet_nodes(make_grid([worker(2, 3), worker(0, 3), worker(1, 3)]), clients=10, timeout_s=1)
+    nodes = meet(make_grid([worker(2, 3), worker(0, 3), worker(1, 3)]), 10, 1)
     assert [(node.rank, node.client) for node in nodes] == [(0, None), (1, None), (2, None)]
     assert [node.id for node in nodes] == [1001, 1002, 1000]
 
 
 def test_boxes_tell_what_they_have(make_grid):
-    nodes = meet_nodes(make_grid([box(1, device="pi-5", images=7), box(0)]), clients=2, timeout_s=1)
+    nodes = meet(make_grid([box(1, device="pi-5", images=7), box(0)]), 2, 1)
     assert nodes == (Node(1001, 0, 0, 10, ""), Node(1000, 1, 1, 7, "pi-5"))
 
 
@@ -40,7 +48,7 @@ def test_nodes_that_come_late_are_waited_for(make_grid, monkeypatch, configs):
     grid = make_grid(configs)
     looks = iter(range(10))
     monkeypatch.setattr(grid, "get_node_ids", lambda: InlineGrid.get_node_ids(grid)[: next(looks)])
-    assert len(meet_nodes(grid, clients=3, timeout_s=5)) == 3
+    assert len(meet(grid, 3, 5)) == 3
     assert next(looks) == 4
 
 
@@ -53,7 +61,7 @@ def test_missing_nodes_are_an_error_after_the_wait(make_grid, configs, came):
     with pytest.raises(
         RunError, match=rf"^{came} of the nodes for partition\.clients = 3 .*node-timeout-s = 0\.05"
     ):
-        meet_nodes(make_grid(configs), clients=3, timeout_s=0.05)
+        meet(make_grid(configs), 3, 0.05)
 
 
 @pytest.mark.parametrize(
@@ -63,12 +71,88 @@ def test_missing_nodes_are_an_error_after_the_wait(make_grid, configs, came):
         ([box(0), box(2), box(2)], "two boxes say that they are client 2"),
         ([box(0), box(3)], "a box says that it is client 3, but partition.clients = 3"),
         ([box(0), worker(0, 1)], "some nodes are boxes and some host any client"),
-        ([{"client": "first"}], "a node could not start: .*first"),
+        ([{"client": "first"}], "node 1000 could not start: .*first"),
+        ([worker(0, 1) | {"error": "unknown key clients = 0"}], "node 1000 refuses: unknown key clients = 0"),
     ],
 )
 def test_nodes_that_cannot_be_used_are_named(make_grid, configs, message):
     with pytest.raises(RunError, match=message):
-        meet_nodes(make_grid(configs), clients=3, timeout_s=1)
+        meet(make_grid(configs), 3, 1)
+
+
+def test_a_resumed_run_makes_do_with_some_of_its_boxes(make_grid):
+    nodes = meet(make_grid([box(2), box(0)]), clients=3, timeout_s=0.05, least=2)
+    assert [node.client for node in nodes] == [0, 2]
+
+
+@pytest.fixture
+def come_and_go(make_grid, monkeypatch):
+    """Makes a grid on which those of the boxes are there that `there`, a list that may be changed, names by place."""
+
+    def make(configs, there):
+        grid = make_grid(configs)
+        monkeypatch.setattr(grid, "get_node_ids", lambda: [1000 + place for place in there])
+        return grid
+
+    return make
+
+
+def test_boxes_that_go_and_come_back_are_noticed(come_and_go, caplog):
+    there = [0, 1]
+    grid = come_and_go([box(0), box(1), box(1, images=9)], there)
+    known = meet(grid, clients=2)
+
+    there.remove(1)
+    left = meet_again(known, grid, IMAGES, 2, 1.0, least=1)
+    assert [node.client for node in left] == [0]
+    there.append(2)
+    back = meet_again(left, grid, IMAGES, 2, 1.0, least=1)
+    assert back == (known[0], Node(1002, 1, 1, 9, ""))
+
+    assert [record.message for record in caplog.records] == [
+        "the box of client 1 is gone",
+        "the box of client 1 is there again",
+    ]
+
+
+def test_a_restarted_box_takes_the_place_of_its_old_self(come_and_go):
+    there = [0, 1]
+    grid = come_and_go([box(0), box(1), box(1)], there)
+    known = meet(grid, clients=2)
+    there.append(2)
+    assert [node.id for node in meet_again(known, grid, IMAGES, 2, 1.0, least=2)] == [1000, 1002]
+
+
+@pytest.mark.parametrize(
+    ("stranger", "warning"),
+    [
+        (box(1, error="no file x.npz"), "the box of client 1 refuses: no file x.npz"),
+        ({"client": "first"}, "node 1002 could not start: .*first"),
+        (worker(0, 2), "node 1002 is no box of this run"),
+        (box(2), "node 1002 is no box of this run"),
+    ],
+)
+def test_strangers_that_cannot_be_used_are_left_out(come_and_go, caplog, stranger, warning):
+    there = [0, 1]
+    grid = come_and_go([box(0), box(1), stranger], there)
+    known = meet(grid, clients=2)
+    there[:] = [0, 2]
+    assert [node.client for node in meet_again(known, grid, IMAGES, 2, 1.0, least=1)] == [0]
+    assert re.match(warning, caplog.records[0].message)
+
+
+def test_too_few_boxes_end_the_run_after_the_wait(come_and_go):
+    there = [0, 1]
+    grid = come_and_go([box(0), box(1)], there)
+    known = meet(grid, clients=2)
+    there.clear()
+    with pytest.raises(RunError, match=r"0 of 2 boxes .*node-timeout-s = 0\.05.*max-failed-share .* 1 go on"):
+        meet_again(known, grid, IMAGES, 2, 0.05, least=1)
+
+
+def test_clients_are_reachable_if_a_node_can_train_them():
+    assert reachable([Node(5, 0, 2, 10, ""), Node(6, 1, 0, 20, "")], [0, 1, 2]) == [0, 2]
+    assert reachable([Node(5, 0, None, 0, "")], [0, 1, 2]) == [0, 1, 2]
 
 
 def test_boxes_bring_their_own_images_and_devices(make_federation):
@@ -107,7 +191,7 @@ TOASTER = Device("toaster", 3, 2, 1, 4, "me", models={"resnet8/static": Speed(7,
 
 def test_a_box_may_bring_its_own_device(make_grid, make_federation):
     told = {"device": "/srv/box.yaml", "profile": device_text(TOASTER)}
-    nodes = meet_nodes(make_grid([box(0, **told), box(1), box(2)]), clients=3, timeout_s=1)
+    nodes = meet_nodes(make_grid([box(0, **told), box(1), box(2)]), IMAGES, clients=3, timeout_s=1, least=3)
     assert [node.profile for node in nodes] == [TOASTER, None, None]
     simulated = make_federation({"model.conv": "static", "fleet.jitter": 0.3}).fleet.clients[0]
     client = on_boxes(make_federation({"model.conv": "static", "fleet.jitter": 0.3}), nodes).fleet.clients[0]
@@ -122,7 +206,7 @@ def test_a_box_whose_device_the_server_cannot_read_is_named(make_grid):
     with pytest.raises(
         RunError, match=r"the box of client 0 can't be used: its device file: row 'x', .*'watts'"
     ):
-        meet_nodes(grid, clients=3, timeout_s=1)
+        meet_nodes(grid, IMAGES, clients=3, timeout_s=1, least=3)
 
 
 @pytest.fixture
