@@ -32,8 +32,9 @@ class ExperimentDisplay:
     """
 
     def __init__(self, console: Console, cells: int, rounds: int, done: int = 0, unit: str = "round") -> None:
+        name = Column(no_wrap=True, overflow="ellipsis", max_width=console.width // 4)
         self.progress = Progress(
-            TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis")),
+            TextColumn("{task.description}", table_column=name),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn(f"{unit}s{{task.fields[clients]}}"),
