@@ -40,9 +40,11 @@ BASE = "static"
 
 REPEATS = 5
 ROUND_S = 1.0
+"""Seconds, about, that a round of several steps lasts, within these numbers of steps."""
 FEWEST_STEPS, MOST_STEPS = 3, 30
+
 FASTEST_GFLOPS = 1e6
-LEARNING_RATE = 1e-3
+LEARNING_RATE = 1e-3  # random labels teach nothing: all that matters is that the weights stay finite
 
 
 @dataclass(frozen=True)
