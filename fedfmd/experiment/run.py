@@ -16,6 +16,7 @@ from fedfmd.errors import SettingsError
 from fedfmd.experiment.centralised import prepare_centralised, run_centralised
 from fedfmd.experiment.display import RunDisplay
 from fedfmd.experiment.files import Cell, Experiment
+from fedfmd.experiment.wording import WORDINGS
 from fedfmd.server_app import app as server_app
 from fedfmd.server_app import prepare
 from fedfmd.settings import Settings
@@ -52,7 +53,7 @@ def available_cores() -> int:
 
 def _run_cell(cell: Cell, settings: Settings, engine: Engine, workers: int, console: Console) -> Path:
     folder = Path(settings.run_dir)
-    with RunDisplay(console, settings.length, cell.name, settings.unit) as display:
+    with RunDisplay(console, settings.length, cell.name, WORDINGS[settings.kind].unit) as display:
         if engine == "flwr":
             run_flower(settings.flat(), workers, folder, display.line)
         else:
