@@ -249,11 +249,6 @@ class Settings(_Section):
         return self.server.rounds if self.kind == "federated" else self.train.epochs
 
     @property
-    def unit(self) -> str:
-        """What `length` counts: round or epoch."""
-        return "round" if self.kind == "federated" else "epoch"
-
-    @property
     def unused(self) -> frozenset[str]:
         """The settings that a run of this kind doesn't heed."""
         if self.kind == "federated":
@@ -334,8 +329,8 @@ class Settings(_Section):
 
     def kept(self) -> dict[str, Scalar]:
         """What a run's files keep: all settings that it heeds, as they were before `in_folder`."""
-        flat = self.model_copy(update={"run_dir": "", "resume": False}).flat()
-        return {key: value for key, value in flat.items() if key not in self.unused}
+        flat, unused = self.model_copy(update={"run_dir": "", "resume": False}).flat(), self.unused
+        return {key: value for key, value in flat.items() if key not in unused}
 
     def in_folder(self, run_dir: Path) -> Settings:
         """The same run in this folder, going on where it was stopped."""

@@ -21,6 +21,7 @@ from fedfmd.experiment.centralised import Training, prepare_centralised, run_cen
 from fedfmd.experiment.display import CellDisplay, ExperimentDisplay
 from fedfmd.experiment.files import Cell, Experiment
 from fedfmd.experiment.pool import Ended, Started, attempt, run_jobs
+from fedfmd.experiment.wording import WORDINGS
 from fedfmd.federation import Federation
 from fedfmd.server_app import app as server_app
 from fedfmd.server_app import prepare, run_path
@@ -84,8 +85,9 @@ def run_experiment(
             run_path(task.settings)
         else:
             assemble(task.settings, engine)
-    rounds, done = (sum(counts) for counts in zip(*((task.rounds, task.done) for task in tasks), strict=True))
-    with ExperimentDisplay(console, len(tasks), rounds, done, tasks[0].settings.unit) as display:
+    rounds, done = sum(task.rounds for task in tasks), sum(task.done for task in tasks)
+    unit = WORDINGS[tasks[0].settings.kind].unit
+    with ExperimentDisplay(console, len(tasks), rounds, done, unit) as display:
         failures = _run_all(tasks, engine, lay_out(len(tasks), engine, workers), display)
         if len(tasks) > 1:
             display.print(_compare([task.folder for task in tasks], tasks[0].folder.parent))

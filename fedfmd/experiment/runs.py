@@ -15,6 +15,7 @@ from fedfmd.cost import Cost, count
 from fedfmd.data import PARTITIONS
 from fedfmd.data.files import read_npz
 from fedfmd.errors import SettingsError
+from fedfmd.experiment.wording import WORDINGS
 from fedfmd.federation import build_dataset, build_model
 from fedfmd.settings import DataSettings, Settings, read_yaml
 from fedfmd.tracking import (
@@ -187,7 +188,8 @@ def _shape(data: DataSettings) -> tuple[int, int]:
 
 
 def _state(run: Run) -> str:
-    return f"{run.rounds[-1].round} of {run.settings.length} {run.settings.unit}s"
+    unit = WORDINGS[run.settings.kind].unit
+    return f"{run.rounds[-1].round} of {run.settings.length} {unit}s"
 
 
 def _without_twins(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:

@@ -1,4 +1,4 @@
-"""What reports say of federated and of centralised runs, where the two differ."""
+"""What displays and reports say of federated and of centralised runs, where the two differ."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Wording:
-    """How a report speaks of runs of one kind.
+    """How one speaks of runs of one kind.
 
     Attributes:
         unit: what their rows are: rounds or epochs.
