@@ -1,4 +1,4 @@
-"""Experiment files: the runs that ``kind``, ``base`` settings and a ``matrix`` of variations describe."""
+"""Experiment files: the runs that ``kind``, ``base`` settings and a ``matrix`` of variations, or several, describe."""
 
 from __future__ import annotations
 
@@ -44,10 +44,9 @@ def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
         raise SettingsError(f"{path} must hold `base:` and may hold `matrix:` and `kind:`, found {found}")
     fixed = parse_overrides(overrides)
     kind = {"kind": content["kind"]} if "kind" in content else {}
-    base = flatten(kind | _mapping(path, content, "base")) | fixed
-    matrix = flatten(_mapping(path, content, "matrix"))
-    varied = {key: values for key, values in matrix.items() if key not in fixed}
-    return Experiment(path.stem, tuple(_expand(base, varied)))
+    base = flatten(kind | _mapping(path, content, "base"))
+    cells = [cell for matrix in _matrices(path, content) for cell in _expand(base, matrix, fixed)]
+    return Experiment(path.stem, tuple(cells))
 
 
 def load_settings(path: Path | None, overrides: Sequence[str] = ()) -> Settings:
@@ -73,15 +72,16 @@ def parse_overrides(texts: Sequence[str]) -> dict[str, Any]:
     return flatten(dict(map(_override, texts)))
 
 
-def _expand(base: Mapping[str, Any], matrix: Mapping[str, Any]) -> list[Cell]:
-    """Every combination of the matrix's values, the last key varying fastest."""
+def _expand(base: Mapping[str, Any], matrix: Mapping[str, Any], fixed: Mapping[str, Any]) -> list[Cell]:
+    """Every combination of the matrix's values but those of `fixed` keys, the last key varying fastest."""
+    matrix = {key: values for key, values in matrix.items() if key not in fixed}
     for key, values in matrix.items():
         if not isinstance(values, list) or not values:
             raise SettingsError(f"matrix: {key} = {values!r} must be a list of at least one value")
     cells = []
     for values in itertools.product(*matrix.values()):
         varied = flatten(dict(zip(matrix, values, strict=True)))
-        given = dict(base) | varied
+        given = {**base, **varied, **fixed}
         settings = Settings.from_mapping(given)
         if unused := sorted(settings.unused & given.keys()):
             raise SettingsError(
@@ -102,6 +102,14 @@ def _override(text: str) -> tuple[str, Any]:
     except yaml.YAMLError:
         parsed = value
     return key.strip(), parsed
+
+
+def _matrices(path: Path, content: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The matrix, or each one of a list."""
+    matrices = content.get("matrix")
+    if not isinstance(matrices, list):
+        matrices = [matrices]
+    return [flatten(_mapping(path, {"matrix": matrix}, "matrix")) for matrix in matrices]
 
 
 def _mapping(path: Path, content: Mapping[str, Any], part: str) -> Mapping[str, Any]:

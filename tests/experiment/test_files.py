@@ -55,6 +55,12 @@ def test_a_matrix_may_vary_several_settings_at_once(write):
     assert [cell.settings.temperature.shape for cell in cells] == ["linear", "constant"]
 
 
+def test_several_matrices_add_up(write):
+    text = "matrix: [{budget.policy: [wait, drop]}, {server.strategy: [fedbuff], seed: [0, 1]}]"
+    names = ["policy=wait", "policy=drop", "strategy=fedbuff,seed=0", "strategy=fedbuff,seed=1"]
+    assert [cell.name for cell in load_experiment(write(text)).cells] == names
+
+
 @pytest.mark.parametrize(
     ("matrix", "names"),
     [
@@ -73,6 +79,12 @@ def test_overrides_win_over_base_and_matrix(write):
     cells = load_experiment(path, ["train.lr=0.3", "model.conv=odconv"]).cells
     assert [cell.name for cell in cells] == ["seed=0", "seed=1"]
     assert {(cell.settings.train.lr, cell.settings.model.conv) for cell in cells} == {(0.3, "odconv")}
+
+
+def test_an_override_wins_over_one_of_several_settings_that_vary_at_once(write):
+    path = write("matrix: {temperature: [{initial: 30, rounds: 3}, {initial: 34, rounds: 3}]}")
+    cells = load_experiment(path, ["temperature.rounds=5"]).cells
+    assert [cell.name for cell in cells] == ["initial=30.0,rounds=5", "initial=34.0,rounds=5"]
 
 
 @pytest.mark.parametrize(
@@ -120,6 +132,7 @@ def test_an_override_needs_a_key_and_a_value(text):
         ),
         ("matrix: {seed: 3}", r"matrix: seed = 3 must be a list of at least one value"),
         ("matrix: {seed: []}", r"matrix: seed = \[\] must be a list"),
+        ("matrix: [{seed: [1]}, 3]", r"study\.yaml: `matrix:` must hold settings, found int"),
         ("matrix: {sed: [1]}", r"unknown setting sed = 1; the nearest one is seed"),
         ("matrix: {seed: [0, one]}", r"seed = 'one': .*integer"),
     ],
