@@ -318,12 +318,11 @@ def _overview(runs: Sequence[Run]) -> str:
 
 def _common_settings(runs: Sequence[Run]) -> str:
     """All settings in which the runs agree; folders are nobody's business."""
-    flats = [run.settings.flat() for run in runs]
+    flats = [run.settings.kept() for run in runs]
     common = [
         (key, value)
         for key, value in flats[0].items()
-        if key not in PATHS | Settings.NEUTRAL | runs[0].settings.unused
-        and all(flat[key] == value for flat in flats)
+        if key not in PATHS | Settings.NEUTRAL and all(flat[key] == value for flat in flats)
     ]
     lines = "".join(
         f'<tr><th scope="row">{key}</th><td>{escape(str(value))}</td></tr>' for key, value in common
