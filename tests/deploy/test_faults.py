@@ -32,6 +32,7 @@ def test_a_box_that_dies_costs_its_update_and_may_come_back(deployment):
     )
 
 
+@pytest.mark.parametrize("deployment", ["on disk"], indirect=True)
 def test_a_run_goes_on_when_its_superlink_is_killed(deployment):
     run = deployment.submit("run", **{"server.rounds": 4})
     deployment.wait_for_rounds("run", 1)
@@ -49,8 +50,11 @@ def test_a_run_is_resumed_after_everything_was_killed(deployment):
     for name in list(deployment.processes):
         deployment.kill(name)
 
-    deployment.restart("superlink", "superexec", "box0", "box1", "box2")
+    deployment.restart("superlink")
     deployment.wait_for(deployment.is_healthy)
+    deployment.restart("superexec", *deployment.boxes)
+    for box in deployment.boxes:
+        deployment.register(box)
     deployment.submit("run", **{"server.rounds": 4, "server.checkpoint-every": 1, "resume": True})
     deployment.wait_for_rounds("run", 4)
     assert deployment.rounds("run")[:2] == finished
