@@ -64,8 +64,11 @@ sys.meta_path.insert(0, NoRay())
 class Deployment:
     """The processes of a server and of boxes with digits of their own; each writes a log into `folder`."""
 
-    def __init__(self, folder: Path) -> None:
+    boxes = BOXES
+
+    def __init__(self, folder: Path, on_disk: bool) -> None:
         self.folder = folder
+        self.database = folder / "superlink.db" if on_disk else ":flwr-in-memory:"
         self.port = free_port()
         self.certificates = folder / "certificates"
         self.processes: dict[str, subprocess.Popen] = {}
@@ -103,12 +106,10 @@ class Deployment:
         return flower_environment(home) | self.without_ray | {"XDG_CACHE_HOME": str(home / "cache")}
 
     def start_server(self) -> None:
-        self.start_superlink()
-        self._start("superexec", "fedfmd-superexec.service", HOST="127.0.0.1", PORT=self.port)
-
-    def start_superlink(self) -> None:
-        self._start("superlink", "fedfmd-superlink.service", HOST="127.0.0.1", PORT=self.port)
+        server = {"HOST": "127.0.0.1", "PORT": self.port}
+        self._start("superlink", "fedfmd-superlink.service", DATABASE=self.database, **server)
         self.wait_for(self.is_healthy)
+        self._start("superexec", "fedfmd-superexec.service", **server)
 
     def is_healthy(self) -> bool:
         trust = ssl.create_default_context(cafile=self.certificates / "ca.crt")
@@ -136,7 +137,7 @@ class Deployment:
         """Start what a unit's ExecStart says, with these values of its variables."""
         text = (DEPLOY / unit).read_text().replace("\\\n", " ").replace("%i", name)
         program, *words = shlex.split(re.search(r"^ExecStart=(.*)$", text, re.MULTILINE)[1])
-        variables |= {"CERTIFICATES": self.certificates, "STATE_DIRECTORY": self.folder}
+        variables["CERTIFICATES"] = self.certificates
         arguments = [string.Template(word).substitute(variables) for word in words]
         self.commands[name] = [program, *arguments]
         self.processes[name] = self.launch(name, self.commands[name])
@@ -203,10 +204,13 @@ class Deployment:
 
 
 @pytest.fixture
-def deployment(tmp_path):
-    """A server and its three boxes, registered and started; all is ended after the test."""
+def deployment(tmp_path, request):
+    """A server and its three boxes, registered and started; all is ended after the test.
+
+    The SuperLink's state is in memory, or, with the parameter "on disk", in a file.
+    """
     before = descendants()
-    deployment = Deployment(tmp_path)
+    deployment = Deployment(tmp_path, on_disk=getattr(request, "param", "") == "on disk")
     try:
         deployment.start_server()
         for box in BOXES:

@@ -1,0 +1,75 @@
+"""Faults of a deployment, tried with processes that are killed; no finished round may be lost."""
+
+import os
+import signal
+
+import psutil
+import pytest
+
+pytestmark = pytest.mark.slow
+
+
+def status_of(deployment, client):
+    return [row.status for row in deployment.clients("run") if row.client == client]
+
+
+def test_a_box_that_dies_costs_its_update_and_may_come_back(deployment):
+    deployment.submit("run", **{"server.rounds": 60})
+    deployment.wait_for_rounds("run", 1)
+
+    deployment.kill("box2")
+    deployment.wait_for(lambda: "the box of client 2 is gone" in deployment.log("run/log.txt"))
+    assert "failed" in status_of(deployment, 2)
+    reasons = {row.reason for row in deployment.clients("run") if row.status == "failed"}
+    assert any("heartbeat" in reason for reason in reasons)
+
+    deployment.restart("box2")
+    deployment.wait_for(lambda: "the box of client 2 is there again" in deployment.log("run/log.txt"))
+    before = len(status_of(deployment, 2))
+    deployment.wait_for(lambda: "ok" in status_of(deployment, 2)[before:])
+    assert [row.round for row in deployment.rounds("run")] == list(
+        range(1, len(deployment.rounds("run")) + 1)
+    )
+
+
+@pytest.mark.parametrize("deployment", ["on disk"], indirect=True)
+def test_a_run_goes_on_when_its_superlink_is_killed(deployment):
+    run = deployment.submit("run", **{"server.rounds": 4})
+    deployment.wait_for_rounds("run", 1)
+    deployment.kill("superlink")
+    deployment.restart("superlink")
+    deployment.wait_for_rounds("run", 4)
+    assert [row.round for row in deployment.rounds("run")] == [1, 2, 3, 4]
+    deployment.wait_for(lambda: deployment.status(run) == "finished:completed")
+
+
+def test_a_run_is_resumed_after_everything_was_killed(deployment):
+    deployment.submit("run", **{"server.rounds": 4, "server.checkpoint-every": 1})
+    deployment.wait_for_rounds("run", 2)
+    finished = deployment.rounds("run")[:2]
+    for name in list(deployment.processes):
+        deployment.kill(name)
+
+    deployment.restart("superlink")
+    deployment.wait_for(deployment.is_healthy)
+    deployment.restart("superexec", *deployment.boxes)
+    for box in deployment.boxes:
+        deployment.register(box)
+    deployment.submit("run", **{"server.rounds": 4, "server.checkpoint-every": 1, "resume": True})
+    deployment.wait_for_rounds("run", 4)
+    assert deployment.rounds("run")[:2] == finished
+    assert "going on after round" in deployment.log("run/log.txt")
+
+
+def test_a_box_that_is_too_slow_for_a_round_is_left_behind(deployment):
+    deployment.submit("run", **{"server.rounds": 60, "server.round-timeout-s": 45})
+    deployment.wait_for_rounds("run", 1)
+    box = psutil.Process(deployment.processes["box1"].pid)
+    for process in (box, *box.children(recursive=True)):
+        os.kill(process.pid, signal.SIGSTOP)
+    slow = "no reply within server.round-timeout-s"
+    deployment.wait_for(lambda: slow in {row.reason for row in deployment.clients("run") if row.client == 1})
+    for process in (box, *box.children(recursive=True)):
+        os.kill(process.pid, signal.SIGCONT)
+    before = len(status_of(deployment, 1))
+    deployment.wait_for(lambda: "ok" in status_of(deployment, 1)[before:])
