@@ -17,6 +17,7 @@ RUNS = {
     "cifar10": 1,
     "compare": 180,
     "compare-small": 30,
+    "policies": 24,
     "paper/operators": 60,
     "paper/operators-small": 15,
     "paper/attentions": 21,
