@@ -3,13 +3,13 @@
     python experiments/benchmarks/models.py --arch resnet18 --batch 8 32 --repeats 5 --out models.csv
 
 The networks have the CIFAR stem and take 32×32 images. A training step is forward pass, loss, backward pass and
-SGD with momentum; inference is a forward pass in evaluation mode. Seconds are the median over repetitions, and
-so are ratios, each between two times of the same repetition: a repetition runs every variant once, so that a
-slow moment of the machine meets all of them, and every other one in reverse order, so that no variant always
-finds its weights in the cache. On the CPU: one thread, process time. On a GPU, where there is one: CUDA events,
-in float32 (PyTorch's defaults: TF32 in convolutions) and under bf16 autocast. Ratios are to the static network
-and to the same convolution mixed by one grouped convolution over the folded batch, as in the published code;
-for ODConv, that code also multiplies out all B×K kernels ("multiplied").
+SGD with momentum; inference is a forward pass in evaluation mode. Each step is timed after an untimed one,
+which fills the caches. Seconds are the median over repetitions, and so are ratios, each between two times of
+the same repetition: a repetition runs every variant once, so that a slow moment of the machine meets all of
+them, and every other one in reverse order. On the CPU: one thread, process time. On a GPU, where there is one:
+CUDA events, in float32 (PyTorch's defaults: TF32 in convolutions) and under bf16 autocast. Ratios are to the
+static network and to the same convolution mixed by one grouped convolution over the folded batch, as in the
+published code; for ODConv, that code also multiplies out all B×K kernels ("multiplied").
 """
 
 from __future__ import annotations
@@ -118,7 +118,9 @@ def make_steps(place: Place, conv: str, kernels: int) -> Callable[[str, str], fl
         for layer in dynamic:
             layer.mixing = mixing
         model.train(phase == "train")
-        return seconds(train if phase == "train" else infer)
+        run = train if phase == "train" else infer
+        run()
+        return seconds(run)
 
     return step
 
