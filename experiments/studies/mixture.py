@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import date
 from itertools import product
+from math import isnan
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -177,6 +178,8 @@ def print_table(rows: list[dict[str, str]]) -> None:
 
 
 def spread(values: list[float]) -> str:
+    if any(map(isnan, values)):  # without a mixture
+        return "–"
     return f"{mean(values):.4f}" + (f" ± {stdev(values):.4f}" if len(values) > 1 else "")
 
 

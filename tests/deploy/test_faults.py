@@ -6,7 +6,7 @@ import signal
 import psutil
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.faults]
 
 
 def status_of(deployment, client):
