@@ -29,11 +29,11 @@ from fedfmd.conv import AttentionRecord, record_attention, set_temperature
 from fedfmd.cost import latency
 from fedfmd.data import Dataset, ImageFormat, ImageSet
 from fedfmd.edge import PROBE_IMAGES
-from fedfmd.federation import build_dataset, build_model, build_partition, cache_dir, torch_device
+from fedfmd.federation import build_dataset, build_model, build_partition, build_sgd, cache_dir, torch_device
 from fedfmd.kernels import Kernels, most_attended, rotated, trained_parameters
 from fedfmd.seeds import derive_seed
 from fedfmd.settings import Settings
-from fedfmd.training import LocalSGD, TrainResult, train
+from fedfmd.training import TrainResult, train
 from fedfmd.transport import ROUNDINGS, Upload, round_update
 from fedfmd.wire import (
     BY_ATTENTION,
@@ -206,18 +206,14 @@ def _train(
 ) -> tuple[TrainResult, AttentionRecord, Kernels]:
     """Train the host's model; with the attentions of the last steps and the kernels that it chose."""
     settings = host.settings
-    options = settings.train
     generator = torch.Generator().manual_seed(
         derive_seed(settings.seed, "client", instruction.round, assignment.client)
     )
-    sgd = LocalSGD(
+    sgd = replace(
+        build_sgd(settings),
         lr=instruction.lr,
-        momentum=options.momentum,
-        nesterov=options.nesterov,
-        weight_decay=options.weight_decay,
         batch_size=assignment.batch_size,
-        precision=options.precision,
-        proximal=options.proximal_mu,
+        proximal=settings.train.proximal_mu,
     )
     kernels = _choose_kernels(host, assignment, shard, generator)
     with (

@@ -32,6 +32,7 @@ from fedfmd.errors import SettingsError
 from fedfmd.models import make_model
 from fedfmd.seeds import derive_seed
 from fedfmd.settings import DataSettings, Settings
+from fedfmd.training import LocalSGD
 from fedfmd.transport import upload_bytes
 from fedfmd.wire import Arrays, bank_of, pack, parameter_names, payload_bytes
 
@@ -219,6 +220,19 @@ def build_temperature(settings: Settings) -> TemperatureSchedule:
     """The temperature of the kernel attention over rounds or epochs."""
     schedule = settings.temperature
     return TemperatureSchedule(schedule.initial, schedule.final, schedule.rounds, schedule.shape)
+
+
+def build_sgd(settings: Settings) -> LocalSGD:
+    """The optimiser at the start of a run, with the whole batch; μ is a client's alone."""
+    train = settings.train
+    return LocalSGD(
+        lr=train.lr,
+        momentum=train.momentum,
+        nesterov=train.nesterov,
+        weight_decay=train.weight_decay,
+        batch_size=train.batch_size,
+        precision=train.precision,
+    )
 
 
 def _upload_bytes(arrays: Arrays, parameters: Collection[str], upload: str, kernels: int) -> tuple[int, ...]:

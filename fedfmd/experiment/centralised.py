@@ -15,7 +15,14 @@ from fedfmd.conv import TemperatureSchedule, has_temperature, set_temperature
 from fedfmd.cost import Cost, count, ies, latency, rcs
 from fedfmd.data import Dataset
 from fedfmd.errors import RunError
-from fedfmd.federation import build_dataset, build_model, build_temperature, describe_network, torch_device
+from fedfmd.federation import (
+    build_dataset,
+    build_model,
+    build_sgd,
+    build_temperature,
+    describe_network,
+    torch_device,
+)
 from fedfmd.seeds import derive_seed
 from fedfmd.server_app import logging_to, open_run_folder, run_path
 from fedfmd.settings import Settings
@@ -92,17 +99,8 @@ def prepare_centralised(settings: Settings) -> Training:
     device = torch_device(settings)
     dataset = build_dataset(settings)
     model = build_model(settings, dataset.classes).to(device)
-    options = settings.train
-    sgd = LocalSGD(
-        lr=options.lr,
-        momentum=options.momentum,
-        nesterov=options.nesterov,
-        weight_decay=options.weight_decay,
-        batch_size=options.batch_size,
-        precision=options.precision,
-    )
     cost = count(model, dataset.image_size)
-    return Training(settings, dataset, model, cost, sgd, build_temperature(settings), device)
+    return Training(settings, dataset, model, cost, build_sgd(settings), build_temperature(settings), device)
 
 
 def _run_epoch(

@@ -16,9 +16,9 @@ from fedfmd.edge import plan_work
 from fedfmd.experiment.centralised import Training
 from fedfmd.experiment.files import Experiment
 from fedfmd.experiment.run import Engine, Layout, Task, assemble, lay_out, place_cells
-from fedfmd.federation import Federation
+from fedfmd.federation import Federation, build_sgd
 from fedfmd.settings import Settings
-from fedfmd.training import LocalSGD, evaluate, train
+from fedfmd.training import evaluate, train
 
 MEASURED_S = 1.5
 """Seconds that the measured steps of a network may take, after one to warm up; one step may take longer."""
@@ -136,8 +136,7 @@ def measure_speed(assembled: Federation | Training, threads: int) -> Speed:
     """Time a few steps of training and an evaluation, which change the assembled model."""
     torch.set_num_threads(threads)
     dataset, model, device = assembled.dataset, assembled.model, assembled.device
-    options = assembled.settings.train
-    sgd = LocalSGD(options.lr, batch_size=options.batch_size, precision=options.precision)
+    sgd = build_sgd(assembled.settings)
     images = dataset.train.subset(torch.arange(min(len(dataset.train), MEASURED_STEPS * sgd.batch_size)))
     tested = dataset.test.subset(torch.arange(min(len(dataset.test), TEST_IMAGES)))
 
