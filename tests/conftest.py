@@ -1,4 +1,5 @@
 import pytest
+import torch
 import yaml
 
 from fedfmd.settings import Settings
@@ -15,6 +16,19 @@ TINY = {
     "fleet.devices": "pi-4:2, pi-5:1",
     "budget.deadline-s": 0,
 }
+
+
+def pytest_configure(config):
+    """Tests run side by side: one thread each."""
+    if hasattr(config, "workerinput"):
+        torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items):
+    """Those that start Flower's processes run one after another, beside the others."""
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.xdist_group("processes"))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -177,7 +177,7 @@ def test_partial_does_the_most_steps_that_fit(deadline_s):
     assert (plan.status == "ok") == bool(fitting)
 
 
-@pytest.mark.parametrize("policy", POLICIES.keys() - {"wait"})
+@pytest.mark.parametrize("policy", sorted(POLICIES.keys() - {"wait"}))
 def test_a_late_client_says_who_it_is_and_what_it_needs(policy):
     plan = plan_work(CLIENTS[2], WORKLOAD, Budget(2, policy=policy))
     steps = f"{plan.total_s:.3f} s for {plan.steps} of 6 steps"
