@@ -96,7 +96,7 @@ def _accuracy(facets: Sequence[Facet], target: float, wording: Wording) -> Secti
         "accuracy",
         f"Accuracy over {wording.over}",
         "Accuracy of the model on the test set. Thick: mean over seeds; band: ± one standard deviation; "
-        f"thin: single seeds, where there are at most {plots.FEW}. {wording.seconds}",
+        f"thin: single seeds, where seeds and groups are at most {plots.FEW}. {wording.seconds}",
         "".join(
             _heading(facet)
             + _legend(facet.series)

@@ -1,7 +1,7 @@
 """Pictures of a comparison. A convolution has one colour in all of them (Okabe & Ito's, safe for the colour-blind).
 
 Panels are small, so that they can be read on a phone; the page puts them side by side. Groups of one
-convolution differ by shade, dashes and marker.
+convolution differ by shade, dashes and marker; where there is no other convolution, by colour.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PHASES = {
     "up_s": ("upload", "#F0E442"),
 }
 ALARM = "#B22222"
-FEW = 5  # seeds of which each has its own line
+FEW = 5  # seeds of which each has its own line, if there are no more groups than that either
 MANY = 40  # clients of which not each has its name
 
 STYLE = {
@@ -76,13 +76,16 @@ def make_facets(groups: Sequence[Group]) -> list[Facet]:
 
 
 def _series(named: Sequence[tuple[str, Group]]) -> tuple[Series, ...]:
-    """Names of one convolution get its shades, dashes and markers in turn."""
+    """Names of one convolution get its shades, dashes and markers in turn, or colours if they are alone."""
     styles = {}
-    for conv in dict.fromkeys(group.conv for _, group in named):
+    convs = dict.fromkeys(group.conv for _, group in named)
+    for conv in convs:
         names = list(dict.fromkeys(name for name, group in named if group.conv == conv))
+        alone = len(convs) == 1 < len(names) <= len(PALETTE)
         for place, name in enumerate(names):
             shade = 0.0 if len(names) == 1 else -0.45 + 0.95 * place / (len(names) - 1)
-            styles[name] = (_shaded(COLOURS[conv], shade), DASHES[place % len(DASHES)], place)
+            colour = PALETTE[place] if alone else _shaded(COLOURS[conv], shade)
+            styles[name] = (colour, DASHES[place % len(DASHES)], place)
     return tuple(
         Series(name, group, colour, dash, MARKERS[place % len(MARKERS)])
         for name, group in named
@@ -125,7 +128,7 @@ def draw_accuracy(axes: Axes, series: Sequence[Series], column: str) -> None:
     The mean at a round stands at the mean of the seeds' `column` after it.
     """
     for one in series:
-        _draw_mean(axes, one, column, lambda row: row.accuracy, 100)
+        _draw_mean(axes, one, column, lambda row: row.accuracy, 100, thin=len(series) <= FEW)
     axes.set(xlabel=_curves(series)[column], ylabel="test accuracy (%)")
     axes.set_xlim(left=0)
     if column == "cum_train_flops":
@@ -139,7 +142,7 @@ def plot_entropy(series: Sequence[Series]) -> Figure:
     figure, axes = _panel()
     column, label = next(iter(_curves(series).items()))
     for one in series:
-        _draw_mean(axes, one, column, lambda row: row.kernel_entropy, 1)
+        _draw_mean(axes, one, column, lambda row: row.kernel_entropy, 1, thin=len(series) <= FEW)
     axes.set(xlabel=label, ylabel="kernel entropy H(π)/ln K (no unit)", ylim=(0, 1.05))
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
@@ -159,7 +162,7 @@ def plot_scores(series: Sequence[Series], values: Sequence[Estimate | None], lab
                 bbox={"boxstyle": "round,pad=0.15", "color": "white", "alpha": 0.85},
             )  # fmt: skip
     _names(axes, series)
-    axes.set(xlabel=label)
+    axes.set_xlabel(label, loc="right")  # long names leave little room to its right
     axes.set_xlim(left=0)
     axes.grid(axis="x")
     return figure
@@ -211,7 +214,8 @@ def plot_clients(series: Sequence[Series]) -> Figure:
         worst = one.group.worst_clients
         axes.plot(worst.mean, place, "v", color=ALARM, markersize=7, markeredgecolor="white", zorder=3)
     _names(axes, series)
-    axes.set(xlabel="accuracy on the client's own images (%)", xlim=(-2, 102))
+    axes.set_xlabel("accuracy on the client's own images (%)", loc="right")
+    axes.set_xlim(-2, 102)
     axes.grid(axis="x")
     return figure
 
@@ -293,7 +297,12 @@ def _names(axes: Axes, series: Sequence[Series]) -> None:
 
 
 def _draw_mean(
-    axes: Axes, one: Series, column: str, value: Callable[[RoundRow | EpochRow], float | None], scale: float
+    axes: Axes,
+    one: Series,
+    column: str,
+    value: Callable[[RoundRow | EpochRow], float | None],
+    scale: float,
+    thin: bool,
 ) -> None:
     """Values that are missing have no points; seeds are compared on the rounds that all of them have."""
     seeds = [[row for row in run.rounds if value(row) is not None] for run in one.group.runs]
@@ -306,7 +315,7 @@ def _draw_mean(
     )
     if not y.size:
         return
-    if 1 < len(seeds) <= FEW:
+    if thin and 1 < len(seeds) <= FEW:
         for own_x, own_y in zip(x, y, strict=True):
             axes.plot(own_x, own_y, color=one.colour, linewidth=0.7, alpha=0.5)
     middle = y.mean(0)

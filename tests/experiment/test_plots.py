@@ -5,6 +5,7 @@ from fedfmd.conv import CONVS
 from fedfmd.experiment.plots import (
     ALARM,
     COLOURS,
+    PALETTE,
     make_facets,
     plot_accuracy,
     plot_clients,
@@ -51,7 +52,7 @@ def test_a_convolution_has_the_same_colour_in_every_task(make_run):
         ]
 
 
-def test_variants_of_a_convolution_differ_in_shade_dashes_and_marker(make_run):
+def test_variants_of_a_convolution_differ_in_colour_dashes_and_marker(make_run):
     runs = [make_run([0.5], variant=f"fmdconv, kernels {kernels}") for kernels in (2, 4, 8)]
     (facet,) = make_facets(summarise(runs).groups)
     for style in ("colour", "dash", "marker"):
@@ -62,6 +63,23 @@ def test_one_group_per_task_shares_a_panel(make_run):
     runs = [make_run([0.5], task=task, variant="") for task in ("alpha 0.1", "alpha 0.5")]
     (facet,) = make_facets(summarise(runs).groups)
     assert [one.name for one in facet.series] == ["fmdconv, alpha 0.1", "fmdconv, alpha 0.5"]
+
+
+def policies(make_run, count):
+    """So many groups of one convolution, with two seeds each."""
+    runs = [make_run([0.5, 0.6], seed=seed, variant=f"{n}") for n in range(count) for seed in (0, 1)]
+    (facet,) = make_facets(summarise(runs).groups)
+    return facet.series
+
+
+def test_groups_of_the_only_convolution_have_colours_of_their_own(make_run):
+    assert [one.colour for one in policies(make_run, 6)] == list(PALETTE[:6])
+
+
+@pytest.mark.parametrize(("groups", "lines"), [(5, 3), (6, 1)])
+def test_seeds_have_lines_of_their_own_where_there_are_few_groups(groups, lines, make_run):
+    (axes,) = plot_entropy(policies(make_run, groups)).axes
+    assert len(axes.lines) == groups * lines
 
 
 @pytest.mark.parametrize(
