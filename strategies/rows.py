@@ -25,7 +25,8 @@ def client_rows(
 
     `results` holds the clients that were asked to train, `ranks` the node of each, `trips` the measured seconds
     between a real box's message and its reply. A client that was never asked because its update would come too
-    late, or because its device can't hold the model, has no result.
+    late, or because its device can't hold the model, has no result; if its plan was fine, its box has gone while
+    it was at work.
     """
     return [
         _client_row(
@@ -97,15 +98,19 @@ def _client_row(
     trip_s: float,
 ) -> ClientRow:
     trained = result is not None and result.ok
-    failed = result is not None and not result.ok
+    status, reason = plan.status, plan.reason
+    if result is not None and not result.ok:
+        status, reason = "failed", result.reason
+    elif result is None and status == "ok":
+        status, reason = "failed", "its box has gone"
     accuracy = result.accuracy if trained else None
     return ClientRow(
         round=server_round,
         client=plan.client.id,
         node=rank,
         device=plan.client.device.name,
-        status="failed" if failed else plan.status,
-        reason=result.reason if failed else plan.reason,
+        status=status,
+        reason=reason,
         examples=plan.examples,
         steps=plan.steps,
         kernels=plan.kernels,

@@ -126,6 +126,11 @@ def test_a_failed_client_keeps_its_reason_and_costs(clients):
     assert [failed.loss, failed.accuracy, failed.ies, failed.rcs, failed.kernel_entropy] == [None] * 5
 
 
+def test_a_client_whose_box_went_while_it_was_at_work_failed(federation):
+    gone = rows_of(federation, {0: result(0)})[2]
+    assert (gone.status, gone.reason, gone.node, gone.loss) == ("failed", "its box has gone", 1, None)
+
+
 def test_an_unfit_client_costs_nothing(federation):
     unfit = rows_of(replace(federation, fleet=fleet(TINY, SLOW, FAST)), {})[0]
     assert unfit.status == "unfit"
