@@ -13,6 +13,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -66,18 +67,16 @@ class Deployment:
 
     boxes = BOXES
 
-    def __init__(self, folder: Path, on_disk: bool) -> None:
+    def __init__(
+        self, folder: Path, on_disk: bool = False, sabotage: Mapping[str, str] | None = None
+    ) -> None:
         self.folder = folder
         self.database = folder / "superlink.db" if on_disk else ":flwr-in-memory:"
         self.port = free_port()
         self.certificates = folder / "certificates"
         self.processes: dict[str, subprocess.Popen] = {}
         self.commands: dict[str, list[str]] = {}
-        blocker = folder / "no-ray"
-        blocker.mkdir()
-        (blocker / "sitecustomize.py").write_text(NO_RAY)
-        paths = [str(blocker), *filter(None, [os.environ.get("PYTHONPATH")])]
-        self.without_ray = {"PYTHONPATH": os.pathsep.join(paths)}
+        self.sabotage = sabotage or {}
         subprocess.run(
             [DEPLOY / "certificates.sh", self.certificates, "127.0.0.1", *BOXES, "stranger"],
             check=True,
@@ -100,10 +99,12 @@ class Deployment:
         return f"127.0.0.1:{self.port}"
 
     def environment(self, name: str) -> dict[str, str]:
-        """The environment of a machine of its own, with its own home."""
+        """The environment of a machine of its own, with its own home, without ray, and with its sabotage."""
         home = self.folder / name
         home.mkdir(exist_ok=True)
-        return flower_environment(home) | self.without_ray | {"XDG_CACHE_HOME": str(home / "cache")}
+        (home / "sitecustomize.py").write_text(NO_RAY + self.sabotage.get(name, ""))
+        path = os.pathsep.join([str(home), *filter(None, [os.environ.get("PYTHONPATH")])])
+        return flower_environment(home) | {"PYTHONPATH": path, "XDG_CACHE_HOME": str(home / "cache")}
 
     def start_server(self) -> None:
         server = {"HOST": "127.0.0.1", "PORT": self.port}
@@ -207,10 +208,11 @@ class Deployment:
 def deployment(tmp_path, request):
     """A server and its three boxes, registered and started; all is ended after the test.
 
-    The SuperLink's state is in memory, or, with the parameter "on disk", in a file.
+    The SuperLink's state is in memory, or, with the parameter `on_disk`, in a file. `sabotage` has Python code
+    that boxes of these names run before everything else.
     """
     before = descendants()
-    deployment = Deployment(tmp_path, on_disk=getattr(request, "param", "") == "on disk")
+    deployment = Deployment(tmp_path, **getattr(request, "param", {}))
     try:
         deployment.start_server()
         for box in BOXES:

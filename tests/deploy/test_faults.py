@@ -1,12 +1,34 @@
 """Faults of a deployment, tried with processes that are killed; no finished round may be lost."""
 
 import os
+import shutil
 import signal
+import subprocess
 
 import psutil
 import pytest
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults]
+
+DIVERGES = """
+import torch
+
+step = torch.optim.SGD.step
+
+def diverge(self, closure=None):
+    step(self, closure)
+    for group in self.param_groups:
+        for parameter in group["params"]:
+            parameter.data.fill_(float("nan"))
+
+torch.optim.SGD.step = diverge
+"""
+FLATTENS = """
+import torch
+
+numpy = torch.Tensor.numpy
+torch.Tensor.numpy = lambda self, **options: numpy(self, **options).reshape(-1)
+"""
 
 
 def status_of(deployment, client):
@@ -32,7 +54,7 @@ def test_a_box_that_dies_costs_its_update_and_may_come_back(deployment):
     )
 
 
-@pytest.mark.parametrize("deployment", ["on disk"], indirect=True)
+@pytest.mark.parametrize("deployment", [{"on_disk": True}], indirect=True)
 def test_a_run_goes_on_when_its_superlink_is_killed(deployment):
     run = deployment.submit("run", **{"server.rounds": 4})
     deployment.wait_for_rounds("run", 1)
@@ -73,3 +95,46 @@ def test_a_box_that_is_too_slow_for_a_round_is_left_behind(deployment):
         os.kill(process.pid, signal.SIGCONT)
     before = len(status_of(deployment, 1))
     deployment.wait_for(lambda: "ok" in status_of(deployment, 1)[before:])
+
+
+@pytest.mark.parametrize(
+    ("deployment", "reason"),
+    [({"sabotage": {"box2": DIVERGES}}, "NaN or infinite"), ({"sabotage": {"box2": FLATTENS}}, "shape")],
+    indirect=["deployment"],
+    ids=["NaN", "wrong shapes"],
+)
+def test_a_box_whose_updates_are_useless_fails_alone(deployment, reason):
+    deployment.submit("run")
+    deployment.wait_for_rounds("run", 3)
+    assert status_of(deployment, 0) == status_of(deployment, 1) == ["ok"] * 3
+    assert status_of(deployment, 2) == ["failed"] * 3
+    assert all(reason in row.reason for row in deployment.clients("run") if row.client == 2)
+    assert deployment.rounds("run")[-1].accuracy > 0.5
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 4 MB under the run folder."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
+    if subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("only root may mount a small disk")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_run_is_resumed_after_the_disk_was_full(small_disk, deployment):
+    settings = {"server.rounds": 4, "server.checkpoint-every": 1}
+    run = deployment.submit("run", **settings)
+    deployment.wait_for_rounds("run", 1)
+    filler = small_disk / "filler"
+    filler.write_bytes(bytes(shutil.disk_usage(small_disk).free))
+    deployment.wait_for(lambda: deployment.status(run) == "finished:failed")
+    finished = deployment.rounds("run")
+    assert 1 <= len(finished) < 4
+
+    filler.unlink()
+    deployment.submit("run", **settings, resume=True)
+    deployment.wait_for_rounds("run", 4)
+    assert deployment.rounds("run")[: len(finished)] == finished
