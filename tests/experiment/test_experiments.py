@@ -17,7 +17,7 @@ RUNS = {
     "cifar10": 1,
     "compare": 180,
     "compare-small": 30,
-    "policies": 21,
+    "policies": 24,
     "uploads": 6,
     "paper/operators": 60,
     "paper/operators-small": 15,
