@@ -4,7 +4,7 @@
     python experiments/benchmarks/overhead.py --arch resnet18 --norm batch --clients 20 --images 16 --rounds 5
 
 A real `fedfmd run` trains on random images, with all metrics on, on `--workers` nodes of one thread. Its
-processes are sampled twice a second: resident memory, and PSS in which shared pages count once. The bare
+processes are sampled every three seconds: resident memory, and PSS in which shared pages count once. The bare
 loop trains the same batches with the same network and augmentation in as many processes of one thread, and
 nothing else: no messages, averages, evaluation, rows or files. It runs before and after, so that a change
 in the machine's speed shows. The first rounds, in which caches fill, are left out of the ratios.
@@ -45,7 +45,7 @@ KERNELS = 4
 BATCH_SIZE = 16
 LEARNING_RATE = 0.001  # labels are random: only the time counts
 WARM_UP_ROUNDS = 3
-SAMPLE_S = 0.5
+SAMPLE_S = 3.0  # more often, looking at a dozen processes of a gigabyte would take time from them
 
 
 @dataclass(frozen=True)
