@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm, to_hex, to_rgb
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from fedfmd.conv import CONVS
@@ -31,6 +32,7 @@ PHASES = {
 }
 ALARM = "#B22222"
 FEW = 5  # seeds of which each has its own line, if there are no more groups than that either
+LEGEND_COLUMNS = 3
 MANY = 40  # clients of which not each has its name
 
 STYLE = {
@@ -101,12 +103,16 @@ def _shaded(colour: str, amount: float) -> str:
 
 def plot_curves(facets: Sequence[Facet]) -> Figure:
     """For a README: accuracy against rounds or epochs, time and FLOPs, a row per facet."""
-    figure = Figure(figsize=(12, 0.6 + 3.2 * len(facets)), layout="constrained")
+    series = {one.name: one for facet in facets for one in facet.series}
+    lines = -(-len(series) // LEGEND_COLUMNS)
+    height = 0.6 + 3.2 * len(facets) + 0.2 * lines
+    figure = Figure(figsize=(12, height), layout="constrained")
     for facet, row in zip(facets, figure.subplots(len(facets), 3, sharey=True, squeeze=False), strict=True):
         for axes, column in zip(row, _curves(facet.series), strict=True):
             draw_accuracy(axes, facet.series, column)
         row[0].set_title(facet.title, loc="left")
-        row[0].legend(loc="lower right", frameon=False)
+    handles = [Line2D([], [], color=one.colour, linewidth=2, linestyle=_line(one)) for one in series.values()]
+    figure.legend(handles, series, loc="outside lower center", ncols=LEGEND_COLUMNS, frameon=False)
     return figure
 
 
@@ -322,8 +328,18 @@ def _draw_mean(
     if len(seeds) > 1:
         spread = y.std(0, ddof=1)
         axes.fill_between(
-            x.mean(0), middle - spread, middle + spread, color=one.colour, alpha=0.15, linewidth=0
+            x.mean(0),
+            middle - spread,
+            middle + spread,
+            color=one.colour,
+            alpha=0.15 if thin else 0.07,
+            linewidth=0,
         )
-    line = (0, one.dash) if one.dash else "solid"
     marker = one.marker if y.shape[1] == 1 else None  # a single point has no line
-    axes.plot(x.mean(0), middle, color=one.colour, linewidth=2, linestyle=line, marker=marker, label=one.name)
+    axes.plot(
+        x.mean(0), middle, color=one.colour, linewidth=2, linestyle=_line(one), marker=marker, label=one.name
+    )
+
+
+def _line(one: Series) -> str | tuple[int, tuple[int, ...]]:
+    return (0, one.dash) if one.dash else "solid"
