@@ -1,7 +1,8 @@
 """Memory of a federated run, process by process, and what it costs beyond a bare training loop.
 
     python experiments/benchmarks/overhead.py --clients 1000 --per-round 100 --images 50 --rounds 20
-    python experiments/benchmarks/overhead.py --arch resnet18 --norm batch --clients 20 --images 16 --rounds 5
+    python experiments/benchmarks/overhead.py --arch resnet18 --norm batch --clients 20 --images 16 --rounds 8 \
+        --test-images 10
 
 A real `fedfmd run` trains on random images, with all metrics on, on `--workers` nodes of one thread. Its
 processes are sampled every three seconds: resident memory, and PSS in which shared pages count once. The bare
@@ -40,7 +41,6 @@ from fedfmd.tracking.folder import environment
 from fedfmd.training import LocalSGD, train
 
 CLASSES = 10
-TEST_IMAGES = 200
 KERNELS = 4
 BATCH_SIZE = 16
 LEARNING_RATE = 0.001  # labels are random: only the time counts
@@ -180,7 +180,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="fedfmd-overhead-") as scratch:
         folder = Path(scratch)
         write_images(folder / "train.npz", options.clients * options.images)
-        write_images(folder / "test.npz", TEST_IMAGES)
+        write_images(folder / "test.npz", options.test_images)
         before = bare_seconds(options, folder)
         samples, rounds = watch_run(options, folder)
         after = bare_seconds(options, folder)
@@ -199,6 +199,7 @@ def main() -> None:
         **{name: getattr(options, name) for name in ("engine", "workers", "arch", "conv", "clients")},
         "clients_per_round": clients,
         "images_per_client": options.images,
+        "test_images": options.test_images,
         "rounds": options.rounds,
         "round_s": round(wall, 3),
         "bare_before_s": round(before, 3),
@@ -228,6 +229,9 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--clients", type=int, default=1000)
     parser.add_argument("--per-round", type=int, default=0, help="clients of a round; 0: all")
     parser.add_argument("--images", type=int, default=50, help="images of each client")
+    parser.add_argument(
+        "--test-images", type=int, default=200, help="the server evaluates on them each round"
+    )
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--out", type=Path, default=Path("overhead.csv"), help="CSV file to extend")
     return parser.parse_args()
