@@ -31,12 +31,15 @@ def aggregate(
     separately; in both, arrays that were not trained have their current values. Those that nobody trained keep
     them bit for bit, whatever `inner` makes of them. Buffers take their plain mean: a server optimiser would
     treat running variances as weights and drive them below zero, and integers would not stay integers.
-    Parameters keep their dtype: some of Flower's optimisers return float64.
+    Parameters keep their dtype: some of Flower's optimisers return float64. Plain FedAvg's step is the mean
+    itself, so that the copies which Flower's messages are made of can be spared.
     """
     mean = WeightedMean()
     for _, reply in replies:
         mean.add(reply.arrays, reply.weights)
     trained = mean.arrays()
+    if type(inner) is FedAvg:
+        return current | trained
     if separate:
         states = [(message, reply.arrays, reply.weight) for message, reply in replies]
     else:

@@ -110,8 +110,13 @@ def test_a_first_step_of_fedadam_by_hand(reply, tiny_settings):
     np.testing.assert_allclose(stepped["w"], expected, rtol=1e-6)
 
 
-def test_the_next_state_is_the_mean_by_images(replies):
-    combined = aggregate(FedAvg(**KEYS), 1, replies, CURRENT, PARAMETERS)
+class OwnFedAvg(FedAvg):
+    """A user's: its mean is what Flower's messages make of it."""
+
+
+@pytest.mark.parametrize("kind", [FedAvg, OwnFedAvg])
+def test_the_next_state_is_the_mean_by_images(replies, kind):
+    combined = aggregate(kind(**KEYS), 1, replies, CURRENT, PARAMETERS)
     assert combined.keys() == CURRENT.keys()
     np.testing.assert_allclose(combined["w"], 3)
     np.testing.assert_allclose(combined["fc.bank.0"], -3)
