@@ -138,7 +138,10 @@ def _code(facts: Mapping[str, Any]) -> str:
 
 @contextmanager
 def logging_to(folder: RunFolder) -> Iterator[None]:
-    """Write the log to the folder, and to the console unless somebody shows it already."""
+    """Write the log to the folder, and to the console unless somebody shows it already.
+
+    Why a run ends early is for the folder's log alone: the engine tells the console.
+    """
     handlers: list[logging.Handler] = [folder.log_handler()]
     if not logger.handlers:
         handlers.append(_ConsoleHandler(sys.stdout))
@@ -149,6 +152,10 @@ def logging_to(folder: RunFolder) -> Iterator[None]:
         logger.addHandler(handler)
     try:
         yield
+    except Exception as error:
+        why = (logger.name, logging.ERROR, __file__, 0, "the run ends: %s", (error,), None)
+        handlers[0].handle(logger.makeRecord(*why))
+        raise
     finally:
         for handler in handlers:
             logger.removeHandler(handler)

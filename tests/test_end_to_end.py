@@ -186,6 +186,14 @@ def test_a_run_with_a_broken_client_finishes(run, tiny_settings, monkeypatch, fa
     assert [row.clients_failed for row in read_rounds(folder / "rounds.csv")] == [1, 1]
 
 
+def test_the_log_tells_why_a_run_ended(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(fedfmd.client_app, "train", lambda model, images, *args: fail(images))
+    with pytest.raises(RunError, match="4 of 4 clients failed"):
+        run()
+    *_, last = (tmp_path / "run" / "log.txt").read_text(encoding="utf-8").splitlines()
+    assert "ERROR the run ends: round 1: 4 of 4 clients failed, more than server.max-failed-share" in last
+
+
 def write_npz(path, images):
     np.savez(path, images=images.images.permute(0, 2, 3, 1).numpy(), labels=images.labels.numpy())
     return str(path)

@@ -54,6 +54,23 @@ def test_a_box_that_dies_costs_its_update_and_may_come_back(deployment):
     )
 
 
+def test_a_run_ends_when_too_few_boxes_are_left_and_is_resumed(deployment):
+    settings = {"server.rounds": 60, "server.checkpoint-every": 1, "server.node-timeout-s": 60}
+    run = deployment.submit("run", **settings)
+    deployment.wait_for_rounds("run", 2)
+    for box in ("box1", "box2"):
+        deployment.kill(box)
+    deployment.wait_for(lambda: deployment.status(run) == "finished:failed")
+    assert "server.max-failed-share" in deployment.log("run/log.txt")
+    finished = [row for row in deployment.rounds("run") if row.clients_ok == 3]
+
+    deployment.restart("box1", "box2")
+    deployment.submit("run", **settings, resume=True)
+    deployment.wait_for_rounds("run", len(finished) + 3)
+    assert deployment.rounds("run")[: len(finished)] == finished
+    assert deployment.rounds("run")[-1].clients_ok == 3
+
+
 @pytest.mark.parametrize("deployment", [{"on_disk": True}], indirect=True)
 def test_a_run_goes_on_when_its_superlink_is_killed(deployment):
     run = deployment.submit("run", **{"server.rounds": 4})
