@@ -223,7 +223,9 @@ def _splits(runs: Sequence[Run]) -> Iterator[Picture]:
         if run.label_counts is not None:
             shown.setdefault(run.task, run)
     for run in shown.values():
-        title = ", ".join(filter(None, (run.settings.partition.scheme, run.task, f"seed {run.seed}")))
+        scheme = run.settings.partition.scheme
+        parts = ("" if scheme in run.task else scheme, run.task, f"seed {run.seed}")
+        title = ", ".join(filter(None, parts))
         yield Picture(f"Images per client and class: {title}", plots.plot_split(run.label_counts))
 
 

@@ -99,7 +99,7 @@ def test_the_page_has_every_section_and_every_plot_its_units(page):
         "late, 60 s",
         "kernel entropy H(π)/ln K (no unit)",
     } <= set(page.texts)
-    assert "static, seed 0, round 2" in page.captions
+    assert {"static, seed 0, round 2", "Images per client and class: dirichlet, seed 0"} <= set(page.captions)
 
 
 def test_a_page_of_centralised_runs_tells_of_epochs_and_of_no_clients(centralised_runs):
