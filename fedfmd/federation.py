@@ -34,7 +34,7 @@ from fedfmd.seeds import derive_seed
 from fedfmd.settings import DataSettings, Settings
 from fedfmd.training import LocalSGD
 from fedfmd.transport import upload_bytes
-from fedfmd.wire import Arrays, bank_of, pack, parameter_names, payload_bytes
+from fedfmd.wire import Arrays, bank_of, parameter_names, payload_bytes, shared_arrays
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def build_federation(settings: Settings) -> Federation:
     fleet = build_fleet(settings, sizes)
     model = build_model(settings, dataset.classes).to(device)
     cost = count(model, dataset.image_size)
-    arrays = pack(model)
+    arrays = shared_arrays(model)
     return Federation(
         settings=settings,
         dataset=dataset,

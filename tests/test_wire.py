@@ -1,8 +1,11 @@
+import pickle
 from collections import OrderedDict
+from io import BytesIO
 
 import numpy as np
 import pytest
 import torch
+from flwr.app import Array, ArrayRecord
 from torch import nn
 
 import fedfmd
@@ -34,6 +37,13 @@ from fedfmd.wire import (
 )
 
 DYNAMIC = sorted(CONVS.keys() - {"static"})
+
+
+def npy(array):
+    """A .npy file."""
+    file = BytesIO()
+    np.save(file, array)
+    return file.getvalue()
 
 
 def layer(conv):
@@ -88,6 +98,69 @@ def test_counters_and_scalars_keep_their_shape_and_type():
     assert arrays["num_batches_tracked"].shape == arrays["conv.temperature"].shape == ()
     assert arrays["num_batches_tracked"].dtype == np.int64
     assert arrays["conv.temperature"].dtype == np.float32
+
+
+def some_arrays():
+    generator = np.random.default_rng(0)
+    return {
+        "matrix": generator.normal(size=(3, 4)).astype(np.float32),
+        "by columns": np.asfortranarray(generator.normal(size=(3, 4))),
+        "every second": np.arange(10, dtype=np.int8)[::2],
+        "scalar": np.array(7),
+        "half": np.ones((2, 1, 2), np.float16),
+        "empty": np.zeros((0, 3), np.int64),
+    }
+
+
+def same(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for name, array in theirs.items():
+        assert (ours[name].dtype, ours[name].shape) == (array.dtype, array.shape)
+        np.testing.assert_array_equal(ours[name], array)
+
+
+def test_flower_reads_our_arrays_and_we_read_flowers():
+    arrays = some_arrays()
+    same({name: array.numpy() for name, array in to_record(arrays).items()}, arrays)
+    same(from_record(ArrayRecord({name: Array(array) for name, array in arrays.items()})), arrays)
+
+
+@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
+def test_records_can_be_pickled(protocol):
+    same(from_record(pickle.loads(pickle.dumps(to_record(some_arrays()), protocol))), some_arrays())
+
+
+def test_pickled_records_share_the_numbers_if_the_pickler_can():
+    buffers = []
+    text = pickle.dumps(to_record(some_arrays()), protocol=5, buffer_callback=buffers.append)
+    shared = [bytearray(buffer.raw()) for buffer in buffers]
+    arrays = from_record(pickle.loads(text, buffers=shared))
+    same(arrays, some_arrays())
+    for buffer in shared:
+        buffer[-4:] = b"\xff\xff\xff\xff"
+    assert np.isnan(arrays["matrix"][-1, -1])
+
+
+def test_received_arrays_share_the_messages_memory_and_cannot_be_changed():
+    record = to_record(some_arrays())
+    (first, again) = (from_record(record)["matrix"] for _ in range(2))
+    assert np.shares_memory(first, again)
+    with pytest.raises(ValueError, match="read-only"):
+        first[:] = 0
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"no array at all", "magic string"),
+        (npy(np.arange(3.0))[:-1], "buffer is too small"),
+        (npy(np.array([None])), "Python objects"),
+    ],
+)
+def test_a_damaged_array_is_refused(content, message):
+    record = ArrayRecord({"w": Array("float64", (3,), "numpy.ndarray", content)})
+    with pytest.raises((TypeError, ValueError), match=message):
+        from_record(record)
 
 
 def test_packed_arrays_do_not_follow_the_module():
