@@ -8,14 +8,13 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from fedfmd.data import ImageFormat, ImageSet, batches, fit, read_image
 from fedfmd.errors import SettingsError
 from fedfmd.federation import build_model
 from fedfmd.settings import Settings
-from fedfmd.tracking import atomic_write
+from fedfmd.tracking import save_tensors
 
 METADATA = "classifier"
 BATCH_SIZE = 64
@@ -59,8 +58,7 @@ class Classifier:
             OSError: it can't be written; an older file is still there.
         """
         header = json.dumps({"settings": self.settings.kept(), "images": asdict(self.images)})
-        state = {name: tensor.cpu().contiguous() for name, tensor in self.model.state_dict().items()}
-        atomic_write(path, save(state, metadata={METADATA: header}))
+        save_tensors(path, self.model.state_dict(), {METADATA: header})
 
 
 def load_classifier(path: Path | str) -> Classifier:

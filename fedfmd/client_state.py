@@ -14,10 +14,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from safetensors.torch import save
 from torch import Tensor, nn
 
-from fedfmd.tracking import atomic_write, load_model
+from fedfmd.tracking import load_model, save_tensors
 
 DAYS_KEPT = 30
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.GroupNorm)
@@ -69,11 +68,9 @@ class ClientStates:
         path = self._path(client, round)
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {
-            f"{kind}/{name}": tensor.cpu().contiguous()
-            for kind, group in vars(state).items()
-            for name, tensor in group.items()
+            f"{kind}/{name}": tensor for kind, group in vars(state).items() for name, tensor in group.items()
         }
-        atomic_write(path, save(tensors))
+        save_tensors(path, tensors, {})
         newest = (round - 1) // self.checkpoint_every * self.checkpoint_every
         checkpoints = [newest - place * self.checkpoint_every for place in range(self.keep_checkpoints)]
         rounds = self._rounds(client)

@@ -8,7 +8,7 @@ from fedfmd.tracking.checkpoint import (
     save_checkpoint,
 )
 from fedfmd.tracking.code import code_digest
-from fedfmd.tracking.files import atomic_write
+from fedfmd.tracking.files import atomic_write, save_tensors
 from fedfmd.tracking.folder import RunFolder, environment, read_environment
 from fedfmd.tracking.rows import (
     CLIENT_COLUMNS,
@@ -50,4 +50,5 @@ __all__ = [
     "read_rounds",
     "round_line",
     "save_checkpoint",
+    "save_tensors",
 ]

@@ -17,9 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
-from fedfmd.tracking.files import atomic_write
+from fedfmd.tracking.files import atomic_write, save_tensors
 
 log = logging.getLogger(__name__)
 
@@ -63,9 +62,10 @@ def save_checkpoint(
     """
     mark = folder / f"round-{round:05d}.json"
     mark.unlink(missing_ok=True)
-    atomic_write(mark.with_suffix(".safetensors"), _pack(arrays, settings))
+    _prune(folder, round - 1, max(1, keep - 1))  # first, so that the disk needs no room for one more
+    _save_arrays(mark.with_suffix(".safetensors"), arrays, settings)
     if extra_arrays:
-        atomic_write(mark.with_suffix(".state.safetensors"), _pack(extra_arrays, {}))
+        _save_arrays(mark.with_suffix(".state.safetensors"), extra_arrays, {})
     content = {"round": round, "extra_arrays": bool(extra_arrays), "state": dict(state)}
     atomic_write(mark, json.dumps(content, indent=1))
     _prune(folder, round, keep)
@@ -106,13 +106,13 @@ def load_model(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         raise ValueError(f"{path} is damaged: {error}") from error
 
 
-def _pack(arrays: Arrays, settings: Mapping[str, Any]) -> bytes:
-    """The content of a .safetensors file.
+def _save_arrays(path: Path, arrays: Arrays, settings: Mapping[str, Any]) -> None:
+    """Write a .safetensors file.
 
     The header has a single text, because safetensors orders several at random: equal runs write equal files.
     """
-    tensors = {name: torch.as_tensor(array).detach().cpu().contiguous() for name, array in arrays.items()}
-    return save(tensors, metadata={"settings": json.dumps(dict(settings))})
+    tensors = {name: torch.as_tensor(array) for name, array in arrays.items()}
+    save_tensors(path, tensors, {"settings": json.dumps(dict(settings))})
 
 
 def _prune(folder: Path, round: int, keep: int) -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from errno import EIO
 from pathlib import Path
-from typing import BinaryIO
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 
 
 def atomic_write(path: Path, content: bytes | str) -> None:
@@ -15,14 +19,24 @@ def atomic_write(path: Path, content: bytes | str) -> None:
     Raises:
         OSError: it can't be written, on a full disk for instance; the text names the file and the fix.
     """
-    temporary = path.with_name(f".{path.name}.partial")
-    with _explained(path):
+    with _replacing(path) as temporary:
+        temporary.write_bytes(_encoded(content))
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a .safetensors file in one step, as `atomic_write` does.
+
+    Contiguous tensors on the CPU are not copied.
+
+    Raises:
+        OSError: as in `atomic_write`.
+    """
+    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with _replacing(path) as temporary:
         try:
-            with temporary.open("wb") as file:
-                _write(file, content)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+            save_file(on_cpu, temporary, dict(metadata))
+        except SafetensorError as error:
+            raise OSError(EIO, str(error)) from error
 
 
 def append(path: Path, content: str) -> None:
@@ -32,14 +46,27 @@ def append(path: Path, content: str) -> None:
         OSError: as in `atomic_write`.
     """
     with _explained(path), path.open("ab") as file:
-        _write(file, content)
+        file.write(_encoded(content))
+        file.flush()
+        os.fsync(file.fileno())
 
 
-def _write(file: BinaryIO, content: bytes | str) -> None:
-    """Write all of `content` and wait until it is on the disk."""
-    file.write(content.encode() if isinstance(content, str) else content)
-    file.flush()
-    os.fsync(file.fileno())
+def _encoded(content: bytes | str) -> bytes:
+    return content.encode() if isinstance(content, str) else content
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A file beside `path` to write; it takes that one's place once all of it is on the disk."""
+    temporary = path.with_name(f".{path.name}.partial")
+    with _explained(path):
+        try:
+            yield temporary
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager

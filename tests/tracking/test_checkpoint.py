@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+import fedfmd.tracking.checkpoint
 from fedfmd.tracking import latest_checkpoint, latest_round, load_model, save_checkpoint
 
 BANK = torch.randn(4, 3, 2, 2)
@@ -88,6 +89,24 @@ def test_the_newest_checkpoints_are_kept(tmp_path):
         for end in ("json", "safetensors", "state.safetensors")
     }
     assert names(tmp_path) == {"notes.txt", *kept}
+
+
+@pytest.mark.parametrize(("keep", "there"), [(1, {15}), (2, {15}), (3, {10, 15})])
+def test_room_is_made_before_a_checkpoint_is_written(tmp_path, monkeypatch, keep, there):
+    """But never without another one to go back to."""
+    for round in (5, 10, 15):
+        save(tmp_path, round, keep=keep)
+    found = []
+
+    def full(*_arguments: object) -> None:
+        found.extend(int(path.stem[-5:]) for path in tmp_path.glob("*.json"))
+        raise OSError("disk full")
+
+    monkeypatch.setattr(fedfmd.tracking.checkpoint, "save_tensors", full)
+    with pytest.raises(OSError, match="disk full"):
+        save(tmp_path, 20, keep=keep)
+    assert set(found) == there
+    assert latest_checkpoint(tmp_path).round == max(there)
 
 
 def test_checkpoints_beyond_the_resumed_round_are_given_up(tmp_path):
