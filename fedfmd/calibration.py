@@ -30,6 +30,7 @@ from fedfmd.data import Dataset, ImageSet
 from fedfmd.edge import DEVICES, Device, Speed, device_row, read_devices
 from fedfmd.errors import RunError, SettingsError
 from fedfmd.federation import torch_device
+from fedfmd.memory import keep_freed
 from fedfmd.settings import Settings
 from fedfmd.tracking import atomic_write
 from fedfmd.tracking.folder import environment
@@ -111,6 +112,7 @@ def measure(settings: Settings, classes: int, image_size: int, batch_sizes: Iter
     Raises:
         RunError: a round fails; the text names the network and the batch.
     """
+    keep_freed()  # as a client does
     sizes = sorted({1, *batch_sizes})
     host = _host(settings, classes, image_size, MOST_STEPS * sizes[-1])
     cost = count(host.model, image_size)

@@ -31,6 +31,7 @@ from fedfmd.data import Dataset, ImageFormat, ImageSet
 from fedfmd.edge import PROBE_IMAGES
 from fedfmd.federation import build_dataset, build_model, build_partition, build_sgd, cache_dir, torch_device
 from fedfmd.kernels import Kernels, most_attended, rotated, trained_parameters
+from fedfmd.memory import keep_freed
 from fedfmd.seeds import derive_seed
 from fedfmd.settings import Settings
 from fedfmd.training import TrainResult, train
@@ -224,6 +225,7 @@ def _train(
         trained = train(
             host.model, shard, host.dataset, sgd, assignment.steps, generator, host.device, optimiser
         )
+    host.model.zero_grad()  # gradients are as large as the model, and a reply needs that room
     return trained, attention, kernels
 
 
@@ -281,6 +283,7 @@ def _load_host(
     images: ImageFormat | None,
 ) -> Host:
     """Load what a node needs, once per process and run."""
+    keep_freed()
     settings = Settings.from_mapping(dict(run_config))
     device = torch_device(settings, backend)
     discard_old(states_dir())

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from flwr.app import Message
+from flwr.app import Message, RecordDict
 from flwr.app.message_type import MessageType
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
@@ -21,6 +21,9 @@ from fedfmd.wire import CONFIG, write_question
 from strategies.replies import error_text
 
 POLL_S = 0.2
+QUICK_POLL_S = 0.01
+LATE_SHARE = 0.01
+"""Short rounds are polled more often, so that a reply is noticed late by a small share of the time that it took."""
 
 logger = logging.getLogger("fedfmd")
 
@@ -185,18 +188,27 @@ def exchange(
     the message that it answers.
     """
     started = time.monotonic()
+    passed = 0.0
     waiting = {message_id for message_id in grid.push_messages(messages) if message_id}
     replies: list[Message] = []
     seconds: dict[str, float] = {}
-    while waiting and time.monotonic() - started < timeout_s:
+    while waiting and passed < timeout_s:
         came = list(grid.pull_messages(waiting))
         replies += came
         answered = {message.metadata.reply_to_message_id for message in came}
-        seconds |= dict.fromkeys(answered, time.monotonic() - started)
+        passed = time.monotonic() - started
+        seconds |= dict.fromkeys(answered, passed)
         waiting -= answered
         if waiting:
-            time.sleep(POLL_S)
+            time.sleep(min(POLL_S, QUICK_POLL_S + LATE_SHARE * passed))
     return replies, seconds
+
+
+def empty(messages: Iterable[Message]) -> None:
+    """Let go of the messages' contents: Flower's engine holds on to messages that it has done with."""
+    for message in messages:
+        if message.has_content():
+            message.content = RecordDict()
 
 
 def reachable(nodes: Iterable[Node], clients: Iterable[int]) -> list[int]:

@@ -27,20 +27,30 @@ from fedfmd.tracking import ClientRow, RunFolder, latest_checkpoint, save_checkp
 from fedfmd.training import Evaluation, evaluate, learning_rate
 from fedfmd.wire import (
     BY_ATTENTION,
+    WEIGHT,
     Arrays,
     Assignment,
     ClientResult,
     Instruction,
-    from_record,
     load,
-    pack,
     parameter_names,
+    shared_arrays,
     to_record,
     write_instruction,
 )
 from strategies.aggregation import Replies, aggregate, lengthen
 from strategies.lines import header_lines, round_text
-from strategies.nodes import Node, assign, exchange, has_boxes, meet_again, meet_nodes, on_boxes, reachable
+from strategies.nodes import (
+    Node,
+    assign,
+    empty,
+    exchange,
+    has_boxes,
+    meet_again,
+    meet_nodes,
+    on_boxes,
+    reachable,
+)
 from strategies.optimiser import optimiser_arrays, restore_optimiser
 from strategies.replies import client_results, read_replies
 from strategies.rows import client_rows, round_row
@@ -169,22 +179,29 @@ class TrackedStrategy(Strategy):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Check the replies and combine what is usable; (None, None) if too few clients succeeded."""
-        replies = list(replies)
+        """The new state and the number of images behind it; (None, None) if too few clients succeeded."""
+        arrays = self.combine(server_round, list(replies))
+        if arrays is None:
+            return None, None
+        images = sum(result.images for result in self.results.values() if result.ok)
+        return to_record(arrays), MetricRecord({WEIGHT: images})
+
+    def combine(self, server_round: int, replies: Sequence[Message]) -> Arrays | None:
+        """Check the replies and combine what is usable; None if too few clients succeeded."""
         asked = {request.id: request.assignments for request in self._round.requests}
-        current = pack(self.federation.model)
+        current = shared_arrays(self.federation.model)
         received = {request: self._start_of(work, current) for request, work in asked.items()}
         answers = read_replies(replies, asked, received)
         self.results = client_results(answers, asked)
         if sum(result.ok for result in self.results.values()) < max(1, self._round.needed):
-            return None, None
+            return None
         messages = {message.metadata.reply_to_message_id: message for message in replies}
         usable = [
             (messages[answer.request], answer.reply)
             for answer in answers
             if answer.reply is not None and answer.reply.arrays
         ]
-        arrays = aggregate(
+        return aggregate(
             self.inner,
             server_round,
             self._comparable(usable, current),
@@ -192,8 +209,6 @@ class TrackedStrategy(Strategy):
             self._parameters,
             self.algorithm.separate,
         )
-        weight = sum(reply.weight for _, reply in usable)
-        return to_record(arrays), MetricRecord({"num-examples": weight})
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -213,12 +228,7 @@ class TrackedStrategy(Strategy):
         model, settings = federation.model, federation.settings
         temperature = federation.temperature.at(server_round - 1)
         set_temperature(model, temperature)
-        config = ConfigRecord({"virtual-s": progress.virtual_s})
-        messages = self.configure_train(server_round, to_record(pack(model)), config, grid)
-        replies, arrived = exchange(grid, messages, settings.server.round_timeout_s)
-        arrays, _ = self.aggregate_train(server_round, replies)
-        if arrays is not None:
-            load(model, from_record(arrays))
+        trained, arrived = self._train(grid, server_round, progress.virtual_s)
         evaluation = self._evaluate()
         places = {node.id: node.rank for node in self.nodes}
         asked = [(request, work.client) for request in self._round.requests for work in request.assignments]
@@ -234,7 +244,7 @@ class TrackedStrategy(Strategy):
             evaluation,
             federation,
             round_s=self._round.seconds,
-            void=arrays is None,
+            void=not trained,
             temperature=temperature if self._annealed else None,
             virtual_s=progress.virtual_s,
             best_accuracy=progress.best_accuracy,
@@ -259,6 +269,19 @@ class TrackedStrategy(Strategy):
             logger.warning("round %d: client %d failed: %s", server_round, failed.client, failed.reason)
         self._stop_if_hopeless(server_round, clients)
         return progress
+
+    def _train(self, grid: Grid, server_round: int, virtual_s: float) -> tuple[bool, dict[str, float]]:
+        """Let the nodes train, and take over what they learnt: whether there was enough, and when each reply came."""
+        model = self.federation.model
+        arrays, config = to_record(shared_arrays(model)), ConfigRecord({"virtual-s": virtual_s})
+        messages = self.configure_train(server_round, arrays, config, grid)
+        replies, arrived = exchange(grid, messages, self.federation.settings.server.round_timeout_s)
+        empty(request.message for request in self._round.requests if request.id in arrived)
+        new = self.combine(server_round, replies)
+        if new is not None:
+            load(model, new)
+        empty(replies)
+        return new is not None, arrived
 
     def _meet(self, grid: Grid, resumed: bool) -> None:
         """A new run starts with all its boxes. Later they come and go, and it does without the failed share."""

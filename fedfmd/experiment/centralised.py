@@ -23,6 +23,7 @@ from fedfmd.federation import (
     describe_network,
     torch_device,
 )
+from fedfmd.memory import keep_freed
 from fedfmd.seeds import derive_seed
 from fedfmd.server_app import logging_to, open_run_folder, run_path
 from fedfmd.settings import Settings
@@ -70,6 +71,7 @@ def run_centralised(settings: Settings, threads: int) -> None:
         RunError: the training diverged; finished epochs are kept.
     """
     torch.set_num_threads(settings.threads or threads)
+    keep_freed()
     training = prepare_centralised(settings)
     folder = open_run_folder(settings)
     with logging_to(folder):

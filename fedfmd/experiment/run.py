@@ -23,6 +23,7 @@ from fedfmd.experiment.files import Cell, Experiment
 from fedfmd.experiment.pool import Ended, Started, attempt, run_jobs
 from fedfmd.experiment.wording import WORDINGS
 from fedfmd.federation import Federation
+from fedfmd.memory import trim
 from fedfmd.server_app import app as server_app
 from fedfmd.server_app import prepare, run_path
 from fedfmd.settings import Settings
@@ -185,6 +186,7 @@ def _run_here(task: Task, engine: Engine, layout: Layout, display: ExperimentDis
     """Run a cell from this process."""
     with _shown(task, display) as shown:
         if engine == "flwr":
+            trim()  # checking the settings built the model
             run_flower(task.settings.flat(), layout.nodes, task.folder, shown.line)
         else:
             _train(task.settings, layout)

@@ -2,7 +2,7 @@ import re
 from dataclasses import replace
 
 import pytest
-from flwr.app import Message, RecordDict
+from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.app.message_type import MessageType
 
 import strategies.nodes
@@ -10,7 +10,7 @@ from fedfmd.data import ImageFormat
 from fedfmd.edge import Device, Speed, device_text, plan_work
 from fedfmd.engines.inline import InlineGrid
 from fedfmd.errors import RunError
-from strategies.nodes import Node, assign, exchange, meet_again, meet_nodes, on_boxes, reachable
+from strategies.nodes import Node, assign, empty, exchange, meet_again, meet_nodes, on_boxes, reachable
 
 IMAGES = ImageFormat(("cat", "dog"), 8, (0.5,) * 3, (0.25,) * 3, False)
 
@@ -267,3 +267,11 @@ def test_an_exchange_waits_no_longer_than_it_may(make_grid, monkeypatch):
 
 def test_an_exchange_of_nothing_is_over_at_once(make_grid):
     assert exchange(make_grid([]), [], timeout_s=60) == ([], {})
+
+
+def test_messages_can_be_emptied_and_errors_stay():
+    question = Message(RecordDict({"config": ConfigRecord({"a": 1})}), 1000, MessageType.QUERY)
+    failed = Message(Error(2, "no data"), reply_to=question)
+    empty([question, failed])
+    assert not question.content
+    assert failed.error.reason == "no data"
