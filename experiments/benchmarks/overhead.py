@@ -1,16 +1,17 @@
 r"""Memory of a federated run, process by process, and what it costs beyond a bare training loop.
 
     python experiments/benchmarks/overhead.py --clients 1000 --per-round 100 --images 50 --rounds 20
-    python experiments/benchmarks/overhead.py --arch resnet18 --norm batch --clients 20 --images 16 --rounds 8 \
+    python experiments/benchmarks/overhead.py --arch resnet18 --norm batch --clients 20 --images 16 --rounds 12 \
         --test-images 10
 
 and each again with `--engine flwr`.
 
 A real `fedfmd run` trains on random images, with all metrics on, on `--workers` nodes of one thread. Its
-processes are sampled every three seconds: resident memory, and PSS in which shared pages count once. The bare
-loop trains the same batches with the same network and augmentation in as many processes of one thread, and
-nothing else: no messages, averages, evaluation, rows or files. It runs before and after, so that a change
-in the machine's speed shows. The first rounds, in which caches fill, are left out of the ratios.
+processes are sampled every three seconds in odd rounds: resident memory, and PSS in which shared pages count
+once. Looking takes time, so that even rounds alone are timed. The bare loop trains the same batches with the same
+network and augmentation in as many processes of one thread, and nothing else: no messages, averages, evaluation,
+rows or files. It runs before and after, so that a change in the machine's speed shows. The first rounds, in which
+caches fill, are left out of the ratios.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from dataclasses import dataclass
 from datetime import date
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 
 import numpy as np
 import psutil
@@ -38,6 +39,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedfmd.data import load_dataset
+from fedfmd.memory import keep_freed
 from fedfmd.models import MODELS, make_model
 from fedfmd.tracking.folder import environment
 from fedfmd.training import LocalSGD, train
@@ -47,7 +49,8 @@ KERNELS = 4
 BATCH_SIZE = 16
 LEARNING_RATE = 0.001  # labels are random: only the time counts
 WARM_UP_ROUNDS = 3
-SAMPLE_S = 3.0  # more often, looking at a dozen processes of a gigabyte would take time from them
+SAMPLE_S = 3.0
+BARE_REPEATS = 3
 
 
 @dataclass(frozen=True)
@@ -91,20 +94,24 @@ def watch_run(options: argparse.Namespace, folder: Path) -> tuple[list[Sample], 
     with (folder / "output.txt").open("w") as output:
         run = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
         while run.poll() is None:
-            samples += look(psutil.Process(run.pid), len(read_rows(out / "rounds.csv")))
+            current = len(read_rows(out / "rounds.csv")) + 1
+            if current % 2:
+                samples += look(psutil.Process(run.pid), current)
             time.sleep(SAMPLE_S)
     if run.returncode:
         sys.exit((folder / "output.txt").read_text())
     return samples, read_rows(out / "rounds.csv")
 
 
-def look(root: psutil.Process, finished_rounds: int) -> list[Sample]:
+def look(root: psutil.Process, current: int) -> list[Sample]:
+    """Each process's memory in the current round."""
     samples = []
     for process in [root, *root.children(recursive=True)]:
         with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
             memory = process.memory_full_info()
-            name = (process.cmdline() or [process.name()])[0].rsplit("/")[-1]
-            samples.append(Sample(finished_rounds + 1, process.pid, name, memory.rss, memory.pss))
+            program = (process.cmdline() or [process.name()])[0].rsplit("/")[-1]
+            name = program.removesuffix(".run")  # a Ray actor's, while it works
+            samples.append(Sample(current, process.pid, name, memory.rss, memory.pss))
     return samples
 
 
@@ -119,16 +126,17 @@ def bare_seconds(options: argparse.Namespace, folder: Path) -> float:
     """Seconds that a bare loop needs for the batches of one round."""
     clients = options.per_round or options.clients
     shares = [len(part) for part in np.array_split(range(clients), options.workers)]
-    # The first call of each worker loads libraries and warms up.
+    seconds = []
     with ProcessPoolExecutor(options.workers, get_context("spawn")) as pool:
-        for timed in (False, True):
-            jobs = [pool.submit(train_bare, options, folder, share if timed else 1) for share in shares]
-            seconds = max(job.result() for job in jobs)
-    return seconds
+        for repeat in range(BARE_REPEATS + 1):  # the first one loads libraries and warms up
+            jobs = [pool.submit(train_bare, options, folder, share if repeat else 1) for share in shares]
+            seconds.append(max(job.result() for job in jobs))
+    return median(seconds[1:])
 
 
 def train_bare(options: argparse.Namespace, folder: Path, clients: int) -> float:
     torch.set_num_threads(1)
+    keep_freed()  # as fedfmd's own processes
     dataset = load_dataset("npz", train=folder / "train.npz", test=folder / "test.npz")
     model = make_model(options.arch, options.conv, CLASSES, kernels=KERNELS, norm=options.norm)
     shard = dataset.train.subset(torch.arange(options.images))
@@ -155,7 +163,7 @@ def memory_rows(samples: list[Sample]) -> list[dict[str, object]]:
             rows.append(
                 {
                     "process": name,
-                    f"MB in round {WARM_UP_ROUNDS + 1}": round(measured[0] / 1e6),
+                    "MB after warm-up": round(measured[0] / 1e6),
                     "MB in the last": round(measured[-1] / 1e6),
                     "most": round(max(measured) / 1e6),
                     "± %": round(100 * spread, 1),
@@ -186,7 +194,7 @@ def main() -> None:
         before = bare_seconds(options, folder)
         samples, rounds = watch_run(options, folder)
         after = bare_seconds(options, folder)
-    wall = fmean(float(row["wall_s"]) for row in rounds[WARM_UP_ROUNDS:])
+    wall = fmean(float(row["wall_s"]) for row in rounds[WARM_UP_ROUNDS:] if int(row["round"]) % 2 == 0)
     bare = (before + after) / 2
     clients = options.per_round or options.clients
     processes = memory_rows(samples)
