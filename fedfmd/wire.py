@@ -235,7 +235,7 @@ def to_record(arrays: Mapping[str, np.ndarray]) -> ArrayRecord:
 
 
 def _flower_array(array: np.ndarray) -> Array:
-    """Flower's own `Array(array)`, but with a single copy of the numbers."""
+    """As Flower's own `Array(array)`, but with fewer copies on its way."""
     header = BytesIO()
     write_array_header_1_0(header, header_data_from_array_1_0(array))
     data = b"".join([header.getvalue(), array.reshape(-1).view(np.uint8).data])

@@ -1,14 +1,14 @@
 r"""Memory of a federated run, process by process, and what it costs beyond a bare training loop.
 
     python experiments/benchmarks/overhead.py --clients 1000 --per-round 100 --images 50 --rounds 20
-    python experiments/benchmarks/overhead.py --arch resnet18 --norm batch --clients 20 --images 16 --rounds 12 \
+    python experiments/benchmarks/overhead.py --arch resnet18 --norm batch --clients 20 --images 16 --rounds 16 \
         --test-images 10
 
 and each again with `--engine flwr`.
 
 A real `fedfmd run` trains on random images, with all metrics on, on `--workers` nodes of one thread. Its
 processes are sampled every three seconds in odd rounds: resident memory, and PSS in which shared pages count
-once. Looking takes time, so that even rounds alone are timed. The bare loop trains the same batches with the same
+once. Looking takes time, so that even rounds alone are timed, of which the median counts. The bare loop trains the same batches with the same
 network and augmentation in as many processes of one thread, and nothing else: no messages, averages, evaluation,
 rows or files. It runs before and after, so that a change in the machine's speed shows. The first rounds, in which
 caches fill, are left out of the ratios.
@@ -194,7 +194,7 @@ def main() -> None:
         before = bare_seconds(options, folder)
         samples, rounds = watch_run(options, folder)
         after = bare_seconds(options, folder)
-    wall = fmean(float(row["wall_s"]) for row in rounds[WARM_UP_ROUNDS:] if int(row["round"]) % 2 == 0)
+    wall = median(float(row["wall_s"]) for row in rounds[WARM_UP_ROUNDS:] if int(row["round"]) % 2 == 0)
     bare = (before + after) / 2
     clients = options.per_round or options.clients
     processes = memory_rows(samples)
