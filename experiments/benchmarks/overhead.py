@@ -6,12 +6,12 @@ r"""Memory of a federated run, process by process, and what it costs beyond a ba
 
 and each again with `--engine flwr`.
 
-A real `fedfmd run` trains on random images, with all metrics on, on `--workers` nodes of one thread. Its
-processes are sampled every three seconds in odd rounds: resident memory, and PSS in which shared pages count
-once. Looking takes time, so that even rounds alone are timed, of which the median counts. The bare loop trains the same batches with the same
-network and augmentation in as many processes of one thread, and nothing else: no messages, averages, evaluation,
-rows or files. It runs before and after, so that a change in the machine's speed shows. The first rounds, in which
-caches fill, are left out of the ratios.
+A real `fedfmd run` trains on random images, with all metrics on, on `--workers` nodes of one thread. In odd rounds
+its processes are sampled every three seconds: resident memory, and PSS in which shared pages count once. Looking
+takes time, so that the time is the median of even rounds. The bare loop trains the same batches with the same network
+and augmentation in as many processes of one thread, and nothing else: no messages, averages, evaluation, rows or
+files. It runs before and after, so that a change in the machine's speed shows. The first rounds, in which caches fill,
+are left out.
 """
 
 from __future__ import annotations
