@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -51,6 +52,8 @@ LEARNING_RATE = 0.001  # labels are random: only the time counts
 WARM_UP_ROUNDS = 3
 SAMPLE_S = 3.0
 BARE_REPEATS = 3
+WORKING = {"inline": ("fedfmd",), "flwr": ("flwr-simulation", "ray::ClientAppActor")}
+"""The programs that are server and workers; the others launch them, pass messages on or watch."""
 
 
 @dataclass(frozen=True)
@@ -109,10 +112,15 @@ def look(root: psutil.Process, current: int) -> list[Sample]:
     for process in [root, *root.children(recursive=True)]:
         with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
             memory = process.memory_full_info()
-            program = (process.cmdline() or [process.name()])[0].rsplit("/")[-1]
-            name = program.removesuffix(".run")  # a Ray actor's, while it works
-            samples.append(Sample(current, process.pid, name, memory.rss, memory.pss))
+            samples.append(Sample(current, process.pid, program(process), memory.rss, memory.pss))
     return samples
+
+
+def program(process: psutil.Process) -> str:
+    """The program's name, for Python's the script's."""
+    words = [Path(word).name for word in process.cmdline()] or [process.name()]
+    name = words[1] if len(words) > 1 and words[0].startswith("python") else words[0]
+    return name.removesuffix(".run")  # a Ray actor's, while it works
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -136,7 +144,8 @@ def bare_seconds(options: argparse.Namespace, folder: Path) -> float:
 
 def train_bare(options: argparse.Namespace, folder: Path, clients: int) -> float:
     torch.set_num_threads(1)
-    keep_freed()  # as fedfmd's own processes
+    if options.bare_memory == "kept":
+        keep_freed()
     dataset = load_dataset("npz", train=folder / "train.npz", test=folder / "test.npz")
     model = make_model(options.arch, options.conv, CLASSES, kernels=KERNELS, norm=options.norm)
     shard = dataset.train.subset(torch.arange(options.images))
@@ -172,8 +181,8 @@ def memory_rows(samples: list[Sample]) -> list[dict[str, object]]:
     return rows
 
 
-def total_pss(samples: list[Sample]) -> int:
-    """Most memory of all processes together, shared pages counted once."""
+def total_pss(samples: Iterable[Sample]) -> int:
+    """Most memory of the processes together, shared pages counted once."""
     totals: dict[int, int] = defaultdict(int)
     moment, seen = 0, set[int]()
     for sample in samples:  # a process seen again starts the next look
@@ -197,6 +206,7 @@ def main() -> None:
     wall = median(float(row["wall_s"]) for row in rounds[WARM_UP_ROUNDS:] if int(row["round"]) % 2 == 0)
     bare = (before + after) / 2
     clients = options.per_round or options.clients
+    working = [sample for sample in samples if sample.name in WORKING[options.engine]]
     processes = memory_rows(samples)
     table = Table(*processes[0])
     for row in processes:
@@ -212,11 +222,13 @@ def main() -> None:
         "test_images": options.test_images,
         "rounds": options.rounds,
         "round_s": round(wall, 3),
+        "bare_memory": options.bare_memory,
         "bare_before_s": round(before, 3),
         "bare_after_s": round(after, 3),
         "beyond_bare": round(1 - bare / wall, 4),
         "ms_beyond_per_client": round(1000 * options.workers * (wall - bare) / clients, 1),
         "peak_pss_mb": round(total_pss(samples) / 1e6),
+        "of_server_and_workers_mb": round(total_pss(working) / 1e6),
         "largest_drift_percent": max(row["± %"] for row in processes),
     }
     console.print(result)
@@ -243,6 +255,12 @@ def parse_options() -> argparse.Namespace:
         "--test-images", type=int, default=200, help="the server evaluates on them each round"
     )
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument(
+        "--bare-memory",
+        choices=("default", "kept"),
+        default="default",
+        help="kept: the bare loop keeps what it frees too, as fedfmd's processes do",
+    )
     parser.add_argument("--out", type=Path, default=Path("overhead.csv"), help="CSV file to extend")
     return parser.parse_args()
 
