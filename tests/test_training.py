@@ -51,7 +51,7 @@ def test_as_many_steps_are_done_as_planned(dataset, steps, examples):
 def test_training_lowers_the_loss(dataset, conv):
     model = network(conv)
     before = evaluate(model, dataset.test, dataset)
-    run(model, dataset, steps=30)
+    run(model, dataset, steps=60)  # dynamic kernels start slowly; processors differ
     after = evaluate(model, dataset.test, dataset)
     assert after.loss < 0.5 * before.loss
     assert after.accuracy > before.accuracy
