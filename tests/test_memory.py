@@ -4,7 +4,7 @@ import sys
 import pytest
 
 PROGRAM = """
-import gc, sys, psutil, torch
+import sys, psutil, torch
 from fedfmd.memory import keep_freed, trim
 
 def megabytes():

@@ -1,10 +1,10 @@
 r"""Memory of a federated run, process by process, and what it costs beyond a bare training loop.
 
     python experiments/benchmarks/overhead.py --clients 1000 --per-round 100 --images 50 --rounds 20
-    python experiments/benchmarks/overhead.py --arch resnet18 --norm batch --clients 20 --images 16 --rounds 16 \
+    python experiments/benchmarks/overhead.py --arch resnet18 --norm batch --clients 20 --images 16 --rounds 12 \
         --test-images 10
 
-and each again with `--engine flwr`.
+and each again with `--engine flwr` and `--bare-memory kept`.
 
 A real `fedfmd run` trains on random images, with all metrics on, on `--workers` nodes of one thread. In odd rounds
 its processes are sampled every three seconds: resident memory, and PSS in which shared pages count once. Looking

@@ -34,7 +34,6 @@ CHOICES = {"default": (False, False), "kept": (True, False), "kept, fused": (Tru
 
 def main() -> None:
     options = parse_options()
-    torch.set_num_threads(1)
     rows = [
         compare(arch, conv, batch, options.steps)
         for arch, conv, batch in product(options.arch, options.conv, options.batch)
