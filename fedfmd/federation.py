@@ -197,6 +197,7 @@ def build_model(settings: Settings, classes: int) -> nn.Module:
             classes,
             kernels=model.kernels,
             attentions=model.attentions,
+            attention_init=model.attention_init,
             stem=model.stem,
             norm=model.norm,
             width=model.width,

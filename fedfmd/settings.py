@@ -16,7 +16,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from fedfmd.conv import CONVS, MIXINGS
+from fedfmd.conv import ATTENTION_INITS, CONVS, MIXINGS
 from fedfmd.conv.layers import ATTENTIONS
 from fedfmd.data import DATASETS, PARTITIONS
 from fedfmd.edge import ASSIGNMENTS, KERNEL_CHOICES, LINKS, POLICIES
@@ -105,6 +105,7 @@ class ModelSettings(_Section):
     conv: Annotated[str, _one_of(CONVS)] = "fmdconv"
     kernels: Count = 4
     attentions: Attentions = ATTENTIONS
+    attention_init: Annotated[str, _one_of(ATTENTION_INITS)] = "neutral"
     stem: Literal["cifar", "imagenet"] = "cifar"
     norm: Literal["batch", "group"] = "group"
     width: Positive = 1.0

@@ -1,6 +1,7 @@
 """Dynamic convolutions: the operators, their factory, temperature, diagnostics, ablation, reference weights."""
 
 from fedfmd.conv.ablation import only_attentions, recorded_attentions
+from fedfmd.conv.attention import ATTENTION_INITS
 from fedfmd.conv.diagnostics import AttentionRecord, record_attention
 from fedfmd.conv.factory import CONVS, make_conv
 from fedfmd.conv.layers import CondConv2d, DyConv2d, DynamicConv2d, FMDConv2d, ODConv2d
@@ -9,6 +10,7 @@ from fedfmd.conv.reference import load_reference_state_dict
 from fedfmd.conv.temperature import TemperatureSchedule, has_temperature, set_temperature
 
 __all__ = [
+    "ATTENTION_INITS",
     "CONVS",
     "MIXINGS",
     "AttentionRecord",

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 NORMS = ("batch", "group")
+ATTENTION_INITS = ("neutral", "kaiming")
 
 
 class AttentionValues(NamedTuple):
@@ -61,6 +62,11 @@ class SharedAttention(nn.Module):
         self.norm = squeeze_norm(norm, hidden)
         self.heads = nn.ModuleDict({name: nn.Linear(hidden, size) for name, size in heads.items()})
 
+    @property
+    def last_layers(self) -> tuple[nn.Module, ...]:
+        """The layers that give the logits."""
+        return tuple(self.heads.values())
+
     def forward(self, pooled: Tensor, temperature: Tensor) -> dict[str, Tensor]:
         """From the B × C averages, one B × size tensor per head."""
         z = F.relu(self.norm(self.squeeze(pooled)))
@@ -88,6 +94,11 @@ class KernelAttention(nn.Module):
         self.squeeze = nn.Linear(channels, hidden, bias=False)
         self.head = nn.Linear(hidden, kernels)
 
+    @property
+    def last_layers(self) -> tuple[nn.Module, ...]:
+        """The layer that gives the logits."""
+        return (self.head,)
+
     def forward(self, pooled: Tensor, temperature: Tensor) -> dict[str, Tensor]:
         """From the B × C averages, π: B × K."""
         if self.head.out_features == 1:
@@ -101,6 +112,11 @@ class Routing(nn.Module):
     def __init__(self, channels: int, kernels: int) -> None:
         super().__init__()
         self.head = nn.Linear(channels, kernels)
+
+    @property
+    def last_layers(self) -> tuple[nn.Module, ...]:
+        """The layer that gives the logits."""
+        return (self.head,)
 
     def forward(self, pooled: Tensor, _temperature: None) -> dict[str, Tensor]:
         """From the B × C averages, r: B × K."""
@@ -121,10 +137,22 @@ class Attention(nn.ModuleDict):
         return AttentionValues(**values)
 
 
-def init_attention(module: nn.Module) -> None:
-    """Kaiming-normal weights (fan_out, ReLU) and zero biases in every linear layer of an attention."""
-    for layer in module.modules():
+def init_attention(attention: Attention, start: str) -> None:
+    """Draw the weights of an attention anew; all biases are zero.
+
+    "kaiming" is the published start: Kaiming-normal weights (fan_out, ReLU) in every linear layer, so that every
+    channel of every sample is scaled at random. "neutral" draws the same weights, then sets those of the last
+    layers to zero: every sample is treated alike until training has a reason not to (sigmoids are 1/2, a softmax
+    is 1/K). FDConv (Chen et al., CVPR 2025) and PAD-Net (He et al., ACL 2023) start like this.
+    """
+    if start not in ATTENTION_INITS:
+        raise ValueError(f"attention_init = {start!r} is unknown; use one of {', '.join(ATTENTION_INITS)}")
+    for layer in attention.modules():
         if isinstance(layer, nn.Linear):
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
+    if start == "neutral":
+        for branch in attention.values():
+            for layer in branch.last_layers:
+                nn.init.zeros_(layer.weight)

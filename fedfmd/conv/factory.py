@@ -37,6 +37,7 @@ def make_conv(
     kernel_reduction: float = 1 / 4,
     temperature: float = 30.0,
     attentions: Iterable[str] = ATTENTIONS,
+    attention_init: str = "neutral",
     mixing: str = AUTO,
     norm: str = "batch",
 ) -> nn.Module:
@@ -55,6 +56,7 @@ def make_conv(
         "kernel_reduction": kernel_reduction,
         "temperature": temperature,
         "attentions": attentions,
+        "attention_init": attention_init,
         "mixing": mixing,
         "norm": norm,
     }

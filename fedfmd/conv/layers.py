@@ -23,7 +23,8 @@ class DynamicConv2d(nn.Module):
 
     Parameters: `bank` K × O × C/groups × kh × kw and `bias_bank` K × O (`None` without bias).
     `mixing` names the way the mixture is computed, one of `fedfmd.conv.mixing.MIXINGS` or "auto"; all give
-    the same numbers. Subclasses add the `attention` module and call `reset_parameters`.
+    the same numbers. `attention_init` is how the attentions start, "neutral" or "kaiming" (see `init_attention`).
+    Subclasses add the `attention` module and call `reset_parameters`.
     """
 
     attention: Attention
@@ -43,6 +44,7 @@ class DynamicConv2d(nn.Module):
         kernels: int,
         mixing: str,
         temperature: float | None,
+        attention_init: str,
     ) -> None:
         super().__init__()
         for name, value in (
@@ -66,7 +68,7 @@ class DynamicConv2d(nn.Module):
         self.in_channels, self.out_channels, self.kernels = in_channels, out_channels, kernels
         self.kernel_size = _pair(kernel_size)
         self.geometry = Geometry(_pair(stride), _pair(padding), _pair(dilation), groups)
-        self.mixing = mixing
+        self.mixing, self.attention_init = mixing, attention_init
         self.bank = nn.Parameter(torch.empty(kernels, out_channels, in_channels // groups, *self.kernel_size))
         self.bias_bank = nn.Parameter(torch.empty(kernels, out_channels)) if bias else None
         start = None if temperature is None else torch.tensor(check_temperature(temperature))
@@ -98,12 +100,12 @@ class DynamicConv2d(nn.Module):
         return self.groups == self.in_channels == self.out_channels
 
     def reset_parameters(self) -> None:
-        """Kaiming-normal kernels (fan_out, ReLU) and attentions, zero biases."""
+        """Draw Kaiming-normal kernels (fan_out, ReLU) and the attentions' start; biases are zero."""
         for kernel in self.bank:
             nn.init.kaiming_normal_(kernel, mode="fan_out", nonlinearity="relu")
         if self.bias_bank is not None:
             nn.init.zeros_(self.bias_bank)
-        init_attention(self.attention)
+        init_attention(self.attention, self.attention_init)
 
     def forward(self, x: Tensor) -> Tensor:
         """From B × C × H × W to B × O × H' × W', with the output size of `nn.Conv2d`.
@@ -146,6 +148,7 @@ class CondConv2d(DynamicConv2d):
         bias: bool = True,
         *,
         kernels: int = 4,
+        attention_init: str = "neutral",
         mixing: str = AUTO,
     ) -> None:
         super().__init__(
@@ -153,6 +156,7 @@ class CondConv2d(DynamicConv2d):
             kernels=kernels,
             mixing=mixing,
             temperature=None,
+            attention_init=attention_init,
         )
         self.attention = Attention({"kernel": Routing(in_channels, kernels)})
         self.reset_parameters()
@@ -175,6 +179,7 @@ class DyConv2d(DynamicConv2d):
         kernels: int = 4,
         kernel_reduction: float = 1 / 4,
         temperature: float = 30.0,
+        attention_init: str = "neutral",
         mixing: str = AUTO,
     ) -> None:
         super().__init__(
@@ -182,6 +187,7 @@ class DyConv2d(DynamicConv2d):
             kernels=kernels,
             mixing=mixing,
             temperature=temperature,
+            attention_init=attention_init,
         )
         self.attention = Attention({"kernel": KernelAttention(in_channels, kernels, kernel_reduction)})
         self.reset_parameters()
@@ -208,6 +214,7 @@ class ODConv2d(DynamicConv2d):
         kernels: int = 4,
         reduction: float = 1 / 16,
         temperature: float = 30.0,
+        attention_init: str = "neutral",
         mixing: str = AUTO,
         norm: str = "batch",
     ) -> None:
@@ -216,6 +223,7 @@ class ODConv2d(DynamicConv2d):
             kernels=kernels,
             mixing=mixing,
             temperature=temperature,
+            attention_init=attention_init,
         )
         heads = {"input": in_channels}
         if not self.depthwise:
@@ -254,6 +262,7 @@ class FMDConv2d(DynamicConv2d):
         kernel_reduction: float = 1 / 4,
         temperature: float = 30.0,
         attentions: Iterable[str] = ATTENTIONS,
+        attention_init: str = "neutral",
         mixing: str = AUTO,
         norm: str = "batch",
     ) -> None:
@@ -265,6 +274,7 @@ class FMDConv2d(DynamicConv2d):
             kernels=kernels,
             mixing=mixing,
             temperature=temperature,
+            attention_init=attention_init,
         )
         heads = {}
         if "input" in chosen:

@@ -232,7 +232,10 @@ def _best(rounds: Rows, name: str) -> float | None:
 
 def _apart_from_mixture(settings: Settings) -> tuple[tuple[str, object], ...]:
     """All settings that a static network heeds: runs that have them in common are pairs."""
-    mixture = {"model.conv", "model.kernels", "model.attentions", "model.reduction", "model.mixing"}
+    mixture = {
+        *("model.conv", "model.kernels", "model.attentions", "model.attention-init"),
+        *("model.reduction", "model.mixing"),
+    }
     return tuple(
         (key, value)
         for key, value in settings.flat().items()
