@@ -24,7 +24,7 @@ def images():
 
 def layer(conv):
     torch.manual_seed(0)
-    made = make_conv(conv, 8, 4, 3, bias=False)
+    made = make_conv(conv, 8, 4, 3, bias=False, attention_init="kaiming")
     with torch.no_grad():
         for name, parameter in made.named_parameters():
             if "attention" in name:

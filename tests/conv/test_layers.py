@@ -60,6 +60,47 @@ def test_odconv_attends_to_the_taps_of_the_kernel():
     torch.testing.assert_close(conv(x), expected)
 
 
+@pytest.mark.parametrize("name", DYNAMIC)
+def test_at_the_start_every_sample_is_treated_alike(name):
+    torch.manual_seed(0)
+    attention = make_conv(name, 8, 12, 3).attention(images(), torch.tensor(3.0))
+    for values in attention:
+        if values is not None:
+            assert values.unique().numel() == 1, "the same for all samples, channels and kernels"
+    scales = [scale for scale in (attention.input, attention.output, attention.spatial) if scale is not None]
+    assert all(scale.unique() == 0.5 for scale in scales)
+
+
+@pytest.mark.parametrize("name", DYNAMIC)
+def test_the_published_start_draws_kernels_and_attentions_in_order(name):
+    conv = make_conv(name, 8, 12, 3, attention_init="kaiming")
+    torch.manual_seed(1)
+    conv.reset_parameters()
+    torch.manual_seed(1)
+    weights = [*conv.bank, *(m.weight for m in conv.attention.modules() if isinstance(m, nn.Linear))]
+    for weight in weights:
+        expected = nn.init.kaiming_normal_(torch.empty_like(weight), mode="fan_out", nonlinearity="relu")
+        assert torch.equal(weight, expected)
+
+
+@pytest.mark.parametrize("name", DYNAMIC)
+def test_the_starts_differ_in_the_last_layers_alone(name):
+    layers = {}
+    for start in ("neutral", "kaiming"):
+        torch.manual_seed(0)
+        layers[start] = make_conv(name, 8, 12, 3, attention_init=start)
+    last = {id(m.weight) for branch in layers["neutral"].attention.values() for m in branch.last_layers}
+    for (key, neutral), kaiming in zip(
+        layers["neutral"].named_parameters(), layers["kaiming"].parameters(), strict=True
+    ):
+        assert torch.equal(neutral, torch.zeros_like(kaiming) if id(neutral) in last else kaiming), key
+
+
+def test_an_unknown_start_is_refused():
+    with pytest.raises(ValueError, match="attention_init = 'zero' is unknown; use one of neutral, kaiming"):
+        FMDConv2d(8, 12, 3, attention_init="zero")
+
+
 @pytest.mark.parametrize(
     ("channels", "out_channels", "hidden"), [(64, 64, (16, 17)), (512, 512, (32, 129)), (3, 16, (16, 4))]
 )
