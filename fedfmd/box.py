@@ -92,6 +92,8 @@ def check_version(server: str) -> None:
 def own_dataset(path: Path, wanted: ImageFormat, image_size: int) -> Dataset:
     """A box's images as the run wants them, without a test set; `image_size` is the run's ``data.image-size``.
 
+    It trains on all of them: the run's validation images are the server's (see `fedfmd.federation.build_dataset`).
+
     Raises:
         ValueError: they can't be read, have labels that the run doesn't know, or another size.
     """

@@ -16,7 +16,7 @@ from torch import nn
 
 from fedfmd.conv import TemperatureSchedule
 from fedfmd.cost import Cost, count
-from fedfmd.data import Dataset, Partition, cached_partition, load_dataset
+from fedfmd.data import Dataset, Partition, cached_partition, hold_out, load_dataset
 from fedfmd.edge import (
     LINKS,
     Budget,
@@ -107,9 +107,23 @@ def build_federation(settings: Settings) -> Federation:
 
 
 def build_dataset(settings: Settings) -> Dataset:
-    """Load the data set that the settings name; all who need it in this process share it."""
+    """Load the data set that the settings name; all who need it in this process share it.
+
+    Its validation images, if any, are drawn by the run's seed from its training set. Where edge devices train
+    on images of their own, that is the server's training set, which no device trains on: the validation images
+    are then unseen as long as the server's files hold no device's images.
+    """
+    data = settings.data
     with _bad_input():
-        return _load(settings.data)
+        if not data.validation:
+            return _load(data)
+        return _with_validation(data, settings.seed)
+
+
+@lru_cache(maxsize=1)
+def _with_validation(data: DataSettings, seed: int) -> Dataset:
+    whole = _load(data.model_copy(update={"validation": 0.0}))
+    return hold_out(whole, data.validation, derive_seed(seed, "validation"))
 
 
 @lru_cache(maxsize=1)
@@ -127,6 +141,14 @@ def _load(data: DataSettings) -> Dataset:
 def build_partition(settings: Settings, dataset: Dataset) -> Partition:
     """Split the training images; the split is computed once and cached for all processes."""
     partition = settings.partition
+    held = len(dataset.validation or ())
+    needed = partition.clients * partition.min_images
+    if len(dataset.train) < needed <= len(dataset.train) + held:
+        raise SettingsError(
+            f"data.validation = {settings.data.validation:g} leaves {len(dataset.train):,} training images, and "
+            f"partition.clients = {partition.clients} with partition.min-images = {partition.min_images} need "
+            f"{needed:,}: hold out at most {len(dataset.train) + held - needed:,}"
+        )
     with _bad_input():
         return cached_partition(
             dataset,

@@ -45,7 +45,7 @@ def main(grid: Grid, context: Context) -> None:
             federation.partition, dataset.train.labels, dataset.classes, folder.path, dataset.class_names
         )
         progress = strategy.run(grid)
-        logger.info("%d rounds done, best accuracy %.4f", progress.round, progress.best_accuracy)
+        logger.info("%d rounds done, best accuracy %.4f", progress.round, progress.best.accuracy)
         logger.info("results: %s", folder.path)
 
 

@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from fedfmd.conv import ATTENTION_INITS, CONVS, MIXINGS
 from fedfmd.conv.layers import ATTENTIONS
@@ -76,6 +84,12 @@ def _no_bool(value: object) -> object:
     return value
 
 
+def _share_or_number(value: float) -> float:
+    if value > 1 and value != int(value):
+        raise ValueError("must be a share below 1, or a whole number of images; 0 is none")
+    return value
+
+
 def _kebab(name: str) -> str:
     return name.replace("_", "-")
 
@@ -114,7 +128,10 @@ class ModelSettings(_Section):
 
 
 class DataSettings(_Section):
-    """Which images are used. `dir`, `train` and `test` are paths; `image_size` 0 keeps the source's own."""
+    """Which images are used. `dir`, `train` and `test` are paths; `image_size` 0 keeps the source's own.
+
+    `validation` is the share (below 1) or the number of training images held out to choose by; 0 is none.
+    """
 
     dataset: Annotated[str, _one_of(DATASETS)] = "digits"
     dir: str = ""
@@ -122,6 +139,7 @@ class DataSettings(_Section):
     test: str = ""
     download: bool = False
     image_size: Annotated[int, Field(ge=0)] = 0
+    validation: Annotated[NonNegative, AfterValidator(_share_or_number)] = 0.0
 
 
 class PartitionSettings(_Section):

@@ -71,6 +71,19 @@ class Evaluation:
     top5_accuracy: float = math.nan
 
 
+@dataclass(frozen=True)
+class Best:
+    """The model that did best so far: its test `accuracy`, and the accuracy that it was `chosen_by`."""
+
+    accuracy: float = 0.0
+    chosen_by: float = -math.inf
+
+    def or_later(self, tested: Evaluation, validated: Evaluation | None) -> Best:
+        """The better one of this and a later model, by validation; by the test images if there are no others."""
+        later = Best(tested.accuracy, (validated or tested).accuracy)
+        return later if later.chosen_by > self.chosen_by else self
+
+
 def learning_rate(lr: float, schedule: str, progress: float) -> float:
     """Learning rate after a share `progress` in [0, 1) of the rounds or epochs.
 
@@ -118,6 +131,16 @@ def train(
         totals += _loss_and_hits(loss.detach() * len(labels), logits.detach(), labels)
     loss_sum, hits = totals.tolist()
     return TrainResult(steps, examples, loss_sum / examples, hits / examples)
+
+
+def evaluate_on_both(
+    model: nn.Module, dataset: Dataset, device: torch.device | str = "cpu"
+) -> tuple[Evaluation, Evaluation | None]:
+    """`evaluate` on the test images, and on the validation images if there are any."""
+    tested = evaluate(model, dataset.test, dataset, device=device)
+    if dataset.validation is None:
+        return tested, None
+    return tested, evaluate(model, dataset.validation, dataset, device=device)
 
 
 @torch.inference_mode()

@@ -45,6 +45,7 @@ def round_row(
     server_round: int,
     clients: Sequence[ClientRow],
     evaluation: Evaluation,
+    validation: Evaluation | None,
     federation: Federation,
     *,
     round_s: float,
@@ -57,7 +58,9 @@ def round_row(
 ) -> RoundRow:
     """The row of a round of `round_s` virtual seconds.
 
-    `virtual_s`, `best_accuracy` and `cum_train_flops` are those before it; `void` if the model stayed as it was.
+    `evaluation` is that on the test images, `validation` that on the validation images, if there are any.
+    `best_accuracy` is that after the round, `virtual_s` and `cum_train_flops` are those before it; `void` if the
+    model stayed as it was.
     A model without a mixture of kernels has neither temperature (None) nor kernel entropy (NaN).
     """
     train_flops = sum(client.train_flops for client in clients)
@@ -69,7 +72,9 @@ def round_row(
         wall_s=wall_s,
         loss=evaluation.loss,
         accuracy=evaluation.accuracy,
-        best_accuracy=max(best_accuracy, evaluation.accuracy),
+        best_accuracy=best_accuracy,
+        validation_loss=validation and validation.loss,
+        validation_accuracy=validation and validation.accuracy,
         temperature=temperature,
         kernel_entropy=known(evaluation.kernel_entropy),
         clients_ok=_count(clients, "ok"),

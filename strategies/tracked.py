@@ -24,7 +24,7 @@ from fedfmd.errors import RunError
 from fedfmd.federation import Federation
 from fedfmd.seeds import derive_seed
 from fedfmd.tracking import ClientRow, RunFolder, latest_checkpoint, save_checkpoint
-from fedfmd.training import Evaluation, evaluate, learning_rate
+from fedfmd.training import Best, Evaluation, evaluate_on_both, learning_rate
 from fedfmd.wire import (
     BY_ATTENTION,
     WEIGHT,
@@ -84,8 +84,8 @@ class Progress:
 
     round: int
     virtual_s: float
-    best_accuracy: float
     client_flops: tuple[int, ...]
+    best: Best = field(default_factory=Best)
     run: str = field(default_factory=lambda: secrets.token_hex(8))
 
 
@@ -229,7 +229,8 @@ class TrackedStrategy(Strategy):
         temperature = federation.temperature.at(server_round - 1)
         set_temperature(model, temperature)
         trained, arrived = self._train(grid, server_round, progress.virtual_s)
-        evaluation = self._evaluate()
+        evaluation, validation = self._evaluate()
+        best = progress.best.or_later(evaluation, validation)
         places = {node.id: node.rank for node in self.nodes}
         asked = [(request, work.client) for request in self._round.requests for work in request.assignments]
         ranks = {client: places[request.message.metadata.dst_node_id] for request, client in asked}
@@ -242,12 +243,13 @@ class TrackedStrategy(Strategy):
             server_round,
             clients,
             evaluation,
+            validation,
             federation,
             round_s=self._round.seconds,
             void=not trained,
             temperature=temperature if self._annealed else None,
             virtual_s=progress.virtual_s,
-            best_accuracy=progress.best_accuracy,
+            best_accuracy=best.accuracy,
             cum_train_flops=sum(progress.client_flops),
             wall_s=time.perf_counter() - started,
         )
@@ -258,7 +260,7 @@ class TrackedStrategy(Strategy):
             progress,
             round=server_round,
             virtual_s=row.virtual_s,
-            best_accuracy=row.best_accuracy,
+            best=best,
             client_flops=tuple(flops),
         )
         self.folder.append_round(row, clients)
@@ -357,11 +359,9 @@ class TrackedStrategy(Strategy):
             first = BY_ATTENTION
         return Assignment(client, plan.steps, plan.batch_size, plan.kernels, first)
 
-    def _evaluate(self) -> Evaluation:
+    def _evaluate(self) -> tuple[Evaluation, Evaluation | None]:
         federation = self.federation
-        return evaluate(
-            federation.model, federation.dataset.test, federation.dataset, device=federation.device
-        )
+        return evaluate_on_both(federation.model, federation.dataset, federation.device)
 
     def _save(self, progress: Progress) -> None:
         settings = self.federation.settings
@@ -376,7 +376,7 @@ class TrackedStrategy(Strategy):
         )
 
     def _resume(self) -> Progress:
-        progress = Progress(0, 0.0, 0.0, (0,) * self.federation.settings.partition.clients)
+        progress = Progress(0, 0.0, (0,) * self.federation.settings.partition.clients)
         checkpoint = latest_checkpoint(self.folder.checkpoints)
         if checkpoint is None:
             self.folder.truncate_after(0)
@@ -385,7 +385,8 @@ class TrackedStrategy(Strategy):
             self.folder.truncate_after(checkpoint.round)
             logger.info("going on after round %d", checkpoint.round)
             saved = {name: checkpoint.state[name] for name in asdict(progress)}
-            progress = Progress(**saved | {"client_flops": tuple(saved["client_flops"])})
+            flops, best = tuple(saved["client_flops"]), Best(**saved["best"])
+            progress = Progress(**saved | {"client_flops": flops, "best": best})
             extra = {name: tensor.numpy() for name, tensor in checkpoint.extra_arrays.items()}
             self._restore(checkpoint.state["strategy"], extra)
         self._run_token = progress.run

@@ -96,7 +96,12 @@ def test_a_run_leaves_its_results_and_they_are_the_same_each_time(run):
         {},
         UNRELIABLE,
         {"server.strategy": "fedadam"},
-        {"server.strategy": "fedbuff", "server.buffer": 2, "server.clients-per-round": 3},
+        {
+            "server.strategy": "fedbuff",
+            "server.buffer": 2,
+            "server.clients-per-round": 3,
+            "data.validation": 0.1,
+        },
     ],
     ids=["all kernels", "unreliable fleet", "fedadam", "fedbuff"],
 )

@@ -5,7 +5,14 @@ from fedfmd.conv import CONVS
 from fedfmd.cost import count, frozen_bytes
 from fedfmd.edge import Budget
 from fedfmd.errors import SettingsError
-from fedfmd.federation import build_dataset, build_federation, build_model, cache_dir, torch_device
+from fedfmd.federation import (
+    build_dataset,
+    build_federation,
+    build_model,
+    build_partition,
+    cache_dir,
+    torch_device,
+)
 from fedfmd.settings import Settings
 from fedfmd.wire import bank_of, pack, parameter_names
 
@@ -20,6 +27,24 @@ def test_a_federation_fits_its_settings(tiny_settings):
     assert federation.cost == count(federation.model, 8)
     assert federation.payload_bytes == federation.cost.bytes
     assert federation.cost.kernels == 2
+
+
+def test_validation_images_are_held_out_before_the_split(tiny_settings):
+    whole, held = (build_federation(tiny_settings(**{"data.validation": share})) for share in (0, 0.1))
+    assert (len(held.dataset.train), len(held.dataset.validation)) == (1437 - 144, 144)
+    assert held.sizes == (431, 431, 431)
+    assert sorted(image for own in held.partition.indices for image in own) == list(range(1437 - 144))
+    again = build_partition(whole.settings, build_dataset(whole.settings))
+    assert sum(again.sizes) == 1437  # the cache keeps both splits apart
+
+
+def test_seeds_hold_other_images_out_of_the_same_loaded_ones(tiny_settings, monkeypatch):
+    held = {"data.validation": 100, "data.image-size": 9}
+    first = build_dataset(tiny_settings(**held))
+    monkeypatch.setattr("fedfmd.federation.load_dataset", None)  # nothing is loaded again
+    second, again = (build_dataset(tiny_settings(seed=seed, **held)) for seed in (1, 0))
+    assert again.fingerprint == first.fingerprint != second.fingerprint
+    assert build_dataset(tiny_settings(**held | {"data.validation": 0})).validation is None
 
 
 def test_a_workload_is_a_full_round(tiny_settings):
@@ -112,6 +137,12 @@ def test_initial_weights_depend_on_the_seed_alone(tiny_settings):
     [
         ({"partition.clients": 10_000}, "partition.clients = 10000 but the training set has 1437 images"),
         ({"data.image-size": 4}, "data.image-size = 4: digits need at least 8"),
+        ({"data.validation": 1437}, "data.validation = 1437: would hold out 1,437 of 1,437 training images"),
+        (
+            {"data.validation": 0.9, "partition.min-images": 50},
+            "data.validation = 0.9 leaves 144 training images, and partition.clients = 3 with "
+            "partition.min-images = 50 need 150: hold out at most 1,287",
+        ),
         ({"data.dataset": "cifar10"}, "data.dir is not set"),
         (
             {"data.dataset": "npz", "data.train": "none.npz", "data.test": "none.npz"},

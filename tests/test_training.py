@@ -9,7 +9,7 @@ from fedfmd.cost import count
 from fedfmd.data import Dataset, ImageSet, load_dataset
 from fedfmd.edge import Workload
 from fedfmd.models import make_model
-from fedfmd.training import PRECISIONS, LocalSGD, evaluate, learning_rate, train
+from fedfmd.training import PRECISIONS, Best, Evaluation, LocalSGD, evaluate, learning_rate, train
 
 
 @pytest.fixture
@@ -163,6 +163,19 @@ def test_learning_rate_over_the_rounds(schedule, rates):
 def test_an_unknown_schedule_is_named():
     with pytest.raises(ValueError, match=r"train\.schedule = 'cosin': must be one of constant, cosine, step"):
         learning_rate(0.1, "cosin", 0)
+
+
+def test_the_best_is_chosen_by_validation_and_without_it_by_the_test_images():
+    def evaluation(accuracy):
+        return Evaluation(1.0, accuracy, math.nan)
+
+    first = Best().or_later(evaluation(0.0), evaluation(0.0))
+    assert first == Best(0.0, 0.0)  # the first one is better than none
+    second = first.or_later(evaluation(0.7), evaluation(0.9))
+    third = second.or_later(evaluation(0.8), evaluation(0.85))
+    assert second == third == Best(accuracy=0.7, chosen_by=0.9)
+    assert third.or_later(evaluation(0.6), evaluation(0.9)) == third  # the earlier one of two
+    assert Best(0.7, 0.7).or_later(evaluation(0.8), None) == Best(0.8, 0.8)
 
 
 @pytest.mark.parametrize("conv", CONVS)

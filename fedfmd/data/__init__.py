@@ -5,7 +5,7 @@ so that importing this package costs no more than importing torch.
 """
 
 from fedfmd.data.batches import batches
-from fedfmd.data.images import Dataset, ImageFormat, ImageSet, fit, load_image_set, read_image
+from fedfmd.data.images import Dataset, ImageFormat, ImageSet, fit, hold_out, load_image_set, read_image
 from fedfmd.data.partition import (
     Partition,
     cached_partition,
@@ -27,6 +27,7 @@ __all__ = [
     "batches",
     "cached_partition",
     "fit",
+    "hold_out",
     "load_dataset",
     "load_image_set",
     "load_partition",

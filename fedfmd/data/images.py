@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,7 @@ class Dataset:
 
     `mean` and `std` are the training set's, per channel, of pixel values scaled to 0..1.
     `augment` says whether random crops and flips keep the label (they don't for digits).
+    `validation` are images that were held out of the training set (see `hold_out`), None if there are none.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Dataset:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     augment: bool
+    validation: ImageSet | None = None
 
     @property
     def image_size(self) -> int:
@@ -97,10 +99,47 @@ class Dataset:
     def fingerprint(self) -> str:
         """Short hex digest of all images and labels: the same content has the same fingerprint."""
         digest = hashlib.blake2b(digest_size=8)
-        for tensor in (self.train.images, self.train.labels, self.test.images, self.test.labels):
-            digest.update(repr(tuple(tensor.shape)).encode())
-            digest.update(tensor.contiguous().numpy())
+        for part in filter(None, (self.train, self.test, self.validation)):
+            for tensor in (part.images, part.labels):
+                digest.update(repr(tuple(tensor.shape)).encode())
+                digest.update(tensor.contiguous().numpy())
         return digest.hexdigest()
+
+
+def hold_out(dataset: Dataset, amount: float, seed: int) -> Dataset:
+    """Move training images into `validation`; `mean` and `std` become those of the images that stay.
+
+    Each class gives its share, rounded so that the total is right, and keeps at least one image. Images stay
+    in their order. The same arguments hold out the same images.
+
+    Args:
+        dataset: without validation images; it stays as it is.
+        amount: a share of the training images below 1, or how many.
+        seed: of the draw.
+
+    Raises:
+        ValueError: none would be held out, or too few stay; one line that names the setting `data.validation`.
+    """
+    labels = dataset.train.labels.numpy()
+    counts = np.bincount(labels, minlength=dataset.classes)
+    number = round(amount * len(labels)) if amount < 1 else int(amount)
+    most = len(labels) - np.count_nonzero(counts)
+    if not 1 <= number <= most:
+        raise ValueError(
+            f"data.validation = {amount:g}: would hold out {number:,} of {len(labels):,} training images, and each "
+            f"class keeps at least one: hold out 1 to {most:,}, as a number or as a share below 1"
+        )
+    wanted = number * counts / len(labels)
+    given = wanted.astype(int)
+    while given.sum() < number:
+        given[np.argmax(np.where(given < counts - 1, wanted - given, -np.inf))] += 1
+    order = np.random.default_rng(seed).permutation(len(labels))
+    held = np.zeros(len(labels), bool)
+    for label, count in enumerate(given):
+        held[order[labels[order] == label][:count]] = True
+    train, validation = (dataset.train.subset(np.flatnonzero(chosen)) for chosen in (~held, held))
+    mean, std = channel_statistics(train.images)
+    return replace(dataset, train=train, mean=mean, std=std, validation=validation)
 
 
 def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:

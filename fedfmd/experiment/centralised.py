@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from fedfmd.seeds import derive_seed
 from fedfmd.server_app import logging_to, open_run_folder, run_path
 from fedfmd.settings import Settings
 from fedfmd.tracking import EpochRow, RunFolder, known, latest_checkpoint, save_checkpoint
-from fedfmd.training import LocalSGD, evaluate, learning_rate, train
+from fedfmd.training import Best, LocalSGD, evaluate_on_both, learning_rate, train
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class Progress:
 
     epoch: int = 0
     wall_s: float = 0.0
-    best_accuracy: float = 0.0
+    best: Best = field(default_factory=Best)
 
 
 def run_centralised(settings: Settings, threads: int) -> None:
@@ -81,13 +81,13 @@ def run_centralised(settings: Settings, threads: int) -> None:
             logger.info(line)
         latency_s = latency(training.model, training.dataset.image_size)
         for epoch in range(progress.epoch + 1, settings.length + 1):
-            row = _run_epoch(training, optimiser, epoch, progress, latency_s)
+            row, best = _run_epoch(training, optimiser, epoch, progress, latency_s)
             folder.append_epoch(row)
-            progress = Progress(epoch, row.cum_wall_s, row.best_accuracy)
+            progress = Progress(epoch, row.cum_wall_s, best)
             if epoch % settings.server.checkpoint_every == 0 or epoch == settings.length:
                 _save(training, optimiser, progress, folder)
             logger.info(_epoch_text(row, settings.length), extra={"round_row": row})
-        logger.info("%d epochs done, best accuracy %.4f", progress.epoch, progress.best_accuracy)
+        logger.info("%d epochs done, best accuracy %.4f", progress.epoch, progress.best.accuracy)
         logger.info("results: %s", folder.path)
 
 
@@ -111,7 +111,7 @@ def _run_epoch(
     epoch: int,
     progress: Progress,
     latency_s: float,
-) -> EpochRow:
+) -> tuple[EpochRow, Best]:
     """Train for an epoch, whose order and augmentation depend on (seed, epoch) alone, and evaluate."""
     settings, dataset, model = training.settings, training.dataset, training.model
     done = epoch - 1
@@ -130,9 +130,10 @@ def _run_epoch(
             f"epoch {epoch}: the training loss is {trained.loss}, training diverged at a learning rate of {lr:g}; "
             f"finished epochs are kept. Choose train.lr below {settings.train.lr:g}, and another run folder"
         )
-    tested = evaluate(model, dataset.test, dataset, device=training.device)
+    tested, validated = evaluate_on_both(model, dataset, training.device)
+    best = progress.best.or_later(tested, validated)
     train_flops = trained.examples * training.cost.train_flops
-    return EpochRow(
+    row = EpochRow(
         epoch=epoch,
         wall_s=wall_s,
         cum_wall_s=progress.wall_s + wall_s,
@@ -143,7 +144,9 @@ def _run_epoch(
         loss=tested.loss,
         accuracy=tested.accuracy,
         top5_accuracy=known(tested.top5_accuracy),
-        best_accuracy=max(progress.best_accuracy, tested.accuracy),
+        best_accuracy=best.accuracy,
+        validation_loss=validated and validated.loss,
+        validation_accuracy=validated and validated.accuracy,
         kernel_entropy=known(tested.kernel_entropy),
         train_flops=train_flops,
         cum_train_flops=epoch * train_flops,
@@ -153,6 +156,7 @@ def _run_epoch(
         ies_infer=ies(latency_s, tested.accuracy),
         rcs_infer=rcs(tested.accuracy, latency_s),
     )
+    return row, best
 
 
 def _save(
@@ -181,7 +185,7 @@ def _resume(training: Training, optimiser: torch.optim.Optimizer, folder: RunFol
             optimiser.state[parameter][MOMENTUM] = checkpoint.extra_arrays[name].to(training.device)
     folder.truncate_after(checkpoint.round)
     logger.info("going on after epoch %d", checkpoint.round)
-    return Progress(**checkpoint.state)
+    return Progress(**checkpoint.state | {"best": Best(**checkpoint.state["best"])})
 
 
 def _momentum(model: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:

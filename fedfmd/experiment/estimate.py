@@ -110,7 +110,8 @@ def estimate_cell(task: Task, assembled: Federation | Training, speed: Speed, la
         flops, nodes = images * cost.train_flops, 1
     else:
         images, flops, nodes = _federated_round(assembled, layout)
-    round_s = images * speed.train_s / nodes + len(assembled.dataset.test) * speed.test_s
+    evaluated = len(assembled.dataset.test) + len(assembled.dataset.validation or ())
+    round_s = images * speed.train_s / nodes + evaluated * speed.test_s
     return CellEstimate(
         cell=task.name,
         rounds=task.rounds,

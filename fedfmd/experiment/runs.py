@@ -183,7 +183,7 @@ def _shape(data: DataSettings) -> tuple[int, int]:
     if data.dataset in CIFAR:
         classes, pixels = CIFAR[data.dataset]
         return classes, data.image_size or pixels
-    dataset = build_dataset(Settings(data=data))
+    dataset = build_dataset(Settings(data=data.model_copy(update={"validation": 0.0})))
     return dataset.classes, dataset.image_size
 
 

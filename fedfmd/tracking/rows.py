@@ -27,7 +27,10 @@ class RoundRow:
         virtual_s: virtual time at the end of the round.
         round_s: virtual seconds of this round.
         wall_s: seconds that this machine needed.
-        loss, accuracy: of the global model on the test set; `best_accuracy` so far.
+        loss, accuracy: of the global model on the test set.
+        best_accuracy: test accuracy of the round whose validation accuracy was the highest so far; without
+            validation images the highest test accuracy so far, which was then chosen on test images.
+        validation_loss, validation_accuracy: of the global model on the validation images; None without them.
         temperature: of the kernel attention.
         kernel_entropy: mean over dynamic layers and samples of H(π)/ln K.
         train_flops: of all clients in this round, late ones included; `cum_train_flops` since the start.
@@ -47,6 +50,8 @@ class RoundRow:
     loss: float | None = None
     accuracy: float | None = None
     best_accuracy: float | None = None
+    validation_loss: float | None = None
+    validation_accuracy: float | None = None
     temperature: float | None = None
     kernel_entropy: float | None = None
     clients_ok: int
@@ -134,7 +139,7 @@ class EpochRow:
         lr, temperature: of SGD and of the kernel attention in this epoch.
         train_loss, train_accuracy: means over the augmented images as met while training.
         loss, accuracy, top5_accuracy: on the test set; the latter None with five classes or fewer.
-        best_accuracy: highest `accuracy` so far.
+        best_accuracy, validation_loss, validation_accuracy: as in `RoundRow`, an epoch counting as a round.
         kernel_entropy: mean over dynamic layers and samples of H(π)/ln K.
         train_flops: of this epoch; `cum_train_flops` since the start.
         latency_s: of inference of one image, measured when the run was started or resumed.
@@ -153,6 +158,8 @@ class EpochRow:
     accuracy: float
     top5_accuracy: float | None = None
     best_accuracy: float
+    validation_loss: float | None = None
+    validation_accuracy: float | None = None
     kernel_entropy: float | None = None
     train_flops: int
     cum_train_flops: int

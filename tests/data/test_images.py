@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fedfmd.data import ImageSet, load_image_set, read_image
+from fedfmd.data import ImageSet, hold_out, load_image_set, read_image
 from fedfmd.data.images import channel_statistics
 
 
@@ -39,6 +39,65 @@ def test_fingerprint_depends_on_the_content_alone(tiny_dataset):
     )
     assert renamed.fingerprint == tiny_dataset.fingerprint
     assert relabelled.fingerprint != tiny_dataset.fingerprint
+
+
+def label_counts(images):
+    return torch.bincount(images.labels, minlength=3).tolist()
+
+
+def with_labels(dataset, *counts):
+    """As many of the images as there are labels, with so many labels of each class."""
+    labels = torch.repeat_interleave(torch.arange(3), torch.tensor(counts))
+    return dataclasses.replace(dataset, train=ImageSet(dataset.train.images[: len(labels)], labels))
+
+
+@pytest.mark.parametrize(("amount", "held"), [(0.1, 12), (12, 12), (12.0, 12), (0.2501, 30), (1, 1)])
+def test_validation_images_are_a_share_or_a_number(amount, held, tiny_dataset):
+    split = hold_out(tiny_dataset, amount, seed=0)
+    assert (len(split.train), len(split.validation)) == (120 - held, held)
+    pixels = [part.images[:, 0, 0, 0].tolist() for part in (split.train, split.validation)]
+    assert pixels == [sorted(part) for part in pixels]  # in their order
+    assert sorted(pixels[0] + pixels[1]) == list(range(120))  # each once
+    assert all(
+        label == pixel % 3 for pixel, label in zip(pixels[1], split.validation.labels.tolist(), strict=True)
+    )
+    assert split.test is tiny_dataset.test
+
+
+@pytest.mark.parametrize(
+    ("counts", "amount", "held"),
+    [
+        ((60, 30, 30), 12, [6, 3, 3]),
+        ((60, 30, 30), 13, [7, 3, 3]),  # 6.5, 3.25, 3.25
+        ((1, 1, 10), 9, [0, 0, 9]),  # each class keeps one
+        ((0, 4, 4), 2, [0, 1, 1]),  # a class that only the test set has
+    ],
+)
+def test_every_class_gives_its_share_of_validation_images(counts, amount, held, tiny_dataset):
+    split = hold_out(with_labels(tiny_dataset, *counts), amount, seed=0)
+    assert label_counts(split.validation) == held
+    assert label_counts(split.train) == [own - given for own, given in zip(counts, held, strict=True)]
+
+
+def test_validation_images_follow_from_the_seed(tiny_dataset):
+    first, again, other = (hold_out(tiny_dataset, 0.5, seed) for seed in (0, 0, 1))
+    assert first.fingerprint == again.fingerprint
+    assert len({data.fingerprint for data in (tiny_dataset, first, other)}) == 3
+
+
+def test_images_are_normalised_by_those_that_stay_in_training(tiny_dataset):
+    split = hold_out(tiny_dataset, 0.5, seed=0)
+    assert (split.mean, split.std) == channel_statistics(split.train.images)
+    assert split.mean != channel_statistics(tiny_dataset.train.images)[0]
+
+
+@pytest.mark.parametrize(("amount", "number"), [(118, 118), (120, 120), (500, 500), (0.99, 119), (0.001, 0)])
+def test_too_many_or_no_validation_images_are_refused(amount, number, tiny_dataset):
+    with pytest.raises(
+        ValueError,
+        match=rf"^data\.validation = {amount:g}: would hold out {number} of 120 training images, .* 1 to 117, ",
+    ):
+        hold_out(tiny_dataset, amount, seed=0)
 
 
 def test_channel_statistics_by_hand():

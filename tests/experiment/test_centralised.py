@@ -64,6 +64,20 @@ def test_every_epoch_is_a_row(finished):
     }
 
 
+def test_the_best_epoch_is_chosen_by_validation_and_told_by_its_test_accuracy(tmp_path):
+    run_centralised(settings_in(tmp_path, **{"data.validation": 0.1}), threads=1)
+    rows = read_epochs(tmp_path / "epochs.csv")
+    for number, row in enumerate(rows, start=1):
+        chosen = max(rows[:number], key=lambda earlier: earlier.validation_accuracy)
+        assert row.best_accuracy == chosen.accuracy
+        assert row.validation_loss > 0
+    assert rows[0].train_flops == (1437 - 144) * 6 * count(trained_model_of(tmp_path), 8).macs
+
+
+def trained_model_of(folder):
+    return trained_model(folder / "checkpoints" / "round-00003.safetensors")[0]
+
+
 def test_compute_is_that_of_every_image_once_per_epoch(finished):
     model, _ = trained_model(finished / "checkpoints" / "round-00003.safetensors")
     per_epoch = 1437 * 6 * count(model, 8).macs  # training images of digits; forward and backward
@@ -92,7 +106,9 @@ def test_a_checkpoint_is_the_model_of_its_row(finished, tmp_path):
     assert write_cam(checkpoint, ["test:0"], tmp_path / "cam.png").exists()
 
 
-@pytest.mark.parametrize("changes", [{}, {"server.checkpoint-every": 2}, {"train.momentum": 0.0}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"server.checkpoint-every": 2}, {"train.momentum": 0.0, "data.validation": 0.1}]
+)
 def test_a_run_that_was_stopped_ends_as_one_that_was_not(changes, tmp_path, monkeypatch):
     changes = {"train.nesterov": False} | changes
     whole, stopped = settings_in(tmp_path / "whole", **changes), settings_in(tmp_path / "stopped", **changes)

@@ -149,11 +149,12 @@ def test_a_client_that_trains_some_kernels_sends_less(federation):
     assert row.up_s == pytest.approx(2 * 0.5)
 
 
-def make_round(federation, clients, accuracy=0.8, kernel_entropy=0.9, void=False):
+def make_round(federation, clients, accuracy=0.8, kernel_entropy=0.9, void=False, validation=None):
     return round_row(
         7,
         clients,
         Evaluation(0.5, accuracy, kernel_entropy),
+        validation,
         federation,
         round_s=50.0,
         void=void,
@@ -191,6 +192,12 @@ def test_the_round_by_hand(federation, clients):
         rcs_infer=1.0,
     )
     assert asdict(make_round(federation, clients)) == pytest.approx(asdict(expected))
+
+
+def test_a_round_has_what_the_validation_images_say(federation, clients):
+    row = make_round(federation, clients, validation=Evaluation(0.25, 0.9, 0.8))
+    assert (row.validation_loss, row.validation_accuracy) == (0.25, 0.9)
+    assert (row.loss, row.accuracy, row.kernel_entropy) == (0.5, 0.8, 0.9)
 
 
 @pytest.mark.parametrize(("void", "status"), [(False, "ok"), (True, "void")])

@@ -27,6 +27,8 @@ ROUND = RoundRow(
     loss=0.5,
     accuracy=0.8,
     best_accuracy=0.85,
+    validation_loss=0.6,
+    validation_accuracy=0.75,
     temperature=30.0,
     clients_ok=8,
     clients_late=1,
@@ -112,8 +114,8 @@ def write(path, round=ROUND, clients=(CLIENT,)) -> RunFolder:
 
 def test_the_columns_are_those_that_users_rely_on():
     assert ",".join(ROUND_COLUMNS) == (
-        "round,virtual_s,round_s,wall_s,loss,accuracy,best_accuracy,temperature,kernel_entropy,clients_ok,"
-        "clients_late,clients_failed,train_flops,cum_train_flops,up_bytes,down_bytes,energy_j,latency_s,ies_train,"
+        "round,virtual_s,round_s,wall_s,loss,accuracy,best_accuracy,validation_loss,validation_accuracy,temperature,"
+        "kernel_entropy,clients_ok,clients_late,clients_failed,train_flops,cum_train_flops,up_bytes,down_bytes,energy_j,latency_s,ies_train,"
         "rcs_train,ies_infer,rcs_infer,status"
     )
     assert ",".join(CLIENT_COLUMNS) == (
@@ -124,7 +126,7 @@ def test_the_columns_are_those_that_users_rely_on():
     assert set(WALL_COLUMNS) < {*CLIENT_COLUMNS}
     assert ",".join(EPOCH_COLUMNS) == (
         "epoch,wall_s,cum_wall_s,lr,temperature,train_loss,train_accuracy,loss,accuracy,top5_accuracy,best_accuracy,"
-        "kernel_entropy,train_flops,cum_train_flops,latency_s,ies_train,rcs_train,ies_infer,rcs_infer"
+        "validation_loss,validation_accuracy,kernel_entropy,train_flops,cum_train_flops,latency_s,ies_train,rcs_train,ies_infer,rcs_infer"
     )
 
 
@@ -133,7 +135,7 @@ def test_the_files_read_as_their_columns(tmp_path):
     header, row = folder.rounds.read_text().splitlines()
     assert header == ",".join(ROUND_COLUMNS)
     assert row == (
-        "3,36.25,12.5,0.75,0.5,0.8,0.85,30,,8,1,1,1000000000000,3000000000000,9007199254740993,1099511627776,"
+        "3,36.25,12.5,0.75,0.5,0.8,0.85,0.6,0.75,30,,8,1,1,1000000000000,3000000000000,9007199254740993,1099511627776,"
         "90,0.01,15.625,0.064,0.0125,80,ok"
     )
     assert folder.clients.read_text().splitlines()[2] == (
@@ -149,6 +151,14 @@ def test_rows_are_read_as_they_were_written(tmp_path):
     assert read_clients(folder.clients) == [CLIENT, unfit]
     folder.append_epoch(EPOCH)
     assert read_epochs(folder.epochs) == [EPOCH]
+
+
+def test_files_from_before_validation_are_read_without_it(tmp_path):
+    folder = write(tmp_path)
+    header, row = folder.rounds.read_text().splitlines()
+    header = header.replace("validation_loss,validation_accuracy,", "")
+    folder.rounds.write_text(f"{header}\n{row.replace('0.6,0.75,', '')}\n")
+    assert read_rounds(folder.rounds) == [replace(ROUND, validation_loss=None, validation_accuracy=None)]
 
 
 def test_floats_keep_ten_digits(tmp_path):
