@@ -149,12 +149,16 @@ class TrainSettings(_Section):
 
 
 class TemperatureSettings(_Section):
-    """Temperature of the kernel attention, over the server's rounds; over epochs in centralised training."""
+    """Temperature of the kernel attention, over the server's rounds; over epochs in centralised training.
+
+    It goes from `initial` to `final` within `rounds` by equal steps (linear), by equal factors (geometric), by
+    half a cosine, or stays at `initial` (constant).
+    """
 
     initial: Positive = 30.0
     final: Positive = 1.0
     rounds: Annotated[int, Field(ge=0)] = 10
-    shape: Literal["linear", "cosine", "constant"] = "linear"
+    shape: Literal["linear", "cosine", "geometric", "constant"] = "linear"
 
 
 class ServerSettings(_Section):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-SHAPES = ("linear", "cosine", "constant")
+SHAPES = ("linear", "cosine", "geometric", "constant")
 
 
 def check_temperature(temperature: float) -> float:
@@ -38,8 +38,9 @@ def _temperatures(model: nn.Module) -> Iterator[Tensor]:
 class TemperatureSchedule:
     """τ as a function of progress: from `initial` at step 0 to `final` at step `steps` and after.
 
-    A step is a round or an epoch. "linear" is the published schedule, "cosine" starts and ends slowly,
-    "constant" stays at `initial`.
+    A step is a round or an epoch. "linear" is the published schedule; "cosine" starts and ends slowly;
+    "geometric" changes by the same factor in each step, so that 1/τ, by which logits are scaled, doubles in
+    equal times, where "linear" leaves most of that to its last step; "constant" stays at `initial`.
     """
 
     initial: float = 30.0
@@ -62,4 +63,6 @@ class TemperatureSchedule:
         progress = min(max(step / self.steps, 0.0), 1.0) if self.steps else 1.0
         if self.shape == "cosine":
             progress = (1 - math.cos(math.pi * progress)) / 2
+        if self.shape == "geometric":
+            return self.initial * (self.final / self.initial) ** progress
         return self.initial + (self.final - self.initial) * progress

@@ -13,12 +13,20 @@ from fedfmd.conv import TemperatureSchedule, has_temperature, make_conv, set_tem
     [
         ("linear", {0: 30.0, 5: 15.5, 10: 1.0, 50: 1.0}),
         ("cosine", {0: 30.0, 5: 15.5, 10: 1.0, 50: 1.0, 2.5: 15.5 + 14.5 * math.cos(math.pi / 4)}),
+        ("geometric", {0: 30.0, 5: math.sqrt(30), 10: 1.0, 50: 1.0, 2.5: 30**0.75}),
         ("constant", {0: 30.0, 5: 30.0, 50: 30.0}),
     ],
 )
 def test_schedules(shape, expected):
     schedule = TemperatureSchedule(initial=30.0, final=1.0, steps=10, shape=shape)
     assert {step: schedule.at(step) for step in expected} == pytest.approx(expected)
+
+
+def test_a_geometric_temperature_changes_by_the_same_factor_each_step_and_may_rise():
+    falling = TemperatureSchedule(initial=80.0, final=10.0, steps=3, shape="geometric")
+    rising = TemperatureSchedule(initial=1.0, final=100.0, steps=2, shape="geometric")
+    assert [falling.at(step) for step in range(5)] == pytest.approx([80.0, 40.0, 20.0, 10.0, 10.0])
+    assert [rising.at(step) for step in range(3)] == pytest.approx([1.0, 10.0, 100.0])
 
 
 def test_without_steps_the_final_temperature_holds_from_the_start():
@@ -31,7 +39,7 @@ def test_without_steps_the_final_temperature_holds_from_the_start():
         ({"initial": math.nan}, "temperature = nan must be a positive finite number"),
         ({"final": 0.0}, "temperature = 0.0 must be"),
         ({"steps": -1}, "steps = -1 must not be negative"),
-        ({"shape": "stairs"}, "shape = 'stairs' is unknown; use one of linear, cosine, constant"),
+        ({"shape": "stairs"}, "shape = 'stairs' is unknown; use one of linear, cosine, geometric, constant"),
     ],
 )
 def test_bad_schedules_are_named(options, message):
