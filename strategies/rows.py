@@ -48,6 +48,7 @@ def round_row(
     federation: Federation,
     *,
     round_s: float,
+    clients_cut: int,
     void: bool,
     temperature: float | None,
     virtual_s: float,
@@ -55,7 +56,7 @@ def round_row(
     cum_train_flops: int,
     wall_s: float,
 ) -> RoundRow:
-    """The row of a round of `round_s` virtual seconds.
+    """The row of a round of `round_s` virtual seconds, in which the work of `clients_cut` clients was cut.
 
     `virtual_s`, `best_accuracy` and `cum_train_flops` are those before it; `void` if the model stayed as it was.
     A model without a mixture of kernels has neither temperature (None) nor kernel entropy (NaN).
@@ -86,6 +87,7 @@ def round_row(
         ies_infer=ies(latency_s, evaluation.accuracy),
         rcs_infer=rcs(evaluation.accuracy, latency_s),
         status="void" if void else "ok",
+        clients_cut=clients_cut,
     )
 
 

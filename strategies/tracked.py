@@ -244,6 +244,7 @@ class TrackedStrategy(Strategy):
             evaluation,
             federation,
             round_s=self._round.seconds,
+            clients_cut=sum(plan.is_cut for plan in self._round.plans),
             void=not trained,
             temperature=temperature if self._annealed else None,
             virtual_s=progress.virtual_s,
