@@ -62,7 +62,7 @@ def test_a_client_counts_by_the_last_round_in_which_it_trained(make_run):
 
 @pytest.fixture
 def with_work(make_run):
-    """Makes a run of two clients with 30 and 10 images, two epochs; `work` is each plan's client, images and kernels."""
+    """Makes a run of clients with 30 and 10 images, two epochs; `work`: a plan's client, images, kernels."""
 
     def make(*work, **changes):
         run = make_run([0.5], clients=[0.5], **{"train.local-epochs": 2, "model.kernels": 4} | changes)
