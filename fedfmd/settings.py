@@ -214,7 +214,7 @@ class FleetSettings(_Section):
     all devices unless they are 0. `trace` is a CSV file of the windows of virtual time in which clients are there.
     """
 
-    devices: str = "pi-4:4, pi-5:3, jetson-nano:3"
+    devices: str = "pi-4:40%, pi-5:30%, jetson-nano:30%"
     link: Annotated[str, _one_of(LINKS)] = "wifi"
     devices_file: str = ""
     assignment: Annotated[str, _one_of(ASSIGNMENTS)] = "random"
@@ -224,12 +224,15 @@ class FleetSettings(_Section):
 
 
 class BudgetSettings(_Section):
-    """What a client may spend in a round, a limit of 0 being none; see `fedfmd.edge.Budget`."""
+    """What a client may spend in a round, a limit of 0 being none; see `fedfmd.edge.Budget`.
 
-    deadline_s: NonNegative = 5.0
+    By default nobody is cut short, so that variants of unequal cost do the same work.
+    """
+
+    deadline_s: NonNegative = 0.0
     energy_j: NonNegative = 0.0
     up_bytes: Annotated[int, Field(ge=0)] = 0
-    policy: Annotated[str, _one_of(POLICIES)] = "partial"
+    policy: Annotated[str, _one_of(POLICIES)] = "wait"
     kernels: Annotated[int, Field(ge=0)] = 0
     kernel_choice: Annotated[str, _one_of(KERNEL_CHOICES)] = "rotation"
     over_select: Annotated[Number, Field(ge=1)] = 1.0
@@ -297,6 +300,17 @@ class Settings(_Section):
 
     def _check_budget(self) -> None:
         model, budget = self.model, self.budget
+        limits = {
+            "deadline-s": budget.deadline_s,
+            "energy-j": budget.energy_j,
+            "up-bytes": budget.up_bytes,
+        }
+        limit = next((key for key, value in limits.items() if value), None)
+        if limit and "policy" not in budget.model_fields_set:
+            raise SettingsError(
+                f"budget.{limit} = {limits[limit]:g} but no budget.policy: the default, {budget.policy!r}, heeds no "
+                f"limit; set budget.policy to one of {', '.join(POLICIES)}"
+            )
         if budget.over_select > 1 and not self.server.clients_per_round:
             raise SettingsError(
                 f"budget.over-select = {budget.over_select:g} asks more than server.clients-per-round, which is 0, "

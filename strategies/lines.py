@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fedfmd
-from fedfmd.edge import Budget
+from fedfmd.edge import POLICIES, Budget
 from fedfmd.federation import Federation, describe_network
 from fedfmd.tracking import RoundRow
 
@@ -29,11 +29,12 @@ def header_lines(federation: Federation, own_data: bool = False) -> list[str]:
 
 def round_text(row: RoundRow, rounds: int) -> str:
     """One round in one line."""
+    cut = f" {row.clients_cut} cut" if row.clients_cut else ""
     return (
         f"round {row.round:>{len(str(rounds))}}/{rounds}  virtual {row.virtual_s:9.1f} s  "
         f"accuracy {row.accuracy:.4f}  loss {row.loss:7.4f}  IES {row.ies_train:8.2f} s  "
         f"RCS {row.rcs_train:8.5f} /s  clients {row.clients_ok} ok {row.clients_late} late {row.clients_failed} failed"
-        f"{'  void' if row.status == 'void' else ''}"
+        f"{cut}{'  void' if row.status == 'void' else ''}"
     )
 
 
@@ -47,4 +48,5 @@ def _limits(budget: Budget) -> str:
         )
         if limit is not None
     ]
-    return ", ".join(limits) or "no limits"
+    unheeded = " (unheeded)" if limits and POLICIES[budget.policy].waits else ""
+    return ", ".join(limits) + unheeded or "no limits"

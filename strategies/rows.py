@@ -49,6 +49,7 @@ def round_row(
     federation: Federation,
     *,
     round_s: float,
+    clients_cut: int,
     void: bool,
     temperature: float | None,
     virtual_s: float,
@@ -56,7 +57,7 @@ def round_row(
     cum_train_flops: int,
     wall_s: float,
 ) -> RoundRow:
-    """The row of a round of `round_s` virtual seconds.
+    """The row of a round of `round_s` virtual seconds, in which the work of `clients_cut` clients was cut.
 
     `evaluation` is that on the test images, `validation` that on the validation images, if there are any.
     `best_accuracy` is that after the round, `virtual_s` and `cum_train_flops` are those before it; `void` if the
@@ -91,6 +92,7 @@ def round_row(
         ies_infer=ies(latency_s, evaluation.accuracy),
         rcs_infer=rcs(evaluation.accuracy, latency_s),
         status="void" if void else "ok",
+        clients_cut=clients_cut,
     )
 
 

@@ -246,6 +246,7 @@ class TrackedStrategy(Strategy):
             validation,
             federation,
             round_s=self._round.seconds,
+            clients_cut=sum(plan.is_cut for plan in self._round.plans),
             void=not trained,
             temperature=temperature if self._annealed else None,
             virtual_s=progress.virtual_s,

@@ -8,6 +8,7 @@ from fedfmd.errors import SettingsError
 from fedfmd.federation import (
     build_dataset,
     build_federation,
+    build_fleet,
     build_model,
     build_partition,
     cache_dir,
@@ -93,6 +94,19 @@ def test_the_settings_may_replace_what_devices_say(tiny_settings, tmp_path):
     assert (changed.availability, changed.jitter) == (0.5, 0.1)
 
 
+@pytest.mark.parametrize(
+    ("clients", "counts"),
+    [
+        (10, {"jetson-nano": 3, "pi-4": 4, "pi-5": 3}),
+        (8, {"jetson-nano": 2, "pi-4": 3, "pi-5": 3}),  # 3.2, 2.4 and 2.4: a tie goes to the first
+        (1, {"pi-4": 1}),
+    ],
+)
+def test_the_default_fleet_fits_any_number_of_clients(clients, counts):
+    settings = Settings.from_mapping({"partition.clients": clients})
+    assert build_fleet(settings, [1] * clients).counts == counts
+
+
 def test_the_fastest_device_may_follow_the_images(tiny_settings):
     settings = {
         "partition.scheme": "dirichlet",
@@ -106,8 +120,8 @@ def test_the_fastest_device_may_follow_the_images(tiny_settings):
 
 
 def test_limits_of_0_are_none(tiny_settings):
-    assert build_federation(tiny_settings()).budget == Budget()
-    limits = {"budget.deadline-s": 3, "budget.energy-j": 4, "budget.up-bytes": 5}
+    assert build_federation(tiny_settings()).budget == Budget(policy="wait")
+    limits = {"budget.policy": "drop", "budget.deadline-s": 3, "budget.energy-j": 4, "budget.up-bytes": 5}
     budget = build_federation(tiny_settings(**limits)).budget
     assert (budget.deadline_s, budget.energy_j, budget.up_bytes) == (3, 4, 5)
 

@@ -10,9 +10,26 @@ from fedfmd.settings import Settings, flatten, read_yaml
 ROOT = Path(__file__).parents[1]
 
 
-def test_defaults_are_the_quickstarts():
+def test_the_quickstart_is_the_defaults_with_a_deadline():
     (cell,) = load_experiment(ROOT / "experiments" / "quickstart.yaml").cells
-    assert cell.settings.kept() == Settings().kept()
+    deadline = {"budget.deadline-s": 5.0, "budget.policy": "partial"}
+    assert cell.settings.kept() == Settings().kept() | deadline
+
+
+def test_by_default_nobody_is_cut_short():
+    budget = Settings().budget
+    assert (budget.policy, budget.deadline_s, budget.energy_j, budget.up_bytes) == ("wait", 0, 0, 0)
+
+
+@pytest.mark.parametrize("limit", ["deadline-s", "energy-j", "up-bytes"])
+def test_a_limit_needs_a_policy_because_the_default_heeds_none(limit):
+    with pytest.raises(
+        SettingsError, match=rf"^budget\.{limit} = 5 but no budget\.policy: .*'wait'.* one of wait,"
+    ):
+        Settings.from_mapping({f"budget.{limit}": 5})
+    for policy in ("wait", "partial"):
+        settings = Settings.from_mapping({f"budget.{limit}": 5, "budget.policy": policy})
+        assert Settings.from_mapping(settings.flat()) == settings
 
 
 def test_flwr_run_has_the_same_defaults_of_the_same_types():

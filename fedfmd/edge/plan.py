@@ -145,7 +145,7 @@ class WorkPlan:
         kernels: kernels of each bank to train; the others stay frozen.
         batch_size: images per step, as many as the device can hold.
         steps: local steps to do; 0 if the client is unfit.
-        full_steps: local steps of a round without limits.
+        full_steps, full_kernels: local steps and kernels of a round without limits; 0 if the client is unfit.
         examples: images that these steps process.
         train_flops: FLOPs of these steps, and of finding the kernels that its images use most.
         down_bytes, up_bytes: what it receives and sends.
@@ -161,6 +161,7 @@ class WorkPlan:
     batch_size: int = 0
     steps: int = 0
     full_steps: int = 0
+    full_kernels: int = 0
     examples: int = 0
     train_flops: int = 0
     down_bytes: int = 0
@@ -170,6 +171,11 @@ class WorkPlan:
     up_s: float = 0.0
     status: Literal["ok", "late", "unfit"] = "ok"
     reason: str = ""
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether the client does fewer steps, or trains fewer kernels, than without limits."""
+        return self.steps < self.full_steps or self.kernels < self.full_kernels
 
     @property
     def total_s(self) -> float:
@@ -255,6 +261,7 @@ def _work(
         batch_size=batch_size,
         steps=steps,
         full_steps=workload.steps(batch_size),
+        full_kernels=cost.kernels,
         examples=examples,
         train_flops=train_flops + probe_flops,
         down_bytes=workload.payload_bytes,

@@ -81,9 +81,12 @@ def make_sheets(summary: Summary) -> list[Sheet]:
                 "GFLOPs": lambda group: _amount(group.gflops),
                 "MB": lambda group: _amount(group.mb),
                 "kJ": lambda group: _amount(group.energy_kj),
+                "cut %": lambda group: _percent(group.cut),
                 "on the front in": lambda group: ", ".join(group.fronts) or NOTHING,
             },
             {
+                "cut %": "Cut: share of the clients' full work, images × kernels trained, that the plans left out; "
+                "groups that were cut unequally did not do the same work.",
                 "on the front in": "On the front in: no other group of the same data and split is at least as "
                 "accurate at no more of this cost and better in one of the two.",
             },

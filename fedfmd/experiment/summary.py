@@ -65,6 +65,7 @@ class Group:
         runs: by rising seed.
         final, best: accuracy of the last round or epoch and of the best one; `top5_final`, `top5_best` likewise.
         worst_clients: mean accuracy of the worst 10 % of the clients on their own images; None without rows.
+        cut: as `cut_percent` has it.
         difference: of the final accuracy to static's; None for static, and below two common seeds.
         target: the cost of reaching `Summary.target`.
         virtual_s, train_s, gflops, mb, energy_kj: of the whole run; `mb` up and down, `train_s` measured.
@@ -95,6 +96,7 @@ class Group:
     gflops: Estimate
     mb: Estimate | None
     energy_kj: Estimate | None
+    cut: Estimate | None
     kernel_entropy: Estimate | None
     cost: Cost | None
     latency_ms: Estimate | None
@@ -184,6 +186,18 @@ def client_accuracies(rows: Iterable[ClientRow]) -> list[float]:
     return list(last.values())
 
 
+def cut_percent(run: Run) -> float | None:
+    """Percent of the clients' full work, images × kernels trained, that their plans left out; None if unknown."""
+    if run.label_counts is None:
+        return None
+    settings, images = run.settings, run.label_counts.sum(axis=1).tolist()
+    kernels = 1 if run.conv == BASELINE else settings.model.kernels
+    planned = [row for row in run.clients if row.steps]
+    full = sum(settings.train.local_epochs * images[row.client] * kernels for row in planned)
+    left = full - sum(row.examples * row.kernels for row in planned)
+    return 100 * left / full if full else None
+
+
 def final_accuracy(run: Run) -> float:
     """Percent of the test images that the last model got right."""
     return 100 * next(row.accuracy for row in reversed(run.rounds) if row.accuracy is not None)
@@ -271,6 +285,7 @@ def _group(runs: Sequence[Run], baselines: Mapping[object, Run], target: float) 
         gflops=_column(last, "cum_train_flops", GIGA),
         mb=estimate(_total(run.rounds, TRAFFIC, MEGA) for run in runs),
         energy_kj=estimate(_total(run.rounds, ["energy_j"], KILO) for run in runs),
+        cut=estimate(map(cut_percent, runs)),
         kernel_entropy=_column(last, "kernel_entropy"),
         cost=first.cost,
         latency_ms=_column(last, "latency_s", MILLI),

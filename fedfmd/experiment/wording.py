@@ -39,7 +39,7 @@ WORDINGS = {
     "federated": Wording(
         unit="round",
         figures=(
-            *("final", "best", "worst_clients", "virtual_s", "gflops", "mb", "energy_kj"),
+            *("final", "best", "worst_clients", "virtual_s", "gflops", "mb", "energy_kj", "cut"),
             *("latency_ms", "ies_infer_ms", "rcs_infer", "ies_train_s", "rcs_train", "kernel_entropy"),
         ),
         target=("virtual_s", "gflops", "mb"),

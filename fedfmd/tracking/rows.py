@@ -39,6 +39,7 @@ class RoundRow:
         ies_train, rcs_train: round_s / accuracy, accuracy / round_s.
         ies_infer, rcs_infer: latency_s / accuracy, accuracy / latency_s.
         status: ok, or void: too few updates came, and the model stayed as it was.
+        clients_cut: clients that were to do fewer steps, or train fewer kernels, than without limits.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(ser_json_inf_nan="strings")
@@ -68,6 +69,7 @@ class RoundRow:
     ies_infer: float | None = None
     rcs_infer: float | None = None
     status: str = "ok"
+    clients_cut: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

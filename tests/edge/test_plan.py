@@ -236,6 +236,26 @@ def test_nobody_foresees_the_speed_of_a_round():
     assert plan_work(CLIENTS[1], WORKLOAD, Budget(10.5, policy="wait"), 0.5).status == "ok"
 
 
+@pytest.mark.parametrize(
+    ("policy", "deadline_s", "cut"),
+    [
+        ("wait", 10.5, [False, False, False]),
+        ("drop", 10.5, [False, False, False]),  # work in vain is done in full
+        ("partial", 10.5, [False, True, True]),
+        ("kernels", 10.5, [False, True, True]),
+        ("partial+kernels", 47, [False, False, True]),
+    ],
+)
+def test_a_plan_tells_whether_its_work_was_cut(policy, deadline_s, cut):
+    assert [plan.is_cut for plan in plans_for(Budget(deadline_s, policy=policy))] == cut
+
+
+def test_smaller_batches_are_no_cut_and_an_unfit_client_has_no_work_to_cut():
+    for memory_mb in (8.5, 2.7):
+        small = client(0, 30, 8, 4, memory_gb=memory_mb / 1000)
+        assert not plan_work(small, WORKLOAD, Budget(policy="partial")).is_cut
+
+
 def test_a_late_client_may_be_lucky():
     plan = plan_work(CLIENTS[1], WORKLOAD, Budget(10.5, policy="drop"), speed=2)
     assert (plan.status, plan.total_s) == ("ok", pytest.approx(6))

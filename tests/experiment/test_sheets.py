@@ -1,6 +1,8 @@
 import io
+from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -73,6 +75,15 @@ def test_centralised_runs_have_their_own_columns(make_centralised):
     assert scores["IES train s"] == ("5.357", "4.826")  # 4 s / 70 and 80 %, 4 s / 80 and 86 %
     assert "Until the first epoch" in make_sheets(summary)[1].caption
     assert flat_row(summary.groups[0], 75)["top5_final"] == pytest.approx(87.5)
+
+
+def test_the_cost_tells_how_much_work_was_cut(make_run):
+    run = make_run([0.5], clients=[0.5], **{"train.local-epochs": 2})  # 100 images by all 4 kernels
+    summary = summarise([replace(run, label_counts=np.array([[60, 20]]))])
+    sheet = make_sheets(summary)[2]
+    assert lines(sheet)["cut %"] == ("37.5",)
+    assert "Cut: share of the clients' full work" in sheet.caption
+    assert flat_row(summary.groups[0], 50)["cut"] == pytest.approx(37.5)
 
 
 def test_only_columns_that_are_there_are_explained(summary, make_run):

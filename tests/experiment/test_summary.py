@@ -1,10 +1,13 @@
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from fedfmd.experiment.summary import (
     Estimate,
     client_accuracies,
+    cut_percent,
     estimate,
     paired_difference,
     summarise,
@@ -55,6 +58,37 @@ def test_the_worst_decile_is_the_mean_of_the_lowest_tenth(accuracies, worst):
 def test_a_client_counts_by_the_last_round_in_which_it_trained(make_run):
     first, second = (make_run([0.5], clients=own).clients for own in ((0.2, 0.4), (0.6, None)))
     assert client_accuracies([*first, *second]) == [pytest.approx(60), pytest.approx(40)]
+
+
+@pytest.fixture
+def with_work(make_run):
+    """Makes a run of clients with 30 and 10 images, two epochs; `work`: a plan's client, images, kernels."""
+
+    def make(*work, **changes):
+        run = make_run([0.5], clients=[0.5], **{"train.local-epochs": 2, "model.kernels": 4} | changes)
+        (row,) = run.clients
+        clients = tuple(
+            replace(row, client=client, examples=examples, steps=examples // 10, kernels=kernels)
+            for client, examples, kernels in work
+        )
+        return replace(run, clients=clients, label_counts=np.array([[20, 10], [10, 0]]))
+
+    return make
+
+
+def test_cut_is_the_share_of_images_times_kernels_that_plans_left_out(with_work):
+    assert cut_percent(with_work((0, 60, 4), (1, 20, 4))) == 0
+    assert cut_percent(with_work((0, 60, 4), (1, 10, 2))) == pytest.approx(100 * 60 / 320)
+    assert (
+        cut_percent(with_work((0, 30, 1), **{"model.conv": "static"})) == 50
+    )  # it has no kernels to leave out
+    assert cut_percent(with_work((0, 30, 4), (1, 0, 0))) == 50  # an unfit client had no plan
+    groups = summarise([with_work((0, 60, 4)), with_work((0, 30, 4), seed=1)]).groups
+    assert groups[0].cut == Estimate(25, pytest.approx(math.sqrt(1250)), 2)
+
+
+def test_cut_is_unknown_without_the_clients_images(make_run):
+    assert cut_percent(make_run([0.5], clients=[0.5])) is None
 
 
 def test_the_cost_of_a_target_is_that_until_the_first_round_that_reaches_it(make_run):

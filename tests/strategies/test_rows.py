@@ -157,6 +157,7 @@ def make_round(federation, clients, accuracy=0.8, kernel_entropy=0.9, void=False
         validation,
         federation,
         round_s=50.0,
+        clients_cut=2,
         void=void,
         temperature=12.0,
         virtual_s=100.0,
@@ -190,6 +191,7 @@ def test_the_round_by_hand(federation, clients):
         rcs_train=0.016,
         ies_infer=1.0,
         rcs_infer=1.0,
+        clients_cut=2,
     )
     assert asdict(make_round(federation, clients)) == pytest.approx(asdict(expected))
 

@@ -290,7 +290,8 @@ def test_a_round_with_nobody_there_is_void_and_waits_for_the_next_window(
 def test_where_the_dice_leave_nobody_the_server_tries_again(
     make, make_federation, make_grid, deadline_s, seconds
 ):
-    strategy = make(make_federation({"fleet.availability": 1e-9, "budget.deadline-s": deadline_s}))
+    budget = {"budget.policy": "partial", "budget.deadline-s": deadline_s}
+    strategy = make(make_federation({"fleet.availability": 1e-9} | budget))
     strategy.run(make_grid())
     assert [(row.status, row.round_s) for row in rows(strategy)[0]] == [("void", seconds)] * 2
 
@@ -364,7 +365,8 @@ def test_a_box_with_an_unknown_device_stops_the_run_before_training(make, make_f
 
 
 def test_the_log_tells_what_runs_and_how_it_goes(make, make_federation, make_grid, caplog):
-    strategy = make(make_federation({"model.conv": "fmdconv", "budget.deadline-s": 6}))
+    budget = {"budget.policy": "partial", "budget.deadline-s": 6}
+    strategy = make(make_federation({"model.conv": "fmdconv"} | budget))
     with caplog.at_level(logging.INFO, "fedfmd"):
         strategy.run(make_grid())
     first, second, third, *rounds = [record.message for record in caplog.records if record.name == "fedfmd"]
@@ -374,6 +376,24 @@ def test_the_log_tells_what_runs_and_how_it_goes(make, make_federation, make_gri
     assert "policy partial, deadline 6 s; seed 0" in third
     assert [line.split()[1] for line in rounds] == ["1/2", "2/2"]
     assert rounds[0].endswith("clients 3 ok 0 late 0 failed")
+
+
+@pytest.mark.parametrize(
+    ("policy", "told", "cut"),
+    [
+        ("partial", "policy partial, deadline 1e-06 s; seed 0", 3),
+        ("wait", "policy wait, deadline 1e-06 s (unheeded); seed 0", 0),
+    ],
+)
+def test_the_log_tells_how_many_clients_were_cut(make, make_federation, make_grid, caplog, policy, told, cut):
+    budget = {"budget.policy": policy, "budget.deadline-s": 1e-6, "server.rounds": 1}
+    strategy = make(make_federation(budget))
+    with caplog.at_level(logging.INFO, "fedfmd"):
+        strategy.run(make_grid())
+    (row,) = rows(strategy)[0]
+    assert row.clients_cut == cut
+    assert told in caplog.text
+    assert ("failed 3 cut" in caplog.text) == bool(cut)
 
 
 def test_checkpoints_are_kept_as_asked(make, make_federation, make_grid):
