@@ -18,7 +18,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from fedfmd.conv import ATTENTION_INITS, CONVS, MIXINGS
 from fedfmd.conv.layers import ATTENTIONS
-from fedfmd.data import DATASETS, PARTITIONS
+from fedfmd.data import AUGMENT_CHOICES, DATASETS, PARTITIONS
 from fedfmd.edge import ASSIGNMENTS, KERNEL_CHOICES, LINKS, POLICIES
 from fedfmd.edge.devices import MAX_JITTER
 from fedfmd.errors import SettingsError, nearest_of, not_one_of
@@ -114,7 +114,10 @@ class ModelSettings(_Section):
 
 
 class DataSettings(_Section):
-    """Which images are used. `dir`, `train` and `test` are paths; `image_size` 0 keeps the source's own."""
+    """Which images are used. `dir`, `train` and `test` are paths; `image_size` 0 keeps the source's own.
+
+    `augment` is how training images are varied at random, "auto" being what suits the source.
+    """
 
     dataset: Annotated[str, _one_of(DATASETS)] = "digits"
     dir: str = ""
@@ -122,6 +125,7 @@ class DataSettings(_Section):
     test: str = ""
     download: bool = False
     image_size: Annotated[int, Field(ge=0)] = 0
+    augment: Annotated[str, _one_of(AUGMENT_CHOICES)] = "auto"
 
 
 class PartitionSettings(_Section):

@@ -5,7 +5,14 @@ from fedfmd.conv import CONVS
 from fedfmd.cost import count, frozen_bytes
 from fedfmd.edge import Budget
 from fedfmd.errors import SettingsError
-from fedfmd.federation import build_dataset, build_federation, build_model, cache_dir, torch_device
+from fedfmd.federation import (
+    build_dataset,
+    build_federation,
+    build_model,
+    cache_dir,
+    describe_network,
+    torch_device,
+)
 from fedfmd.settings import Settings
 from fedfmd.wire import bank_of, pack, parameter_names
 
@@ -20,6 +27,14 @@ def test_a_federation_fits_its_settings(tiny_settings):
     assert federation.cost == count(federation.model, 8)
     assert federation.payload_bytes == federation.cost.bytes
     assert federation.cost.kernels == 2
+
+
+@pytest.mark.parametrize(("augment", "told"), [("auto", "crop"), ("none", "none")])
+def test_the_log_tells_network_images_and_augmentation(tiny_settings, augment, told):
+    federation = build_federation(tiny_settings(**{"data.augment": augment}))
+    text = describe_network(federation.settings, federation.cost, federation.dataset)
+    assert text.startswith("resnet8 with fmdconv (K=2), ")
+    assert text.endswith(f" on digits at 8×8, augmentation {told}")
 
 
 def test_a_workload_is_a_full_round(tiny_settings):

@@ -80,6 +80,11 @@ def test_a_number_may_be_a_text_because_yaml_reads_5e_4_as_one(value, number):
         ({"model.attentions": "[input"}, "model.attentions = .* is not a JSON list"),
         ({"kind": "central"}, "kind = 'central': must be one of federated, centralised; did you mean"),
         ({"model.stem": "resnet"}, "model.stem = 'resnet': .*'cifar' or 'imagenet'"),
+        (
+            {"data.augment": "flip"},
+            "data.augment = 'flip': must be one of auto, none, crop, .*; did you mean",
+        ),
+        ({"data.augment": True}, "data.augment = True: must be one of auto, none"),
         ({"data.download": "yes"}, "data.download = 'yes': .*boolean"),
         ({"partition.alpha": 0}, "partition.alpha = 0: .*greater than 0"),
         ({"server.rounds": "abc"}, "server.rounds = 'abc': .*integer"),
