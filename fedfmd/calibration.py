@@ -238,7 +238,7 @@ def _host(settings: Settings, classes: int, image_size: int, images: int) -> Hos
     pixels = torch.randint(256, (images, 3, image_size, image_size), generator=generator, dtype=torch.uint8)
     shard = ImageSet(pixels, torch.arange(images) % classes)
     names = tuple(str(label) for label in range(classes))
-    dataset = Dataset("random", shard, shard, classes, names, (0.5,) * 3, (0.25,) * 3, augment=True)
+    dataset = Dataset("random", shard, shard, classes, names, (0.5,) * 3, (0.25,) * 3, augment="crop+flip")
     return Host(settings, dataset, lambda client: shard.subset(torch.arange(client)), torch_device(settings))
 
 

@@ -47,7 +47,7 @@ class Classifier:
             images = fit(images, self.images.image_size)
         unlabelled = ImageSet(images, torch.zeros(len(images), dtype=torch.int64))
         mean, std = self.images.mean, self.images.std
-        inputs = batches(unlabelled, BATCH_SIZE, generator=None, augment=False, mean=mean, std=std)
+        inputs = batches(unlabelled, BATCH_SIZE, generator=None, augment="none", mean=mean, std=std)
         with torch.inference_mode():
             return torch.cat([self.model(batch).softmax(1) for batch, _ in inputs])
 

@@ -135,6 +135,7 @@ def _load(data: DataSettings) -> Dataset:
         test=_path(data.test),
         download=data.download,
         image_size=data.image_size or None,
+        augment=data.augment,
     )
 
 
@@ -229,13 +230,13 @@ def build_model(settings: Settings, classes: int) -> nn.Module:
         )
 
 
-def describe_network(settings: Settings, cost: Cost, image_size: int) -> str:
-    """Network, size and data set in a line for the log."""
+def describe_network(settings: Settings, cost: Cost, dataset: Dataset) -> str:
+    """Network, its size, data set and augmentation in a line for the log."""
     model = settings.model
     kernels = "" if model.conv == "static" else f" (K={model.kernels})"
     return (
         f"{model.arch} with {model.conv}{kernels}, {cost.params:,} parameters, {cost.macs / 1e6:.1f} M MACs per image, "
-        f"on {settings.data.dataset} at {image_size}×{image_size}"
+        f"on {dataset.name} at {dataset.image_size}×{dataset.image_size}, augmentation {dataset.augment}"
     )
 
 

@@ -43,7 +43,7 @@ def most_attended(
             images,
             len(images),
             generator=None,
-            augment=False,
+            augment="none",
             mean=dataset.mean,
             std=dataset.std,
             device=device,

@@ -26,7 +26,7 @@ from pydantic import (
 
 from fedfmd.conv import ATTENTION_INITS, CONVS, MIXINGS
 from fedfmd.conv.layers import ATTENTIONS
-from fedfmd.data import DATASETS, PARTITIONS
+from fedfmd.data import AUGMENT_CHOICES, DATASETS, PARTITIONS
 from fedfmd.edge import ASSIGNMENTS, KERNEL_CHOICES, LINKS, POLICIES
 from fedfmd.edge.devices import MAX_JITTER
 from fedfmd.errors import SettingsError, nearest_of, not_one_of
@@ -130,6 +130,7 @@ class ModelSettings(_Section):
 class DataSettings(_Section):
     """Which images are used. `dir`, `train` and `test` are paths; `image_size` 0 keeps the source's own.
 
+    `augment` is how training images are varied at random, "auto" being what suits the source.
     `validation` is the share (below 1) or the number of training images held out to choose by; 0 is none.
     """
 
@@ -139,6 +140,7 @@ class DataSettings(_Section):
     test: str = ""
     download: bool = False
     image_size: Annotated[int, Field(ge=0)] = 0
+    augment: Annotated[str, _one_of(AUGMENT_CHOICES)] = "auto"
     validation: Annotated[NonNegative, AfterValidator(_share_or_number)] = 0.0
 
 

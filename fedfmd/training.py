@@ -159,7 +159,7 @@ def evaluate(
             images,
             batch_size,
             generator=None,
-            augment=False,
+            augment="none",
             mean=dataset.mean,
             std=dataset.std,
             device=device,

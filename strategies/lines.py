@@ -16,7 +16,7 @@ def header_lines(federation: Federation, own_data: bool = False) -> list[str]:
     split = "own data" if own_data else partition.scheme
     fleet = ", ".join(f"{count} {name}" for name, count in federation.fleet.counts.items())
     asked = f"{server.clients_per_round} clients" if server.clients_per_round else "all clients"
-    network = describe_network(settings, federation.cost, federation.dataset.image_size)
+    network = describe_network(settings, federation.cost, federation.dataset)
     return [
         f"fedfmd {fedfmd.__version__}: {network}",
         f"{partition.clients} clients ({split}, {min(sizes)} to {max(sizes)} images each) on {fleet} "

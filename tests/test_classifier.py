@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from fedfmd.data import ImageFormat
 from fedfmd.errors import SettingsError
 from fedfmd.federation import build_model
 
-IMAGES = ImageFormat(("cat", "dog", "owl"), 8, (0.5, 0.4, 0.3), (0.25, 0.2, 0.1), True)
+IMAGES = ImageFormat(("cat", "dog", "owl"), 8, (0.5, 0.4, 0.3), (0.25, 0.2, 0.1), "crop+flip")
 
 
 @pytest.fixture
@@ -54,6 +56,14 @@ def test_a_saved_classifier_is_the_same_and_needs_nothing_else(classifier, pictu
     assert loaded.images == IMAGES
     assert not loaded.model.training
     assert loaded(picture[0]) == pytest.approx(classifier(picture[0]))
+
+
+@pytest.mark.parametrize(("kept", "augment"), [(True, "crop+flip"), (False, "none")])
+def test_an_older_classifier_says_whether_to_augment(classifier, tmp_path, kept, augment):
+    dataclasses.replace(classifier, images=dataclasses.replace(IMAGES, augment=kept)).save(
+        tmp_path / "old.safetensors"
+    )
+    assert load_classifier(tmp_path / "old.safetensors").images.augment == augment
 
 
 def test_what_is_no_classifier_is_one_line(tmp_path, write_checkpoint):

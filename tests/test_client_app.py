@@ -48,7 +48,7 @@ def make_host():
         torch.uint8
     )
     images = ImageSet(pixels, labels)
-    dataset = Dataset("shades", images, images, 3, ("a", "b", "c"), (0.5,) * 3, (0.25,) * 3, False)
+    dataset = Dataset("shades", images, images, 3, ("a", "b", "c"), (0.5,) * 3, (0.25,) * 3, "none")
 
     def images_of(client):
         if client == BROKEN:
@@ -428,7 +428,7 @@ def ask(settings, node_config, content=None, kind=MessageType.QUERY):
         return reply.content
 
 
-IMAGES = ImageFormat(tuple("0123456789"), 8, (0.5,) * 3, (0.25,) * 3, False)
+IMAGES = ImageFormat(tuple("0123456789"), 8, (0.5,) * 3, (0.25,) * 3, "none")
 
 
 def test_a_worker_says_that_it_hosts_any_client(tiny_settings):

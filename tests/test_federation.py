@@ -12,6 +12,7 @@ from fedfmd.federation import (
     build_model,
     build_partition,
     cache_dir,
+    describe_network,
     torch_device,
 )
 from fedfmd.settings import Settings
@@ -46,6 +47,14 @@ def test_seeds_hold_other_images_out_of_the_same_loaded_ones(tiny_settings, monk
     second, again = (build_dataset(tiny_settings(seed=seed, **held)) for seed in (1, 0))
     assert again.fingerprint == first.fingerprint != second.fingerprint
     assert build_dataset(tiny_settings(**held | {"data.validation": 0})).validation is None
+
+
+@pytest.mark.parametrize(("augment", "told"), [("auto", "crop"), ("none", "none")])
+def test_the_log_tells_network_images_and_augmentation(tiny_settings, augment, told):
+    federation = build_federation(tiny_settings(**{"data.augment": augment}))
+    text = describe_network(federation.settings, federation.cost, federation.dataset)
+    assert text.startswith("resnet8 with fmdconv (K=2), ")
+    assert text.endswith(f" on digits at 8×8, augmentation {told}")
 
 
 def test_a_workload_is_a_full_round(tiny_settings):

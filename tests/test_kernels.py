@@ -16,7 +16,7 @@ def dataset():
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (24, 3, 8, 8), generator=generator, dtype=torch.uint8)
     images = ImageSet(pixels, torch.arange(24) % 3)
-    return Dataset("noise", images, images, 3, ("a", "b", "c"), (0.5,) * 3, (0.25,) * 3, False)
+    return Dataset("noise", images, images, 3, ("a", "b", "c"), (0.5,) * 3, (0.25,) * 3, "none")
 
 
 def make(conv):

@@ -99,6 +99,11 @@ def test_a_number_may_be_a_text_because_yaml_reads_5e_4_as_one(value, number):
         ({"model.stem": "resnet"}, "model.stem = 'resnet': .*'cifar' or 'imagenet'"),
         ({"data.validation": -0.1}, "data.validation = -0.1: .*greater than or equal to 0"),
         ({"data.validation": 1.5}, "data.validation = 1.5: must be a share below 1, or a whole number of"),
+        (
+            {"data.augment": "flip"},
+            "data.augment = 'flip': must be one of auto, none, crop, .*; did you mean",
+        ),
+        ({"data.augment": True}, "data.augment = True: must be one of auto, none"),
         ({"data.download": "yes"}, "data.download = 'yes': .*boolean"),
         ({"partition.alpha": 0}, "partition.alpha = 0: .*greater than 0"),
         ({"server.rounds": "abc"}, "server.rounds = 'abc': .*integer"),

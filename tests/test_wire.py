@@ -1,3 +1,4 @@
+import dataclasses
 import pickle
 from collections import OrderedDict
 from io import BytesIO
@@ -215,7 +216,7 @@ def test_payload_is_what_the_values_need():
     assert payload_bytes({"w": np.zeros((2, 3), np.float32), "n": np.array(1)}) == 2 * 3 * 4 + 8
 
 
-IMAGES = ImageFormat(("cat", "dog"), 32, (0.5, 0.4, 0.3), (0.25, 0.2, 0.1), True)
+IMAGES = ImageFormat(("cat", "dog"), 32, (0.5, 0.4, 0.3), (0.25, 0.2, 0.1), "crop+flip")
 
 
 @pytest.mark.parametrize(
@@ -231,6 +232,13 @@ def test_an_instruction_comes_back_with_its_arrays(how):
 
 def test_a_question_tells_the_version_and_the_images():
     assert read_question(write_question(IMAGES)) == (fedfmd.__version__, IMAGES)
+
+
+@pytest.mark.parametrize(("kept", "augment"), [(True, "crop+flip"), (False, "none")])
+def test_a_question_of_an_older_server_says_whether_to_augment(kept, augment):
+    content = write_question(IMAGES)
+    content["images"]["augment"] = kept
+    assert read_question(content)[1] == dataclasses.replace(IMAGES, augment=augment)
 
 
 def test_a_reply_comes_back_and_weighs_what_its_trained_clients_do():

@@ -408,7 +408,9 @@ def parse_options() -> argparse.Namespace:
     )
     parser.add_argument("--train", type=Path, required=True, help="npz file with images and labels")
     parser.add_argument("--test", type=Path, required=True, help="npz file with images and labels")
-    parser.add_argument("--images", type=int, default=0, help="how many to train on; 0: all but those held out")
+    parser.add_argument(
+        "--images", type=int, default=0, help="how many to train on; 0: all but those held out"
+    )
     parser.add_argument("--validation", type=int, default=5000, help="how many training images to hold out")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])

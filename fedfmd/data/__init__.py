@@ -4,6 +4,7 @@ Heavy libraries (torchvision, scikit-learn, flwr-datasets, matplotlib) are impor
 so that importing this package costs no more than importing torch.
 """
 
+from fedfmd.data.augmentation import AUGMENTATIONS, Augmentation
 from fedfmd.data.batches import batches
 from fedfmd.data.images import Dataset, ImageFormat, ImageSet, fit, hold_out, load_image_set, read_image
 from fedfmd.data.partition import (
@@ -15,11 +16,14 @@ from fedfmd.data.partition import (
 )
 from fedfmd.data.plot import plot_partition
 from fedfmd.data.schemes import PARTITIONS
-from fedfmd.data.sources import DATASETS, load_dataset
+from fedfmd.data.sources import AUGMENT_CHOICES, DATASETS, load_dataset
 
 __all__ = [
+    "AUGMENTATIONS",
+    "AUGMENT_CHOICES",
     "DATASETS",
     "PARTITIONS",
+    "Augmentation",
     "Dataset",
     "ImageFormat",
     "ImageSet",

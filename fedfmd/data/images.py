@@ -15,6 +15,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from fedfmd.data.augmentation import Augmentation, read_augmentation
 from fedfmd.data.files import read_npz
 
 FOLDER_IMAGE_SIZE = 64
@@ -49,21 +50,24 @@ class ImageFormat:
         class_names: the classes by label.
         image_size: height and width in pixels.
         mean, std: per channel, of pixel values scaled to 0..1, by which images are normalised.
-        augment: whether random crops and flips keep the label.
+        augment: how training images are varied at random.
     """
 
     class_names: tuple[str, ...]
     image_size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    augment: bool
+    augment: Augmentation
 
     @classmethod
     def from_lists(cls, values: Mapping[str, Any]) -> ImageFormat:
-        """The format whose tuples came back as lists, from JSON or from a message."""
-        return cls(
-            **{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-        )
+        """The format whose tuples came back as lists, from JSON or from a message.
+
+        Raises:
+            ValueError: an augmentation that is not known.
+        """
+        tuples = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        return cls(**tuples | {"augment": read_augmentation(values["augment"])})
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +75,7 @@ class Dataset:
     """A training and a test set over the same classes, with images of one square size.
 
     `mean` and `std` are the training set's, per channel, of pixel values scaled to 0..1.
-    `augment` says whether random crops and flips keep the label (they don't for digits).
+    `augment` says how training images are varied at random.
     `validation` are images that were held out of the training set (see `hold_out`), None if there are none.
     """
 
@@ -82,7 +86,7 @@ class Dataset:
     class_names: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    augment: bool
+    augment: Augmentation
     validation: ImageSet | None = None
 
     @property

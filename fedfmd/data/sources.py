@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 
+from fedfmd.data.augmentation import AUGMENTATIONS, Augmentation
 from fedfmd.data.images import Dataset, ImageSet, channel_statistics, fit, load_image_set
+from fedfmd.errors import not_one_of
+
+AUTO = "auto"
+AUGMENT_CHOICES = (AUTO, *AUGMENTATIONS)
+
+DIGITS_SIZE = 16
 
 
 @dataclass(frozen=True)
@@ -31,6 +39,7 @@ def load_dataset(
     test: Path | None = None,
     download: bool = False,
     image_size: int | None = None,
+    augment: Augmentation | Literal["auto"] = AUTO,
 ) -> Dataset:
     """Load a dataset of the registry `DATASETS` into memory.
 
@@ -40,39 +49,41 @@ def load_dataset(
         train: npz file or image folder of the training set.
         test: npz file or image folder of the test set.
         download: fetch missing or damaged CIFAR files into `dir`.
-        image_size: height and width in pixels; by default digits have 32, image folders 64, others their own.
+        image_size: height and width in pixels; by default digits have 16, image folders 64, others their own.
+        augment: how training images are varied at random; `auto`: by `crop` for digits, else by `crop+flip`.
 
     Raises:
         ValueError: one line that names the setting, its value and the fix.
     """
     if name not in DATASETS:
         raise ValueError(f"data.dataset = '{name}' is unknown: choose one of {', '.join(DATASETS)}")
-    return DATASETS[name](Source(dir, train, test, download, image_size))
+    if augment not in AUGMENT_CHOICES:
+        raise ValueError(f"data.augment = {augment!r}: {not_one_of(augment, AUGMENT_CHOICES)}")
+    dataset = DATASETS[name](Source(dir, train, test, download, image_size))
+    return dataset if augment == AUTO else replace(dataset, augment=augment)
 
 
 def _digits(source: Source) -> Dataset:
     """1797 handwritten digits of 8 x 8 grey levels 0..16 (scikit-learn's), split 80:20 with a fixed seed.
 
-    Each is repeated to fill the canvas. Scaled up to it, a digit outgrows what a small network sees at once, and
-    training takes several times as many steps; alone in its middle, it is drowned by the global pooling.
+    Each is enlarged to the canvas by bilinear interpolation, white on black, the same in all three channels. A
+    mirrored digit is none, or another one: they are only shifted.
     """
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
-    size = source.image_size or 32
+    size = source.image_size or DIGITS_SIZE
     digits = load_digits()
     own = digits.images.shape[-1]
     if size < own:
         raise ValueError(f"data.image-size = {size}: digits need at least {own}")
-    repeats = -(-size // own)
     grey = (torch.from_numpy(digits.images).float()[:, None] * (255 / 16)).round().byte()
-    grey = grey.repeat(1, 1, repeats, repeats)[..., :size, :size]
-    everything = ImageSet(grey.expand(-1, 3, -1, -1), torch.from_numpy(digits.target).long())
+    everything = ImageSet(fit(grey, size).expand(-1, 3, -1, -1), torch.from_numpy(digits.target).long())
     train, test = train_test_split(
         torch.arange(len(everything)).numpy(), test_size=0.2, stratify=digits.target, random_state=0
     )
     names = [str(digit) for digit in digits.target_names]
-    return _dataset("digits", everything.subset(train), everything.subset(test), names, augment=False)
+    return _dataset("digits", everything.subset(train), everything.subset(test), names, augment="crop")
 
 
 def _cifar(name: str, source: Source) -> Dataset:
@@ -102,7 +113,7 @@ def _cifar(name: str, source: Source) -> Dataset:
     )
     if source.image_size is not None:
         train, test = (ImageSet(fit(part.images, source.image_size), part.labels) for part in (train, test))
-    return _dataset(name, train, test, parts[0].classes, augment=True)
+    return _dataset(name, train, test, parts[0].classes, augment="crop+flip")
 
 
 def _cifar_fault(kind: type, folder: Path) -> str:
@@ -133,7 +144,7 @@ def _npz(source: Source) -> Dataset:
     train = _load("data.train", source.train, source.image_size, None)
     names = [str(label) for label in range(int(train.labels.max()) + 1)]
     test = _load("data.test", source.test, source.image_size, names)
-    return _dataset("npz", train, test, names, augment=True)
+    return _dataset("npz", train, test, names, augment="crop+flip")
 
 
 def _imagefolder(source: Source) -> Dataset:
@@ -146,7 +157,7 @@ def _imagefolder(source: Source) -> Dataset:
         raise ValueError(f"data.test = {test_path}: must have data.train's classes, but {differing} differ")
     train = _load("data.train", train_path, source.image_size, names)
     test = _load("data.test", test_path, source.image_size, names)
-    return _dataset("imagefolder", train, test, names, augment=True)
+    return _dataset("imagefolder", train, test, names, augment="crop+flip")
 
 
 def _folder(setting: str, path: Path | None, root: Path | None, names: Sequence[str]) -> Path:
@@ -174,7 +185,9 @@ def _load(setting: str, path: Path, image_size: int | None, class_names: Sequenc
         raise ValueError(f"{setting} = {error}") from None
 
 
-def _dataset(name: str, train: ImageSet, test: ImageSet, names: Sequence[str], *, augment: bool) -> Dataset:
+def _dataset(
+    name: str, train: ImageSet, test: ImageSet, names: Sequence[str], *, augment: Augmentation
+) -> Dataset:
     sizes = [images.size for images in (train, test)]
     if sizes[0] != sizes[1]:
         raise ValueError(

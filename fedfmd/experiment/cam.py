@@ -173,6 +173,6 @@ def _typical_attention(model: nn.Module, dataset: Dataset) -> AttentionRecord:
 def _inputs(images: ImageSet, dataset: Dataset, batch_size: int = 32) -> Iterator[Tensor]:
     """The images in batches, normalised as in training."""
     for inputs, _ in batches(
-        images, batch_size, generator=None, augment=False, mean=dataset.mean, std=dataset.std
+        images, batch_size, generator=None, augment="none", mean=dataset.mean, std=dataset.std
     ):
         yield inputs

@@ -201,7 +201,7 @@ def _header(training: Training) -> list[str]:
     settings, dataset = training.settings, training.dataset
     train = settings.train
     return [
-        f"fedfmd {fedfmd.__version__}: {describe_network(settings, training.cost, dataset.image_size)}",
+        f"fedfmd {fedfmd.__version__}: {describe_network(settings, training.cost, dataset)}",
         f"{settings.length} epochs over {len(dataset.train):,} images in batches of {train.batch_size}, learning rate "
         f"{train.lr:g} ({train.schedule}), {train.precision} on {training.device}; seed {settings.seed}",
     ]

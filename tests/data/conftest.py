@@ -26,5 +26,5 @@ def tiny_dataset():
     labels = torch.arange(120) % 3
     images = ImageSet(torch.arange(120, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 4, 4), labels)
     return Dataset(
-        "tiny", images, images.subset([0, 1, 2]), 3, ("a", "b", "c"), (0.5,) * 3, (0.25,) * 3, False
+        "tiny", images, images.subset([0, 1, 2]), 3, ("a", "b", "c"), (0.5,) * 3, (0.25,) * 3, "none"
     )

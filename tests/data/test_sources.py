@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch.nn import functional as F
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from fedfmd.data import DATASETS, load_dataset
+from fedfmd.data import AUGMENTATIONS, DATASETS, load_dataset
 
 CIFAR = {"cifar10": (CIFAR10, 10, "labels"), "cifar100": (CIFAR100, 100, "fine_labels")}
 
@@ -69,22 +72,49 @@ def test_every_dataset_keeps_the_contract(dataset):
     assert dataset.name in DATASETS
     assert len(dataset.class_names) == dataset.classes
     assert len(dataset.mean) == len(dataset.std) == 3
-    assert dataset.augment == (dataset.name != "digits")
+    assert dataset.augment == ("crop" if dataset.name == "digits" else "crop+flip")
 
 
 def test_digits_are_split_by_class_and_scaled():
     digits = load_dataset("digits")
     assert (len(digits.train), len(digits.test)) == (1437, 360)
-    assert digits.image_size == 32
+    assert digits.image_size == 16
     assert torch.bincount(digits.test.labels).tolist() == [36, 36, 35, 37, 36, 37, 36, 36, 35, 36]
     assert digits.train.images.amin() == 0
     assert digits.train.images.amax() == 255
     assert torch.equal(digits.train.images[:, 0], digits.train.images[:, 2])
-    assert torch.equal(digits.train.images[..., :8, :8], digits.train.images[..., 24:, 16:24])
 
 
-def test_digits_at_another_size():
-    assert load_dataset("digits", image_size=16).image_size == 16
+@pytest.mark.parametrize("size", [8, 16, 20, 32])
+def test_a_digit_fills_the_canvas_and_shrinks_back_to_the_original(size):
+    digits = load_dataset("digits", image_size=size).train.images
+    small = load_digits().images / 16
+    train, _ = train_test_split(small, test_size=0.2, stratify=load_digits().target, random_state=0)
+    shrunk = F.adaptive_avg_pool2d(digits[:, :1].float() / 255, 8)[:, 0]
+    error = (shrunk - torch.from_numpy(train)).abs()
+    assert digits.shape[-1] == size
+    # a repeated digit, or one alone in its middle, is 0.3 or more away
+    assert error.mean() < (0.1 if size > 8 else 0.002)
+
+
+def test_a_digit_is_smooth():
+    jumps = [
+        load_dataset("digits", image_size=size).train.images[:, 0].int().diff(dim=2).abs().max().item()
+        for size in (8, 16, 32)
+    ]
+    assert jumps[0] == 255
+    assert jumps[1] <= 255 / 2 + 1
+    assert jumps[2] <= 255 / 4 + 1
+
+
+@pytest.mark.parametrize("augment", AUGMENTATIONS)
+def test_the_augmentation_may_be_chosen(augment):
+    assert load_dataset("digits", image_size=8, augment=augment).augment == augment
+
+
+def test_an_unknown_augmentation_is_refused():
+    with pytest.raises(ValueError, match=r"data\.augment = 'flip': must be one of auto, none, crop"):
+        load_dataset("digits", augment="flip")
 
 
 def test_unknown_dataset_is_refused():

@@ -17,6 +17,7 @@ MEASURED = ("wall_s", "latency_s", "ies_", "rcs_")
 TINY = {
     "kind": "centralised",
     "data.image-size": 8,
+    "data.augment": "none",
     "model.width": 0.25,
     "model.kernels": 2,
     "train.batch-size": 128,

@@ -12,7 +12,7 @@ from fedfmd.engines.inline import InlineGrid
 from fedfmd.errors import RunError
 from strategies.nodes import Node, assign, empty, exchange, meet_again, meet_nodes, on_boxes, reachable
 
-IMAGES = ImageFormat(("cat", "dog"), 8, (0.5,) * 3, (0.25,) * 3, False)
+IMAGES = ImageFormat(("cat", "dog"), 8, (0.5,) * 3, (0.25,) * 3, "none")
 
 
 @pytest.fixture(autouse=True)
