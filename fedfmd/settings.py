@@ -185,7 +185,8 @@ class TemperatureSettings(_Section):
 class ServerSettings(_Section):
     """The server's loop and algorithm; `clients_per_round` 0 asks every client, `lr` 0 is the strategy's own.
 
-    Centralised training heeds the settings of checkpoints alone, an epoch counting as a round.
+    Centralised training heeds the settings of checkpoints alone, an epoch counting as a round. The model is tested
+    every `evaluate_every` rounds, and after the last.
     lr, momentum (β₁), beta_2 and tau are those of server optimisers; trim is the share cut off at either end
     by fedtrimmedavg, byzantine the number of bad clients that krum stands, buffer the number of updates that
     fedbuff waits for, which count (1 + rounds behind)^-staleness.
@@ -194,6 +195,7 @@ class ServerSettings(_Section):
     rounds: Count = 15
     clients_per_round: Annotated[int, Field(ge=0)] = 0
     strategy: str = "fedavg"
+    evaluate_every: Count = 1
     checkpoint_every: Count = 1
     keep_checkpoints: Count = 2
     max_failed_share: Share = 0.5

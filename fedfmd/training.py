@@ -78,8 +78,18 @@ class Best:
     accuracy: float = 0.0
     chosen_by: float = -math.inf
 
-    def or_later(self, tested: Evaluation, validated: Evaluation | None) -> Best:
-        """The better one of this and a later model, by validation; by the test images if there are no others."""
+    @property
+    def known_accuracy(self) -> float | None:
+        """Its test accuracy; None if no model was evaluated yet."""
+        return self.accuracy if self.chosen_by > -math.inf else None
+
+    def or_later(self, tested: Evaluation | None, validated: Evaluation | None) -> Best:
+        """Return the better one of this and a later model, this one if that was not evaluated.
+
+        The better one is better on the validation images, on the test images if there are no others.
+        """
+        if tested is None:
+            return self
         later = Best(tested.accuracy, (validated or tested).accuracy)
         return later if later.chosen_by > self.chosen_by else self
 

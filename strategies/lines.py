@@ -31,10 +31,18 @@ def round_text(row: RoundRow, rounds: int) -> str:
     """One round in one line."""
     cut = f" {row.clients_cut} cut" if row.clients_cut else ""
     return (
-        f"round {row.round:>{len(str(rounds))}}/{rounds}  virtual {row.virtual_s:9.1f} s  "
-        f"accuracy {row.accuracy:.4f}  loss {row.loss:7.4f}  IES {row.ies_train:8.2f} s  "
-        f"RCS {row.rcs_train:8.5f} /s  clients {row.clients_ok} ok {row.clients_late} late {row.clients_failed} failed"
+        f"round {row.round:>{len(str(rounds))}}/{rounds}  virtual {row.virtual_s:9.1f} s  {_scores(row)}"
+        f"clients {row.clients_ok} ok {row.clients_late} late {row.clients_failed} failed"
         f"{cut}{'  void' if row.status == 'void' else ''}"
+    )
+
+
+def _scores(row: RoundRow) -> str:
+    if row.accuracy is None:  # the model was not tested
+        return ""
+    return (
+        f"accuracy {row.accuracy:.4f}  loss {row.loss:7.4f}  IES {row.ies_train:8.2f} s  "
+        f"RCS {row.rcs_train:8.5f} /s  "
     )
 
 

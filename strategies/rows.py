@@ -44,7 +44,7 @@ def client_rows(
 def round_row(
     server_round: int,
     clients: Sequence[ClientRow],
-    evaluation: Evaluation,
+    evaluation: Evaluation | None,
     validation: Evaluation | None,
     federation: Federation,
     *,
@@ -53,13 +53,14 @@ def round_row(
     void: bool,
     temperature: float | None,
     virtual_s: float,
-    best_accuracy: float,
+    best_accuracy: float | None,
     cum_train_flops: int,
     wall_s: float,
 ) -> RoundRow:
     """The row of a round of `round_s` virtual seconds, in which the work of `clients_cut` clients was cut.
 
-    `evaluation` is that on the test images, `validation` that on the validation images, if there are any.
+    `evaluation` is that on the test images, None if the round's model was not evaluated, `validation` that on the
+    validation images, if there are any.
     `best_accuracy` is that after the round, `virtual_s` and `cum_train_flops` are those before it; `void` if the
     model stayed as it was.
     A model without a mixture of kernels has neither temperature (None) nor kernel entropy (NaN).
@@ -71,13 +72,10 @@ def round_row(
         virtual_s=virtual_s + round_s,
         round_s=round_s,
         wall_s=wall_s,
-        loss=evaluation.loss,
-        accuracy=evaluation.accuracy,
         best_accuracy=best_accuracy,
         validation_loss=validation and validation.loss,
         validation_accuracy=validation and validation.accuracy,
         temperature=temperature,
-        kernel_entropy=known(evaluation.kernel_entropy),
         clients_ok=_count(clients, "ok"),
         clients_late=_count(clients, "late"),
         clients_failed=_count(clients, "failed") + _count(clients, "unfit"),
@@ -87,13 +85,25 @@ def round_row(
         down_bytes=sum(client.down_bytes for client in clients),
         energy_j=math.fsum(client.energy_j for client in clients),
         latency_s=latency_s,
-        ies_train=ies(round_s, evaluation.accuracy),
-        rcs_train=rcs(evaluation.accuracy, round_s),
-        ies_infer=ies(latency_s, evaluation.accuracy),
-        rcs_infer=rcs(evaluation.accuracy, latency_s),
         status="void" if void else "ok",
         clients_cut=clients_cut,
+        **_scores(evaluation, round_s, latency_s),
     )
+
+
+def _scores(evaluation: Evaluation | None, round_s: float, latency_s: float) -> dict[str, float | None]:
+    """The columns that need an evaluation."""
+    if evaluation is None:
+        return {}
+    return {
+        "loss": evaluation.loss,
+        "accuracy": evaluation.accuracy,
+        "kernel_entropy": known(evaluation.kernel_entropy),
+        "ies_train": ies(round_s, evaluation.accuracy),
+        "rcs_train": rcs(evaluation.accuracy, round_s),
+        "ies_infer": ies(latency_s, evaluation.accuracy),
+        "rcs_infer": rcs(evaluation.accuracy, latency_s),
+    }
 
 
 def _client_row(

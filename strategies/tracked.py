@@ -229,7 +229,7 @@ class TrackedStrategy(Strategy):
         temperature = federation.temperature.at(server_round - 1)
         set_temperature(model, temperature)
         trained, arrived = self._train(grid, server_round, progress.virtual_s)
-        evaluation, validation = self._evaluate()
+        evaluation, validation = self._evaluate(server_round)
         best = progress.best.or_later(evaluation, validation)
         places = {node.id: node.rank for node in self.nodes}
         asked = [(request, work.client) for request in self._round.requests for work in request.assignments]
@@ -250,7 +250,7 @@ class TrackedStrategy(Strategy):
             void=not trained,
             temperature=temperature if self._annealed else None,
             virtual_s=progress.virtual_s,
-            best_accuracy=best.accuracy,
+            best_accuracy=best.known_accuracy,
             cum_train_flops=sum(progress.client_flops),
             wall_s=time.perf_counter() - started,
         )
@@ -360,7 +360,11 @@ class TrackedStrategy(Strategy):
             first = BY_ATTENTION
         return Assignment(client, plan.steps, plan.batch_size, plan.kernels, first)
 
-    def _evaluate(self) -> tuple[Evaluation, Evaluation | None]:
+    def _evaluate(self, server_round: int) -> tuple[Evaluation | None, Evaluation | None]:
+        """The model's evaluations on test and validation images, None where the settings want none."""
+        server = self.federation.settings.server
+        if server_round % server.evaluate_every and server_round != server.rounds:
+            return None, None
         federation = self.federation
         return evaluate_on_both(federation.model, federation.dataset, federation.device)
 

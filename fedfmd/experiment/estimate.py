@@ -111,6 +111,8 @@ def estimate_cell(task: Task, assembled: Federation | Training, speed: Speed, la
     else:
         images, flops, nodes = _federated_round(assembled, layout)
     evaluated = len(assembled.dataset.test) + len(assembled.dataset.validation or ())
+    if task.settings.kind == "federated":
+        evaluated /= task.settings.server.evaluate_every
     round_s = images * speed.train_s / nodes + evaluated * speed.test_s
     return CellEstimate(
         cell=task.name,

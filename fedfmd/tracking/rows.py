@@ -27,7 +27,8 @@ class RoundRow:
         virtual_s: virtual time at the end of the round.
         round_s: virtual seconds of this round.
         wall_s: seconds that this machine needed.
-        loss, accuracy: of the global model on the test set.
+        loss, accuracy: of the global model on the test set; like validation, entropy and the four scores None in
+            rounds whose model was not tested (``server.evaluate-every``).
         best_accuracy: test accuracy of the round whose validation accuracy was the highest so far; without
             validation images the highest test accuracy so far, which was then chosen on test images.
         validation_loss, validation_accuracy: of the global model on the validation images; None without them.

@@ -396,6 +396,19 @@ def test_the_log_tells_how_many_clients_were_cut(make, make_federation, make_gri
     assert ("failed 3 cut" in caplog.text) == bool(cut)
 
 
+def test_the_model_is_tested_every_so_many_rounds_and_at_the_end(make, make_federation, make_grid, caplog):
+    strategy = make(make_federation({"server.rounds": 5, "server.evaluate-every": 2}))
+    with caplog.at_level(logging.INFO, "fedfmd"):
+        strategy.run(make_grid())
+    _, second, _, fourth, _ = made = rows(strategy)[0]
+    assert [row.round for row in made if row.accuracy is not None] == [2, 4, 5]
+    assert all((row.accuracy is None) == (row.loss is None) == (row.ies_train is None) for row in made)
+    best = [None, second.accuracy, second.accuracy, max(second.accuracy, fourth.accuracy)]
+    assert [row.best_accuracy for row in made[:4]] == best
+    told = [message for message in caplog.messages if message.startswith("round ")]
+    assert ["accuracy" in message for message in told] == [False, True, False, True, True]
+
+
 def test_checkpoints_are_kept_as_asked(make, make_federation, make_grid):
     strategy = make(make_federation({"server.rounds": 5, "server.checkpoint-every": 2}))
     strategy.run(make_grid())
