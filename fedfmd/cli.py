@@ -100,9 +100,14 @@ def run(
 
 @cli.command(epilog="Example: fedfmd report runs --target 90 --out report")
 def report(
-    folders: Annotated[list[Path], typer.Argument(help="Run folders, or folders that hold some.")],
+    folders: Annotated[
+        list[Path], typer.Argument(help="Run folders, packed runs, or folders that hold some.")
+    ],
     out: Annotated[
-        Path | None, typer.Option(file_okay=False, help="Where to write; by default the first folder.")
+        Path | None,
+        typer.Option(
+            file_okay=False, help="Where to write; by default the folder of --pack, or the first one."
+        ),
     ] = None,
     target: Annotated[
         float | None,
@@ -110,6 +115,13 @@ def report(
             min=1,
             max=100,
             help="Test accuracy in percent whose cost is told; by default the lowest final mean.",
+        ),
+    ] = None,
+    pack: Annotated[
+        Path | None,
+        typer.Option(
+            file_okay=False,
+            help="Folder to pack the runs into: rounds.csv or epochs.csv with all rows, clients.csv, runs.json.",
         ),
     ] = None,
     as_json: AsJson = False,
@@ -121,7 +133,7 @@ def report(
     from fedfmd.experiment.sheets import flat_row, make_sheets, terminal_table
     from fedfmd.experiment.tables import show
 
-    summary, notes = write_report(folders, out or folders[0], target)
+    summary, notes = write_report(folders, out or pack or folders[0], target, pack)
     rows = [flat_row(group, summary.target) for group in summary.groups]
     for note in notes:
         typer.echo(note, err=True)

@@ -63,6 +63,19 @@ def test_a_dry_run_lists_the_cells_and_writes_nothing(fedfmd, write_yaml, tmp_pa
     assert set(tmp_path.rglob("*")) == before
 
 
+def test_a_report_packs_the_runs_and_is_written_beside_them(fedfmd, write_yaml, tmp_path):
+    fedfmd("run", write_yaml(), "--out", "runs/a", "--workers", 1)
+    status, out, _ = fedfmd("report", "runs", "--pack", "study", "--json")
+    assert status == 0
+    names = {"rounds.csv", "clients.csv", "runs.json", "report.md", "report.csv", "report.html", "curves.png"}
+    assert {path.name for path in (tmp_path / "study").iterdir()} == names
+    status, again, _ = fedfmd("report", "study", "--json")
+    assert (status, again) == (0, out)
+    refused, _, err = fedfmd("report", "runs", "--pack", "runs/a")
+    assert refused == 2
+    assert err == "fedfmd: --pack runs/a is the folder of a run, whose rows would be lost: name another\n"
+
+
 def test_json_without_a_dry_run_is_refused(fedfmd, write_yaml):
     status, _, err = fedfmd("run", write_yaml(), "--json")
     assert (status, err) == (

@@ -14,14 +14,13 @@ from matplotlib.figure import Figure
 
 from fedfmd.experiment import plots
 from fedfmd.experiment.plots import Facet, Series
-from fedfmd.experiment.runs import Run
+from fedfmd.experiment.record import PATHS, Run
 from fedfmd.experiment.sheets import Sheet
 from fedfmd.experiment.summary import Group, Summary
 from fedfmd.experiment.wording import WORDINGS, Wording
 from fedfmd.settings import Settings
 
 MAX_TIMELINES = 6
-PATHS = frozenset({"data.dir", "data.train", "data.test", "fleet.devices-file"})
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Section:
 
 
 def render_page(summary: Summary, sheets: Sequence[Sheet], notes: Sequence[str]) -> str:
-    """The whole page. What its run folders lack is said in its place."""
+    """The whole page. What is not known of the runs is said in its place."""
     runs = [run for group in summary.groups for run in group.runs]
     with rc_context(plots.STYLE):
         sections = list(_sections(summary, plots.make_facets(summary.groups), runs))
@@ -239,7 +238,7 @@ def _timelines(groups: Iterable[Group]) -> Iterator[Picture]:
 
 
 def _section(section: Section) -> str:
-    body = section.body or '<p class="missing">The run folders hold nothing to show here.</p>'
+    body = section.body or '<p class="missing">Nothing of this was kept of the runs.</p>'
     return (
         f'<section id="{section.id}"><h2>{escape(section.title)}</h2>\n'
         f"<p>{escape(section.caption)}</p>\n{body}</section>\n"
@@ -336,7 +335,7 @@ def _common_settings(runs: Sequence[Run]) -> str:
 
 
 def _origin(runs: Sequence[Run]) -> str:
-    """Versions, machine and commit of the runs, as far as their folders tell."""
+    """Versions, machine and commit of the runs, as far as they are known."""
     origins = dict.fromkeys(
         f"{', '.join(f'{name} {version}' for name, version in known.get('versions', {}).items())}; "
         f"{known.get('machine', {}).get('processor')}, {known.get('machine', {}).get('cores')} cores; "
@@ -344,4 +343,4 @@ def _origin(runs: Sequence[Run]) -> str:
         for known in (run.environment for run in runs)
         if known
     )
-    return " · ".join(origins) or "The run folders hold no environment.json."
+    return " · ".join(origins) or "Versions and machine were not kept of the runs."

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from matplotlib import rc_context
 
+from fedfmd.experiment.packed import write_packed
 from fedfmd.experiment.page import render_page
 from fedfmd.experiment.plots import STYLE, make_facets, plot_curves
 from fedfmd.experiment.runs import read_comparison
@@ -22,14 +23,15 @@ FILES = ("report.md", "report.csv", "curves.png", PAGE)
 
 
 def write_report(
-    folders: Sequence[Path], out: Path, target: float | None = None
+    folders: Sequence[Path], out: Path, target: float | None = None, pack: Path | None = None
 ) -> tuple[Summary, Sequence[str]]:
     """Write `FILES` into `out`; returns what they compare, and notes on runs that were left out.
 
     `target` is the accuracy in percent whose cost is reported, by default the lowest final mean of the groups.
+    All runs that were read, those left out too, are packed into the folder `pack`, if there is one.
 
     Raises:
-        SettingsError: as in `read_comparison`.
+        SettingsError: as in `read_comparison`, or `pack` is the folder of a run.
     """
     comparison = read_comparison(folders)
     summary = summarise(comparison.runs, target)
@@ -42,6 +44,8 @@ def write_report(
     with rc_context(STYLE):
         plot_curves(make_facets(summary.groups)).savefig(picture, format="png")
     page = render_page(summary, sheets, comparison.notes)
+    if pack:
+        write_packed(comparison.read, pack)
     out.mkdir(parents=True, exist_ok=True)
     for name, content in zip(FILES, (text, _csv(summary), picture.getvalue(), page), strict=True):
         atomic_write(out / name, content)

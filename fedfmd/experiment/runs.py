@@ -1,32 +1,24 @@
-"""Run folders as a report reads them: which of them can be compared, and how they differ."""
+"""Runs as a report reads them, from their folders or packed: which can be compared, and how they differ."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from fedfmd.conv import CONVS
 from fedfmd.cost import Cost, count
 from fedfmd.data import PARTITIONS
 from fedfmd.data.files import read_npz
 from fedfmd.errors import SettingsError
+from fedfmd.experiment.packed import MANIFEST, read_packed
+from fedfmd.experiment.record import Run
 from fedfmd.experiment.wording import WORDINGS
 from fedfmd.federation import build_dataset, build_model
 from fedfmd.settings import DataSettings, Settings, read_yaml
-from fedfmd.tracking import (
-    ClientRow,
-    EpochRow,
-    RoundRow,
-    read_clients,
-    read_environment,
-    read_epochs,
-    read_rounds,
-)
+from fedfmd.tracking import read_clients, read_environment, read_epochs, read_rounds
 
 TASK = ("data.", "partition.")
 """Settings that say what is to be learnt; runs that differ in them solve different tasks."""
@@ -35,63 +27,17 @@ CIFAR = {"cifar10": (10, 32), "cifar100": (100, 32)}
 """Classes and pixels of the data sets whose images a report needn't have."""
 
 
-@dataclass(frozen=True, eq=False)
-class Run:
-    """A run folder with at least one finished round, or epoch of centralised training.
-
-    Attributes:
-        folder: where it lies.
-        settings: all of them.
-        rounds: rows of rounds.csv, or of epochs.csv.
-        clients: rows of clients.csv, of these rounds; none if there is no such file.
-        label_counts: images, clients x classes; None if there is no partition.npz.
-        environment: environment.json; empty if there is none.
-        cost: what the network costs for one image; None if its data set is not on this machine.
-        task: how its data and their split differ from the other runs', such as `alpha 0.1`.
-        variant: how it differs in all else but the seed, such as `fmdconv, kernels 2`.
-    """
-
-    folder: Path
-    settings: Settings
-    rounds: tuple[RoundRow, ...] | tuple[EpochRow, ...]
-    clients: tuple[ClientRow, ...] = ()
-    label_counts: np.ndarray | None = None
-    environment: dict[str, Any] = field(default_factory=dict)
-    cost: Cost | None = None
-    task: str = ""
-    variant: str = ""
-
-    @property
-    def label(self) -> str:
-        """All in which it differs from the other runs, the seed aside."""
-        return ", ".join(filter(None, (self.variant, self.task))) or "all runs"
-
-    @property
-    def conv(self) -> str:
-        """Its convolution."""
-        return self.settings.model.conv
-
-    @property
-    def seed(self) -> int:
-        """Its seed."""
-        return self.settings.seed
-
-    @property
-    def finished(self) -> bool:
-        """Whether it did all its rounds."""
-        return self.rounds[-1].round >= self.settings.length
-
-
 @dataclass(frozen=True)
 class Comparison:
-    """The runs that can be compared, and `notes` on what was left out or is to be known of them."""
+    """The runs that can be compared, and `notes` on what was left out or is to be known of them; all that were read."""
 
     runs: tuple[Run, ...]
     notes: tuple[str, ...]
+    read: tuple[Run, ...]
 
 
 def read_comparison(folders: Iterable[Path]) -> Comparison:
-    """Read every run below these folders.
+    """Read every run below these folders, and those that are packed there.
 
     Unfinished runs are left out, unless there are no others; so is a run whose settings another one has.
 
@@ -100,25 +46,17 @@ def read_comparison(folders: Iterable[Path]) -> Comparison:
             and some centralised.
     """
     folders = list(folders)
-    found = sorted(
-        {
-            path.parent.resolve()
-            for folder in folders
-            for name in ("rounds.csv", "epochs.csv", "environment.json")
-            for path in folder.rglob(name)
-        }
-    )
-    read = [(folder, _read(folder)) for folder in found]
-    started = [run for _, run in read if run]
+    read = _read_all(folders)
+    started = [run for run in read if run.started]
     if not started:
         raise SettingsError(f"no run with a finished round below {', '.join(map(str, folders))}")
-    kinds = {run.settings.kind: run.folder for run in started}
+    kinds = {run.settings.kind: run.folder for run in read}
     if len(kinds) > 1:
         named = ", ".join(f"{folder} is {kind}" for kind, folder in kinds.items())
         raise SettingsError(f"runs of different kinds don't compare ({named}): report on each kind apart")
     unfinished = [run for run in started if not run.finished]
     finished = [run for run in started if run.finished]
-    states = [f"{folder.name} (no round)" for folder, run in read if run is None]
+    states = [f"{run.folder.name} (no round)" for run in read if not run.started]
     states += [f"{run.folder.name} ({_state(run)})" for run in unfinished]
     notes = []
     if states:
@@ -131,18 +69,28 @@ def read_comparison(folders: Iterable[Path]) -> Comparison:
     commits = sorted({str(run.environment.get("commit"))[:12] for run in runs if run.environment})
     if len(commits) > 1:
         notes.append(f"The runs come from different code: commits {', '.join(commits)}.")
-    return Comparison(_labelled(runs), tuple(notes))
+    return Comparison(_labelled(runs), tuple(notes), tuple(read))
 
 
-def _read(folder: Path) -> Run | None:
-    """A run, or None if no round has an accuracy."""
+def _read_all(folders: Iterable[Path]) -> list[Run]:
+    """The runs in the order of their folders; one that is packed beside its folder is read from the folder."""
+    found = {
+        name: {path.parent.resolve() for folder in folders for path in folder.rglob(name)}
+        for name in (MANIFEST, "rounds.csv", "epochs.csv", "environment.json")
+    }
+    packed = found.pop(MANIFEST)
+    runs = {run.folder: run for folder in packed for run in read_packed(folder)}
+    runs |= {folder: _read(folder) for folder in set().union(*found.values()) - packed}
+    return [runs[folder] for folder in sorted(runs)]
+
+
+def _read(folder: Path) -> Run:
+    """The run of a folder, with or without rounds."""
     settings = Settings.from_mapping(read_yaml(folder / "settings.yaml"))
     if settings.kind == "federated":
         rounds = _rows(read_rounds, folder / "rounds.csv")
     else:
         rounds = _rows(read_epochs, folder / "epochs.csv")
-    if all(row.accuracy is None for row in rounds):
-        return None
     clients = _rows(read_clients, folder / "clients.csv")
     split = folder / "partition.npz"
     try:
@@ -154,7 +102,7 @@ def _read(folder: Path) -> Run | None:
         folder,
         settings,
         tuple(rounds),
-        tuple(row for row in clients if row.round <= rounds[-1].round),
+        tuple(row for row in clients if rounds and row.round <= rounds[-1].round),
         counts,
         environment,
         _cost(settings.model_copy(update={"seed": 0, "run_dir": ""})),

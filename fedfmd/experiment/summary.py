@@ -13,7 +13,7 @@ from statistics import fmean, stdev
 from scipy.special import stdtrit
 
 from fedfmd.cost import Cost, pareto_front
-from fedfmd.experiment.runs import Run
+from fedfmd.experiment.record import Run
 from fedfmd.settings import Settings
 from fedfmd.tracking import ClientRow, EpochRow, RoundRow
 

@@ -10,7 +10,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import ClassVar, TypeVar
@@ -185,6 +185,8 @@ Row = TypeVar("Row", RoundRow, ClientRow, EpochRow)
 ROUND_COLUMNS = tuple(field.name for field in fields(RoundRow))
 CLIENT_COLUMNS = tuple(field.name for field in fields(ClientRow))
 EPOCH_COLUMNS = tuple(field.name for field in fields(EpochRow))
+RUN_COLUMN = "run"
+"""The first column of a table of several runs."""
 _ROUND_LINE = "fedfmd-round "
 
 
@@ -209,8 +211,18 @@ def _cell(value: float | str | None) -> str:
 
 
 def whole_lines(path: Path) -> list[str]:
-    """The lines of a file that were written to their end, line breaks included."""
-    return [line.decode() + "\n" for line in path.read_bytes().split(b"\n")[:-1]]
+    """The lines of a file that were written to their end, line breaks included.
+
+    Raises:
+        ValueError: a line is no text; the message names file and line.
+    """
+    lines = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            lines.append(line.decode() + "\n")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}, line {number}: no text ({error.reason})") from None
+    return lines
 
 
 def read_rounds(path: Path) -> list[RoundRow]:
@@ -232,16 +244,40 @@ def read_epochs(path: Path) -> list[EpochRow]:
     return _read(path, EpochRow)
 
 
+def read_table(path: Path, row_type: type[Row], names: Iterable[str]) -> dict[str, list[Row]]:
+    """The rows of a table of several runs, by the run's name in the column `run`; `names` are all there may be.
+
+    Raises:
+        ValueError: as in `read_rounds`, or a row is of another run.
+    """
+    table: dict[str, list[Row]] = {name: [] for name in names}
+    for number, record, row in _records(path, row_type):
+        name = record.get(RUN_COLUMN)
+        if name not in table:
+            raise ValueError(f"{path}, line {number}, column {RUN_COLUMN}: {name!r} is none of the runs")
+        table[name].append(row)
+    return table
+
+
 def _read(path: Path, row_type: type[Row]) -> list[Row]:
+    return [row for _, _, row in _records(path, row_type)]
+
+
+def _records(path: Path, row_type: type[Row]) -> Iterator[tuple[int, dict[str, str], Row]]:
+    """Each line's number, its cells by column, and the row that they make."""
     adapter = TypeAdapter(row_type)
-    rows = []
-    for number, record in enumerate(csv.DictReader(whole_lines(path)), start=2):
-        try:
-            rows.append(adapter.validate_python({name: cell for name, cell in record.items() if cell}))
-        except ValidationError as error:
-            first = error.errors()[0]
-            raise ValueError(f"{path}, line {number}, column {first['loc'][0]}: {first['msg']}") from error
-    return rows
+    reader = csv.DictReader(whole_lines(path))
+    try:
+        for record in reader:
+            row = adapter.validate_python({name: cell for name, cell in record.items() if cell})
+            yield reader.line_num, record, row
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(
+            f"{path}, line {reader.line_num}, column {first['loc'][0]}: {first['msg']}"
+        ) from error
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.reader.line_num}: {error}") from None
 
 
 def round_line(row: RoundRow) -> str:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import yaml
 
-from fedfmd.experiment.runs import Run
+from fedfmd.experiment.record import Run
 from fedfmd.settings import Settings
 from fedfmd.tracking import ClientRow, EpochRow, RoundRow, RunFolder
 

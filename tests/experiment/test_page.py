@@ -135,8 +135,8 @@ def test_plots_scale_with_the_page(text):
 def test_the_page_opens_without_optional_files_and_tells_no_folders(write_run):
     text = render(write_run("secret", [0.5, 0.6], **{"data.dir": "/home/somebody"}))
     assert "Time line of a round" in Page(text).headings
-    assert text.count("The run folders hold nothing to show here.") == 3  # clients, split, time line
-    assert "hold no environment.json" in text
+    assert text.count("Nothing of this was kept of the runs.") == 3  # clients, split, time line
+    assert "Versions and machine were not kept" in text
     assert "somebody" not in text
     assert "secret" not in text
 

@@ -1,5 +1,5 @@
 import math
-from dataclasses import replace
+from dataclasses import astuple, replace
 
 import pytest
 
@@ -7,15 +7,18 @@ from fedfmd.tracking import (
     CLIENT_COLUMNS,
     EPOCH_COLUMNS,
     ROUND_COLUMNS,
+    RUN_COLUMN,
     WALL_COLUMNS,
     ClientRow,
     EpochRow,
     RoundRow,
     RunFolder,
+    csv_text,
     parse_round_line,
     read_clients,
     read_epochs,
     read_rounds,
+    read_table,
     round_line,
 )
 
@@ -182,6 +185,24 @@ def test_a_foreign_cell_is_an_error_that_names_its_place(tmp_path):
     folder.rounds.write_text(folder.rounds.read_text().replace("0.85", "good"))
     with pytest.raises(ValueError, match=r"rounds\.csv, line 2, column best_accuracy: .* valid number"):
         read_rounds(folder.rounds)
+
+
+@pytest.mark.parametrize(("line", "message"), [(b"\xff\n", "no text"), (b"a\rb\n", "new-line character")])
+def test_a_line_that_is_no_text_or_no_csv_is_an_error_that_names_it(line, message, tmp_path):
+    folder = write(tmp_path)
+    folder.rounds.write_bytes(folder.rounds.read_bytes() + line)
+    with pytest.raises(ValueError, match=rf"rounds\.csv, line 3: {message}"):
+        read_rounds(folder.rounds)
+
+
+def test_a_table_of_several_runs_is_read_by_their_names(tmp_path):
+    path = tmp_path / "rounds.csv"
+    later = replace(ROUND, round=4)
+    cells = [("a", *astuple(ROUND)), ("b", *astuple(ROUND)), ("a", *astuple(later))]
+    path.write_text(csv_text([(RUN_COLUMN, *ROUND_COLUMNS), *cells]))
+    assert read_table(path, RoundRow, ["a", "b", "c"]) == {"a": [ROUND, later], "b": [ROUND], "c": []}
+    with pytest.raises(ValueError, match=r"rounds\.csv, line 3, column run: 'b' is none of the runs"):
+        read_table(path, RoundRow, ["a"])
 
 
 @pytest.mark.parametrize("around", ["{}", "\x1b[92mINFO \x1b[0m:      {}", "{}\x1b[0m and more"])
