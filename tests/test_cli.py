@@ -118,7 +118,7 @@ def test_a_bad_setting_is_one_line_and_nothing_is_written(
     [
         (None, "cannot read file.yaml: No such file or directory"),
         ("base: {seed: [", "file.yaml is not YAML: "),
-        ("seed: 1", "file.yaml must hold `base:` and may hold `matrix:` and `kind:`, found seed"),
+        ("seed: 1", "file.yaml must hold `base:` and may hold `matrix:`, `kind:` and `select:`, found seed"),
         ("base: {sede: 1}", "unknown setting sede = 1; the nearest one is seed"),
     ],
 )

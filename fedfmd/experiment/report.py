@@ -12,6 +12,7 @@ from matplotlib import rc_context
 from fedfmd.experiment.page import render_page
 from fedfmd.experiment.plots import STYLE, make_facets, plot_curves
 from fedfmd.experiment.runs import read_comparison
+from fedfmd.experiment.selection import Selection
 from fedfmd.experiment.sheets import flat_row, make_sheets, markdown
 from fedfmd.experiment.summary import Summary, summarise
 from fedfmd.experiment.wording import WORDINGS
@@ -22,17 +23,18 @@ FILES = ("report.md", "report.csv", "curves.png", PAGE)
 
 
 def write_report(
-    folders: Sequence[Path], out: Path, target: float | None = None
+    folders: Sequence[Path], out: Path, target: float | None = None, selection: Selection | None = None
 ) -> tuple[Summary, Sequence[str]]:
     """Write `FILES` into `out`; returns what they compare, and notes on runs that were left out.
 
-    `target` is the accuracy in percent whose cost is reported, by default the lowest final mean of the groups.
+    `target` is the accuracy in percent whose cost is reported, by default the lowest final mean of the groups;
+    `selection` is what is chosen by validation, by default what the folders themselves say.
 
     Raises:
         SettingsError: as in `read_comparison`.
     """
-    comparison = read_comparison(folders)
-    summary = summarise(comparison.runs, target)
+    comparison = read_comparison(folders, selection)
+    summary = summarise(comparison.runs, target, comparison.choice)
     sheets = make_sheets(summary)
     notes = [f"**{note}**\n" for note in comparison.notes]
     text = "\n".join(
