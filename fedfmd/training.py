@@ -79,7 +79,7 @@ class Best:
     chosen_by: float = -math.inf
 
     def or_later(self, tested: Evaluation, validated: Evaluation | None) -> Best:
-        """The better one of this and a later model, by validation; by the test images if there are no others."""
+        """Return the better one of this and a later model, by validation; without it by the test images."""
         later = Best(tested.accuracy, (validated or tested).accuracy)
         return later if later.chosen_by > self.chosen_by else self
 
@@ -136,7 +136,7 @@ def train(
 def evaluate_on_both(
     model: nn.Module, dataset: Dataset, device: torch.device | str = "cpu"
 ) -> tuple[Evaluation, Evaluation | None]:
-    """`evaluate` on the test images, and on the validation images if there are any."""
+    """Evaluate on the test images, and on the validation images if there are any."""
     tested = evaluate(model, dataset.test, dataset, device=device)
     if dataset.validation is None:
         return tested, None

@@ -174,6 +174,14 @@ def test_help_is_quick_because_it_imports_no_torch():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+def test_a_report_chooses_only_settings(fedfmd, tmp_path):
+    status, out, err = fedfmd("report", tmp_path, "--select", "train.rl")
+    assert (status, out) == (2, "")
+    assert err == (
+        "fedfmd: select: over = 'train.rl': nothing that can be chosen; the nearest setting is train.lr\n"
+    )
+
+
 def test_cost_prints_a_table_or_json(fedfmd):
     options = ["cost", "--model", "resnet8", "--width", 0.5, "--classes", 7]
     status, out, err = fedfmd(*options)

@@ -72,7 +72,7 @@ class Selection:
         return cls(tuple(over), tuple(seeds))
 
     def values_of(self, settings: Settings) -> tuple[Scalar, ...]:
-        """The values of `over`."""
+        """Return the values of `over`."""
         flat = settings.flat()
         return tuple(flat[key] for key in self.over)
 
@@ -83,7 +83,7 @@ class Selection:
 
 
 def stored_selection(folders: Iterable[Path]) -> Selection | None:
-    """The selection in the `FILE` of these folders, None if there is none.
+    """Return the selection in the `FILE` of these folders, None if there is none.
 
     Raises:
         SettingsError: one is damaged, or they differ.
@@ -108,13 +108,13 @@ class Trial:
     Attributes:
         label: the variant, as in `Run`.
         values: of the settings that are chosen, in their order.
-        accuracies: percent of the validation images that the last model got right, for each seed.
+        accuracies: percent of the validation images that the last model got right, by seed.
         chosen: whether it is the variant's best one.
     """
 
     label: str
     values: tuple[Scalar, ...]
-    accuracies: tuple[float, ...]
+    accuracies: Mapping[int, float]
     chosen: bool
 
 
@@ -127,7 +127,7 @@ class Choice:
 
 
 def choose(runs: Sequence[Run], selection: Selection) -> tuple[list[Run], Choice, list[str]]:
-    """The runs that are reported, each label at its own best value, and notes on labels that are not.
+    """Return the runs to report, each label at its own best value, what was tried, and notes on it.
 
     Of values with the same mean the lowest is taken. While no other seed has run, those that choose are reported.
 
@@ -138,7 +138,7 @@ def choose(runs: Sequence[Run], selection: Selection) -> tuple[list[Run], Choice
     Raises:
         SettingsError: a run has no validation images.
     """
-    tried: dict[str, dict[tuple[Scalar, ...], list[float]]] = {}
+    tried: dict[str, dict[tuple[Scalar, ...], dict[int, float]]] = {}
     for run in runs:
         accuracy = run.rounds[-1].validation_accuracy
         if accuracy is None:
@@ -148,12 +148,10 @@ def choose(runs: Sequence[Run], selection: Selection) -> tuple[list[Run], Choice
             )
         if not selection.seeds or run.seed in selection.seeds:
             values = tried.setdefault(run.label, {})
-            values.setdefault(selection.values_of(run.settings), []).append(100 * accuracy)
-    best = {
-        label: max(sorted(values), key=lambda value: fmean(values[value])) for label, values in tried.items()
-    }
+            values.setdefault(selection.values_of(run.settings), {})[run.seed] = 100 * accuracy
+    best = {label: _best(values) for label, values in tried.items()}
     trials = [
-        Trial(label, value, tuple(values[value]), value == best[label])
+        Trial(label, value, values[value], value == best[label])
         for label, values in tried.items()
         for value in sorted(values)
     ]
@@ -161,10 +159,19 @@ def choose(runs: Sequence[Run], selection: Selection) -> tuple[list[Run], Choice
     reported = [run for run in chosen if run.seed not in selection.seeds] or chosen
     if not reported:
         raise SettingsError(f"select: seeds = {list(selection.seeds)}: no finished run has one of them")
-    missing = dict.fromkeys(run.label for run in runs) | dict.fromkeys(best)
-    for run in reported:
-        missing.pop(run.label, None)
-    notes = (
-        [f"Left out, because no run of a chosen value is finished: {'; '.join(missing)}."] if missing else []
-    )
+    unequal = [label for label, values in tried.items() if len(set(map(frozenset, values.values()))) > 1]
+    shown = {run.label for run in reported}
+    missing = [label for label in dict.fromkeys(run.label for run in runs) if label not in shown]
+    notes = [
+        f"{text}: {'; '.join(labels)}."
+        for text, labels in (
+            ("Values were tried with different seeds, so that their means are of unequal runs", unequal),
+            ("Left out, because no run of a chosen value is finished", missing),
+        )
+        if labels
+    ]
     return reported, Choice(selection, tuple(trials)), notes
+
+
+def _best(values: Mapping[tuple[Scalar, ...], Mapping[int, float]]) -> tuple[Scalar, ...]:
+    return max(sorted(values), key=lambda value: fmean(values[value].values()))

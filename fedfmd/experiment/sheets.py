@@ -34,7 +34,7 @@ class Sheet:
 def make_sheets(summary: Summary) -> list[Sheet]:
     """Accuracy, cost to the target, cost of the whole run, the network, and IES and RCS.
 
-    Further differences to static, and what was tried, where there are any.
+    Where there are any, differences to static stand behind the first, and what was tried at the end.
     """
     origin = "as asked" if summary.asked else "the lowest mean of the final accuracies"
     wording = WORDINGS[summary.kind]
@@ -118,7 +118,7 @@ def make_sheets(summary: Summary) -> list[Sheet]:
         ),
     ]
     if any(group.difference for group in summary.groups):
-        sheets.append(_differences(summary))
+        sheets.insert(1, _differences(summary))
     if summary.choice:
         sheets.append(_tried(summary.choice))
     return sheets
@@ -205,7 +205,7 @@ def _tried(choice: Choice) -> Sheet:
                 trial.label,
                 *(f"{value:g}" if isinstance(value, float) else str(value) for value in trial.values),
                 str(len(trial.accuracies)),
-                _percent(estimate(trial.accuracies)),
+                _percent(estimate(trial.accuracies.values())),
                 "chosen" if trial.chosen else "",
             )
             for trial in choice.trials

@@ -89,12 +89,19 @@ def test_each_variant_is_reported_at_its_own_best_value_by_mean_validation_accur
     reported, choice, notes = choose(runs, LR)
     assert described(reported) == [("static", 0.02, 0), ("static", 0.02, 1), ("fmdconv", 0.1, 0)]
     assert choice.trials == (
-        Trial("static", (0.02,), (75, 75), chosen=True),
-        Trial("static", (0.1,), (50, 87.5), chosen=False),
-        Trial("fmdconv", (0.02,), (50,), chosen=False),
-        Trial("fmdconv", (0.1,), (62.5,), chosen=True),
+        Trial("static", (0.02,), {0: 75, 1: 75}, chosen=True),
+        Trial("static", (0.1,), {0: 50, 1: 87.5}, chosen=False),
+        Trial("fmdconv", (0.02,), {0: 50}, chosen=False),
+        Trial("fmdconv", (0.1,), {0: 62.5}, chosen=True),
     )
     assert notes == []
+
+
+def test_values_with_different_seeds_are_named(run):
+    runs = [run("static", 0.1, 0, 0.5), run("static", 0.1, 1, 0.5), run("static", 0.02, 0, 0.75)]
+    reported, _, (note,) = choose(runs, LR)
+    assert described(reported) == [("static", 0.02, 0)]
+    assert note == "Values were tried with different seeds, so that their means are of unequal runs: static."
 
 
 def test_of_equal_values_the_lowest_is_chosen(run):
@@ -112,7 +119,7 @@ def test_seeds_that_choose_are_not_reported(run):
     ]
     reported, choice, (note,) = choose(runs, Selection(("train.lr",), (100,)))
     assert described(reported) == [("static", 0.02, 0)]
-    assert [trial.accuracies for trial in choice.trials] == [(75,), (50,), (50,)]
+    assert [trial.accuracies for trial in choice.trials] == [{100: 75}, {100: 50}, {100: 50}]
     assert note == "Left out, because no run of a chosen value is finished: fmdconv."
 
 

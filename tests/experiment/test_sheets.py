@@ -30,7 +30,7 @@ def lines(sheet):
 
 
 def test_the_cells_are_the_statistics_with_their_units(summary):
-    accuracy, target, cost, network, scores, _ = map(lines, make_sheets(summary))
+    accuracy, _, target, cost, network, scores = map(lines, make_sheets(summary))
     assert accuracy == {
         "runs": ("static", "fmdconv"),
         "seeds": ("2", "2"),
@@ -55,7 +55,7 @@ def test_centralised_runs_have_their_own_columns(make_centralised):
         for seed, accuracy in enumerate(accuracies)
     ]
     summary = summarise(runs)
-    accuracy, target, cost, network, scores, _ = map(lines, make_sheets(summary))
+    accuracy, _, target, cost, network, scores = map(lines, make_sheets(summary))
     assert accuracy == {
         "runs": ("static", "fmdconv"),
         "seeds": ("2", "2"),
@@ -70,7 +70,7 @@ def test_centralised_runs_have_their_own_columns(make_centralised):
     assert cost["on the front in"] == ("–", "time, FLOPs, latency")
     assert tuple(network) == ("runs", "latency ms", "kernel entropy")
     assert scores["IES train s"] == ("5.357", "4.826")  # 4 s / 70 and 80 %, 4 s / 80 and 86 %
-    assert "Until the first epoch" in make_sheets(summary)[1].caption
+    assert "Until the first epoch" in make_sheets(summary)[2].caption
     assert flat_row(summary.groups[0], 75)["top5_final"] == pytest.approx(87.5)
 
 
@@ -91,7 +91,7 @@ def test_differences_to_static_are_shown_before_and_after_the_correction(make_ru
         for conv, own in accuracies.items()
         for seed, accuracy in enumerate(own)
     ]
-    differences = make_sheets(summarise(runs))[-1]
+    _, differences, *_ = make_sheets(summarise(runs))
     assert lines(differences) == {
         "runs": ("fmdconv", "condconv"),
         "pairs": ("2", "2"),
@@ -122,8 +122,8 @@ def test_what_was_tried_is_the_last_table(make_run):
     choice = Choice(
         Selection(("train.lr", "model.norm"), (100, 101)),
         (
-            Trial("static", (0.02, "group"), (70.0, 80.0), chosen=True),
-            Trial("static", (1.0, "batch"), (60.0,), chosen=False),
+            Trial("static", (0.02, "group"), {100: 70.0, 101: 80.0}, chosen=True),
+            Trial("static", (1.0, "batch"), {100: 60.0}, chosen=False),
         ),
     )
     accuracy, *_, tried = make_sheets(summarise([make_run([0.5])], choice=choice))
@@ -139,7 +139,7 @@ def test_what_was_tried_is_the_last_table(make_run):
 
 
 def test_the_target_is_explained(summary, make_run):
-    assert "75.0 % (the lowest mean of the final accuracies)" in make_sheets(summary)[1].caption
+    assert "75.0 % (the lowest mean of the final accuracies)" in make_sheets(summary)[2].caption
     asked = make_sheets(summarise([make_run([0.5])], 90))[1]
     assert "90.0 % (as asked)" in asked.caption
     assert lines(asked)["virtual s"] == ("not reached",)
@@ -170,7 +170,7 @@ def test_tables_fit_a_terminal_of_100_columns(kind, make_run, make_centralised):
 
 
 def test_markdown_is_a_table_under_its_title(summary):
-    text = markdown(make_sheets(summary)[1])
+    text = markdown(make_sheets(summary)[2])
     assert text.startswith("### To reach 75.0 %\n\nUntil the first round")
     assert "| runs | reached | virtual s | GFLOPs | MB |\n| --- | ---: | ---: | ---: | ---: |\n" in text
     assert "| static | 1 of 2 | 10.0 | 1.00 | 5.00 |\n" in text
