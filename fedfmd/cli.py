@@ -124,16 +124,26 @@ def report(
             help="Folder to pack the runs into: rounds.csv or epochs.csv with all rows, clients.csv, runs.json.",
         ),
     ] = None,
+    select: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY",
+            help="Setting, such as train.lr, of which each variant gets its best value by validation accuracy; may be "
+            "repeated; by default those that the experiment file said.",
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare runs over seeds: report.html with all plots, tables in report.md and report.csv, curves.png."""
     from rich.console import Console, Group
 
     from fedfmd.experiment.report import write_report
+    from fedfmd.experiment.selection import Selection
     from fedfmd.experiment.sheets import flat_row, make_sheets, terminal_table
     from fedfmd.experiment.tables import show
 
-    summary, notes = write_report(folders, out or pack or folders[0], target, pack)
+    selection = Selection.over_keys(select) if select else None
+    summary, notes = write_report(folders, out or pack or folders[0], target, pack, selection)
     rows = [flat_row(group, summary.target) for group in summary.groups]
     for note in notes:
         typer.echo(note, err=True)

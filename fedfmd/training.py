@@ -146,7 +146,7 @@ def train(
 def evaluate_on_both(
     model: nn.Module, dataset: Dataset, device: torch.device | str = "cpu"
 ) -> tuple[Evaluation, Evaluation | None]:
-    """`evaluate` on the test images, and on the validation images if there are any."""
+    """Evaluate on the test images, and on the validation images if there are any."""
     tested = evaluate(model, dataset.test, dataset, device=device)
     if dataset.validation is None:
         return tested, None

@@ -52,11 +52,12 @@ def tiny_settings():
 
 @pytest.fixture
 def write_yaml(tmp_path):
-    """Writes an experiment file of the tiny settings; changes are the base's dotted keys, `matrix` apart."""
+    """Writes an experiment file of the tiny settings; changes are the base's dotted keys."""
 
-    def write(name="tiny", matrix=None, **changes):
+    def write(name="tiny", matrix=None, select=None, **changes):
         path = tmp_path / f"{name}.yaml"
-        path.write_text(yaml.safe_dump({"base": TINY | changes} | ({"matrix": matrix} if matrix else {})))
+        parts = {"base": TINY | changes, "matrix": matrix, "select": select}
+        path.write_text(yaml.safe_dump({part: content for part, content in parts.items() if content}))
         return path
 
     return write

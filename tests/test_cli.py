@@ -131,7 +131,7 @@ def test_a_bad_setting_is_one_line_and_nothing_is_written(
     [
         (None, "cannot read file.yaml: No such file or directory"),
         ("base: {seed: [", "file.yaml is not YAML: "),
-        ("seed: 1", "file.yaml must hold `base:` and may hold `matrix:` and `kind:`, found seed"),
+        ("seed: 1", "file.yaml must hold `base:` and may hold `matrix:`, `kind:` and `select:`, found seed"),
         ("base: {sede: 1}", "unknown setting sede = 1; the nearest one is seed"),
     ],
 )
@@ -185,6 +185,14 @@ def test_every_command_has_help_with_an_example(command, fedfmd):
 def test_help_is_quick_because_it_imports_no_torch():
     code = "import sys, fedfmd.cli; sys.exit('torch' in sys.modules or 'flwr' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_report_chooses_only_settings(fedfmd, tmp_path):
+    status, out, err = fedfmd("report", tmp_path, "--select", "train.rl")
+    assert (status, out) == (2, "")
+    assert err == (
+        "fedfmd: select: over = 'train.rl': nothing that can be chosen; the nearest setting is train.lr\n"
+    )
 
 
 def test_cost_prints_a_table_or_json(fedfmd):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from rich.table import Table
 
 from fedfmd.edge import plan_work
 from fedfmd.experiment.centralised import Training
-from fedfmd.experiment.files import Experiment
+from fedfmd.experiment.files import Cell, Experiment
 from fedfmd.experiment.run import Engine, Layout, Task, assemble, lay_out, place_cells
 from fedfmd.federation import Federation, build_sgd
 from fedfmd.settings import Settings
@@ -84,12 +84,14 @@ class Speed:
 def estimate_experiment(experiment: Experiment, out: Path | None, engine: Engine, workers: int) -> Estimate:
     """Check all cells as a run does, write nothing, and say what they will cost.
 
-    Each network is timed once, with the batches, threads and precision of its cells.
+    Each network is timed once, with the batches, threads and precision of its cells. Where trials are to choose
+    values, the first value stands for the chosen one.
 
     Raises:
         SettingsError: a setting can't be used, or a folder holds another run.
     """
-    tasks = place_cells(experiment, out)
+    trials = len(experiment.trials)
+    tasks = place_cells(replace(experiment, cells=(*experiment.trials, *_to_follow(experiment))), out)
     layout = lay_out(len(tasks), engine, workers)
     speeds: dict[tuple, Speed] = {}
     cells = []
@@ -99,7 +101,21 @@ def estimate_experiment(experiment: Experiment, out: Path | None, engine: Engine
         if key not in speeds:
             speeds[key] = measure_speed(assembled, task.settings.threads or layout.threads)
         cells.append(estimate_cell(task, assembled, speeds[key], layout))
+    if trials:
+        cells[trials:] = [replace(cell, cell=f"{cell.cell} or as chosen") for cell in cells[trials:]]
     return Estimate(tuple(cells), layout.cells)
+
+
+def _to_follow(experiment: Experiment) -> tuple[Cell, ...]:
+    """The cells after the trials: for each variant and seed that of the first value, as the chosen one isn't known."""
+    if not experiment.trials:
+        return experiment.cells
+    firsts: dict[tuple, Cell] = {}
+    for cell in experiment.cells:
+        flat = cell.settings.flat().items()
+        variant = tuple((key, value) for key, value in flat if key not in experiment.selection.over)
+        firsts.setdefault(variant, cell)
+    return tuple(firsts.values())
 
 
 def estimate_cell(task: Task, assembled: Federation | Training, speed: Speed, layout: Layout) -> CellEstimate:

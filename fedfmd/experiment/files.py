@@ -1,4 +1,7 @@
-"""Experiment files: the runs that ``kind``, ``base`` settings and a ``matrix`` of variations, or several, describe."""
+"""Experiment files: the runs that ``kind``, ``base`` settings and a ``matrix`` of variations, or several, describe.
+
+``select`` says which of the varied settings each variant gets its own best value of.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,10 @@ from typing import Any
 import yaml
 
 from fedfmd.errors import SettingsError
+from fedfmd.experiment.selection import Selection
 from fedfmd.settings import Settings, flatten, read_yaml
 
-PARTS = ("kind", "base", "matrix")
+PARTS = ("kind", "base", "matrix", "select")
 
 
 @dataclass(frozen=True)
@@ -26,10 +30,19 @@ class Cell:
 
 @dataclass(frozen=True)
 class Experiment:
-    """An experiment file, expanded."""
+    """An experiment file, expanded.
+
+    Attributes:
+        name: the file's.
+        cells: its runs; if there are `trials`, those of the values that these choose are done.
+        selection: what is chosen by validation, None if nothing is.
+        trials: the runs of the selection's own seeds, which come first.
+    """
 
     name: str
     cells: tuple[Cell, ...]
+    selection: Selection | None = None
+    trials: tuple[Cell, ...] = ()
 
 
 def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
@@ -41,12 +54,28 @@ def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
     content = read_yaml(path)
     if not content.keys() <= set(PARTS):
         found = ", ".join(map(str, content))
-        raise SettingsError(f"{path} must hold `base:` and may hold `matrix:` and `kind:`, found {found}")
+        raise SettingsError(
+            f"{path} must hold `base:` and may hold `matrix:`, `kind:` and `select:`, found {found}"
+        )
     fixed = parse_overrides(overrides)
     kind = {"kind": content["kind"]} if "kind" in content else {}
     base = flatten(kind | _mapping(path, content, "base"))
-    cells = [cell for matrix in _matrices(path, content) for cell in _expand(base, matrix, fixed)]
-    return Experiment(path.stem, tuple(cells))
+    matrices = _matrices(path, content)
+    cells = tuple(cell for matrix in matrices for cell in _expand(base, matrix, fixed))
+    if "select" not in content:
+        return Experiment(path.stem, cells)
+    selection = Selection.from_mapping(content["select"])
+    if fixed.keys() >= set(selection.over):
+        return Experiment(path.stem, cells)  # the overrides have chosen
+    _check_selection(selection, cells, fixed)
+    seeds = {"seed": list(selection.seeds)}
+    others = {key: value for key, value in fixed.items() if key != "seed"}
+    trials = (
+        [cell for matrix in matrices for cell in _expand(base, matrix | seeds, others)]
+        if selection.seeds
+        else []
+    )
+    return Experiment(path.stem, cells, selection, tuple(trials))
 
 
 def load_settings(path: Path | None, overrides: Sequence[str] = ()) -> Settings:
@@ -91,6 +120,26 @@ def _expand(base: Mapping[str, Any], matrix: Mapping[str, Any], fixed: Mapping[s
         name = ",".join(f"{key.rpartition('.')[2]}={flat[key]}" for key in varied)
         cells.append(Cell(name.replace("/", "-"), settings))  # the name of a folder
     return cells
+
+
+def _check_selection(selection: Selection, cells: Sequence[Cell], fixed: Mapping[str, Any]) -> None:
+    for key in selection.over:
+        values = {cell.settings.flat()[key] for cell in cells}
+        if len(values) == 1 and key not in fixed:
+            raise SettingsError(
+                f"select: over = {key!r}: the matrix has one value of it, {values.pop()!r}: give it several"
+            )
+    for cell in cells:
+        if not cell.settings.data.validation:
+            raise SettingsError(
+                f"data.validation = 0 in {cell.name}, and select: by = validation needs it in every run: set "
+                "data.validation to the share of training images to choose by, 0.1 for instance"
+            )
+        if cell.settings.seed in selection.seeds:
+            raise SettingsError(
+                f"select: seeds = {list(selection.seeds)}: {cell.settings.seed} is a seed of the matrix too; choose by "
+                "others, whose results are not reported"
+            )
 
 
 def _override(text: str) -> tuple[str, Any]:

@@ -13,6 +13,7 @@ from fedfmd.experiment.packed import write_packed
 from fedfmd.experiment.page import render_page
 from fedfmd.experiment.plots import STYLE, make_facets, plot_curves
 from fedfmd.experiment.runs import read_comparison
+from fedfmd.experiment.selection import Selection
 from fedfmd.experiment.sheets import flat_row, make_sheets, markdown
 from fedfmd.experiment.summary import Summary, summarise
 from fedfmd.experiment.wording import WORDINGS
@@ -23,18 +24,23 @@ FILES = ("report.md", "report.csv", "curves.png", PAGE)
 
 
 def write_report(
-    folders: Sequence[Path], out: Path, target: float | None = None, pack: Path | None = None
+    folders: Sequence[Path],
+    out: Path,
+    target: float | None = None,
+    pack: Path | None = None,
+    selection: Selection | None = None,
 ) -> tuple[Summary, Sequence[str]]:
     """Write `FILES` into `out`; returns what they compare, and notes on runs that were left out.
 
-    `target` is the accuracy in percent whose cost is reported, by default the lowest final mean of the groups.
-    All runs that were read, those left out too, are packed into the folder `pack`, if there is one.
+    `target` is the accuracy in percent whose cost is reported, by default the lowest final mean of the groups;
+    `selection` is what is chosen by validation, by default what the folders themselves say. All runs that were
+    read, those left out too, are packed into the folder `pack`, if there is one.
 
     Raises:
         SettingsError: as in `read_comparison`, or `pack` is the folder of a run.
     """
-    comparison = read_comparison(folders)
-    summary = summarise(comparison.runs, target)
+    comparison = read_comparison(folders, selection)
+    summary = summarise(comparison.runs, target, comparison.choice)
     sheets = make_sheets(summary)
     notes = [f"**{note}**\n" for note in comparison.notes]
     text = "\n".join(

@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -21,6 +21,8 @@ from fedfmd.experiment.centralised import Training, prepare_centralised, run_cen
 from fedfmd.experiment.display import CellDisplay, ExperimentDisplay
 from fedfmd.experiment.files import Cell, Experiment
 from fedfmd.experiment.pool import Ended, Started, attempt, run_jobs
+from fedfmd.experiment.runs import read_comparison
+from fedfmd.experiment.selection import Selection
 from fedfmd.experiment.wording import WORDINGS
 from fedfmd.federation import Federation
 from fedfmd.memory import trim
@@ -73,25 +75,45 @@ def run_experiment(
     """Run every cell, going on where it was stopped; returns the run folders.
 
     `lay_out` says how it uses `workers` cores. Each folder gets a page at its end, and several a comparison beside
-    them.
+    them. Where an experiment has trials they come first, and then the cells of the values that they choose.
 
     All cells are checked before the first one starts; finished ones stay as they are.
 
     Raises:
         FedfmdError: a setting can't be used, the only cell can't go on, or some of several failed.
     """
+    trials = place_cells(replace(experiment, cells=experiment.trials), out)
     tasks = place_cells(experiment, out)
-    for task in tasks:
+    for task in [*trials, *tasks]:
         if task.finished:
             run_path(task.settings)
         else:
             assemble(task.settings, engine)
+    if experiment.selection:
+        experiment.selection.write(tasks[0].folder.parent)
+    if trials:
+        _run_tasks(trials, [], experiment.selection, engine, workers, console)
+        tasks = _chosen(tasks, trials, experiment.selection)
+    _run_tasks(tasks, trials, experiment.selection, engine, workers, console)
+    return [task.folder for task in [*trials, *tasks]]
+
+
+def _run_tasks(
+    tasks: Sequence[Task],
+    before: Sequence[Task],
+    selection: Selection | None,
+    engine: Engine,
+    workers: int,
+    console: Console,
+) -> None:
+    """Run these tasks, and compare them with those `before`."""
     rounds, done = sum(task.rounds for task in tasks), sum(task.done for task in tasks)
     unit = WORDINGS[tasks[0].settings.kind].unit
+    compared = [task.folder for task in [*before, *tasks]]
     with ExperimentDisplay(console, len(tasks), rounds, done, unit) as display:
         failures = _run_all(tasks, engine, lay_out(len(tasks), engine, workers), display)
-        if len(tasks) > 1:
-            display.print(_compare([task.folder for task in tasks], tasks[0].folder.parent))
+        if len(compared) > 1:
+            display.print(_compare(compared, tasks[0].folder.parent, selection))
         for name, error in failures.items():
             display.print(f"{name}: failed: {error}")
     if failures:
@@ -99,7 +121,17 @@ def run_experiment(
             f"{len(failures)} of {len(tasks)} cells failed; finished rounds are kept, "
             "run the same command again to go on"
         )
-    return [task.folder for task in tasks]
+
+
+def _chosen(tasks: Sequence[Task], trials: Sequence[Task], selection: Selection) -> list[Task]:
+    """The tasks with the values that the finished trials choose for their variants."""
+    chosen = read_comparison([trial.folder for trial in trials], selection).runs
+    apart_from_seed = {_apart_from_seed(run.settings) for run in chosen}
+    return [task for task in tasks if _apart_from_seed(task.settings) in apart_from_seed]
+
+
+def _apart_from_seed(settings: Settings) -> str:
+    return settings.model_copy(update={"seed": 0}).digest()
 
 
 def place_cells(experiment: Experiment, out: Path | None) -> list[Task]:
@@ -248,12 +280,12 @@ def _write_page(folder: Path, anew: bool = True) -> None:
             logger.warning("no report in %s: %s", folder, one_line(error))
 
 
-def _compare(folders: Sequence[Path], out: Path) -> str:
+def _compare(folders: Sequence[Path], out: Path, selection: Selection | None) -> str:
     """Compare several runs; says where, or why there is no comparison."""
     from fedfmd.experiment.report import write_report
 
     try:
-        write_report(folders, out)
+        write_report(folders, out, selection=selection)
     except Exception as error:
         return f"no report in {out}: {one_line(error)}"
     return f"report: {out}"

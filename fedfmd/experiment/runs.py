@@ -15,6 +15,7 @@ from fedfmd.data.files import read_npz
 from fedfmd.errors import SettingsError
 from fedfmd.experiment.packed import MANIFEST, read_packed
 from fedfmd.experiment.record import Run
+from fedfmd.experiment.selection import Choice, Selection, choose, stored_selection
 from fedfmd.experiment.wording import WORDINGS
 from fedfmd.federation import build_dataset, build_model
 from fedfmd.settings import DataSettings, Settings, read_yaml
@@ -29,21 +30,27 @@ CIFAR = {"cifar10": (10, 32), "cifar100": (100, 32)}
 
 @dataclass(frozen=True)
 class Comparison:
-    """The runs that can be compared, and `notes` on what was left out or is to be known of them; all that were read."""
+    """The runs that can be compared, and `notes` on what was left out or is to be known of them.
+
+    `read` are all that were read. `choice` tells what was tried where the runs are those of values chosen by
+    validation.
+    """
 
     runs: tuple[Run, ...]
     notes: tuple[str, ...]
     read: tuple[Run, ...]
+    choice: Choice | None = None
 
 
-def read_comparison(folders: Iterable[Path]) -> Comparison:
+def read_comparison(folders: Iterable[Path], selection: Selection | None = None) -> Comparison:
     """Read every run below these folders, and those that are packed there.
 
-    Unfinished runs are left out, unless there are no others; so is a run whose settings another one has.
+    Unfinished runs are left out, unless there are no others; so is a run whose settings another one has, and one
+    whose values are not those that the selection, by default the folders' own, chooses for its variant.
 
     Raises:
-        SettingsError: there is no run with a finished round, a file of one can't be read, or some are federated
-            and some centralised.
+        SettingsError: there is no run with a finished round, a file of one can't be read, some are federated
+            and some centralised, or there is nothing to choose by.
     """
     folders = list(folders)
     read = _read_all(folders)
@@ -69,7 +76,11 @@ def read_comparison(folders: Iterable[Path]) -> Comparison:
     commits = sorted({str(run.environment.get("commit"))[:12] for run in runs if run.environment})
     if len(commits) > 1:
         notes.append(f"The runs come from different code: commits {', '.join(commits)}.")
-    return Comparison(_labelled(runs), tuple(notes), tuple(read))
+    selection = selection or stored_selection(folders)
+    if selection is None:
+        return Comparison(_labelled(runs), tuple(notes), tuple(read))
+    chosen, choice, missing = choose(_labelled(runs, selection.over), selection)
+    return Comparison(tuple(chosen), (*notes, *missing), tuple(read), choice)
 
 
 def _read_all(folders: Iterable[Path]) -> list[Run]:
@@ -149,10 +160,13 @@ def _without_twins(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
     return kept, [run for run in runs if run not in kept]
 
 
-def _labelled(runs: Sequence[Run]) -> tuple[Run, ...]:
-    """The runs with `task` and `variant`, as short as they tell them apart, in the order of their values."""
+def _labelled(runs: Sequence[Run], chosen: Iterable[str] = ()) -> tuple[Run, ...]:
+    """The runs with `task` and `variant`, as short as they tell them apart, in the order of their values.
+
+    The labels don't tell what is `chosen` for each.
+    """
     flats = [run.settings.flat() for run in runs]
-    ignored = Settings.NEUTRAL | {"seed"}
+    ignored = Settings.NEUTRAL | {"seed", *chosen}
     differing = [key for key in flats[0] if key not in ignored and len({flat[key] for flat in flats}) > 1]
     shorts = [key.rpartition(".")[2] for key in differing]
     names = {

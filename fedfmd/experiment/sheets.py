@@ -11,7 +11,8 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from fedfmd.experiment.summary import Difference, Estimate, Group, Summary
+from fedfmd.experiment.selection import Choice
+from fedfmd.experiment.summary import CONFIDENCE, Estimate, Group, Summary, estimate
 from fedfmd.experiment.tables import si
 from fedfmd.experiment.wording import WORDINGS
 
@@ -31,29 +32,32 @@ class Sheet:
 
 
 def make_sheets(summary: Summary) -> list[Sheet]:
-    """Accuracy, cost to the target, cost of the whole run, the network, and IES and RCS."""
+    """Accuracy, cost to the target, cost of the whole run, the network, and IES and RCS.
+
+    Where there are any, differences to static stand behind the first, and what was tried at the end.
+    """
     origin = "as asked" if summary.asked else "the lowest mean of the final accuracies"
     wording = WORDINGS[summary.kind]
-    return [
+    sheets = [
         _sheet(
             summary,
             "Accuracy",
-            "Test accuracy, mean ± standard deviation over seeds.",
+            f"Test accuracy, mean ± standard deviation over seeds.{_how_chosen(summary.choice)}",
             {
                 "seeds": lambda group: str(len(group.runs)),
+                "validation %": lambda group: _percent(group.validation),
                 "final %": lambda group: _percent(group.final),
                 "best %": lambda group: _percent(group.best),
                 "top-5 %": lambda group: _percent(group.top5_final),
                 "best top-5 %": lambda group: _percent(group.top5_best),
                 "worst clients %": lambda group: _percent(group.worst_clients),
-                "minus static": _difference,
             },
             {
+                "best %": _what_is_best(summary, wording.unit),
+                "validation %": f"Validation: after the last {wording.unit}, on images held out of training.",
                 "top-5 %": "Top-5: the label is among the five most probable classes.",
                 "worst clients %": "Worst clients: mean of the worst 10 % of the clients, each on its own images "
                 "after local training.",
-                "minus static": "Minus static: paired difference of the final accuracy over common seeds in "
-                "percentage points, with its 95 % confidence interval (Student's t).",
             },
         ),
         _sheet(
@@ -116,6 +120,11 @@ def make_sheets(summary: Summary) -> list[Sheet]:
             },
         ),
     ]
+    if any(group.difference for group in summary.groups):
+        sheets.insert(1, _differences(summary))
+    if summary.choice:
+        sheets.append(_tried(summary.choice))
+    return sheets
 
 
 def markdown(sheet: Sheet) -> str:
@@ -152,10 +161,80 @@ def flat_row(group: Group, target: float) -> dict[str, Any]:
         "minus_static_low": gain and gain.low,
         "minus_static_high": gain and gain.high,
         "minus_static_pairs": gain and gain.pairs,
+        "minus_static_p": gain and gain.p,
+        "minus_static_holm_p": gain and gain.holm_p,
+        "chosen": group.chosen,
         "params": group.cost and group.cost.params,
         "macs": group.cost and group.cost.macs,
         "fronts": " ".join(group.fronts),
     }
+
+
+def _differences(summary: Summary) -> Sheet:
+    """Each paired difference, whether it holds on its own, and whether it does among the others."""
+    compared = [(group, group.difference) for group in summary.groups if group.difference]
+    return Sheet(
+        "Difference to static",
+        "Paired difference of the final accuracy over common seeds in percentage points, with its 95 % confidence "
+        "interval (Student's t) and the p-value of the paired t-test. With more comparisons some will be far from "
+        f"zero by chance: Holm's p-value is corrected for all {len(compared)}, and a difference holds where it is at "
+        f"most {1 - CONFIDENCE:g}.",
+        ("runs", "pairs", "minus static", "95 % interval", "p", "Holm's p", "holds"),
+        tuple(
+            (
+                group.label,
+                str(gain.pairs),
+                f"{gain.mean:+.1f}",
+                f"[{gain.low:+.1f}, {gain.high:+.1f}]",
+                f"{gain.p:.3f}",
+                f"{gain.holm_p:.3f}",
+                "yes" if gain.holds else "no",
+            )
+            for group, gain in compared
+        ),
+    )
+
+
+def _tried(choice: Choice) -> Sheet:
+    """Every value that was tried."""
+    over = choice.selection.over
+    return Sheet(
+        "What was tried",
+        f"Values of {', '.join(over)} by validation accuracy after the last round or epoch, mean ± standard deviation "
+        "over seeds. The best mean is chosen; test images have no part in it.",
+        ("runs", *over, "seeds", "validation %", "chosen"),
+        tuple(
+            (
+                trial.label,
+                *(f"{value:g}" if isinstance(value, float) else str(value) for value in trial.values),
+                str(len(trial.accuracies)),
+                _percent(estimate(trial.accuracies.values())),
+                "chosen" if trial.chosen else "",
+            )
+            for trial in choice.trials
+        ),
+    )
+
+
+def _how_chosen(choice: Choice | None) -> str:
+    if choice is None:
+        return ""
+    selection = choice.selection
+    by = f" of {'seeds' if len(selection.seeds) > 1 else 'seed'} {', '.join(map(str, selection.seeds))}"
+    return (
+        f" Each at its own {', '.join(selection.over)}, chosen by the validation accuracy"
+        f"{by if selection.seeds else ''} (see What was tried)."
+    )
+
+
+def _what_is_best(summary: Summary, unit: str) -> str:
+    texts = {
+        True: f"Best: that of the {unit} with the highest validation accuracy.",
+        False: f"Best: the highest of all {unit}s; without validation images that is a choice by the test images.",
+    }
+    return " ".join(
+        texts[known] for known in sorted({group.validation is not None for group in summary.groups})
+    )
 
 
 def _sheet(
@@ -211,10 +290,3 @@ def _mean(value: Estimate | None) -> str:
 def _decimals(value: float, digits: int) -> int:
     """Places after the point that show so many digits."""
     return max(0, digits - 1 - math.floor(math.log10(abs(value)))) if value else 0
-
-
-def _difference(group: Group) -> str:
-    gain: Difference | None = group.difference
-    if gain is None:
-        return NOTHING
-    return f"{gain.mean:+.1f} [{gain.low:+.1f}, {gain.high:+.1f}]"

@@ -6,14 +6,15 @@ Accuracies are in percent, differences in percentage points.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, stdev
 
-from scipy.special import stdtrit
+from scipy.special import stdtr, stdtrit
 
 from fedfmd.cost import Cost, pareto_front
 from fedfmd.experiment.record import Run
+from fedfmd.experiment.selection import Choice
 from fedfmd.settings import Settings
 from fedfmd.tracking import ClientRow, EpochRow, RoundRow
 
@@ -36,12 +37,22 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean of `pairs` paired differences and the bounds of its 95 % confidence interval."""
+    """Mean of `pairs` paired differences and the bounds of its 95 % confidence interval.
+
+    `p` is that of the paired t-test, two-sided, and `holm_p` the same corrected for the number of comparisons.
+    """
 
     mean: float
     low: float
     high: float
     pairs: int
+    p: float
+    holm_p: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether it differs from zero after the correction."""
+        return self.holm_p <= 1 - CONFIDENCE
 
 
 @dataclass(frozen=True)
@@ -63,7 +74,11 @@ class Group:
     Attributes:
         label, task, variant, conv: as in `Run`.
         runs: by rising seed.
-        final, best: accuracy of the last round or epoch and of the best one; `top5_final`, `top5_best` likewise.
+        chosen: what was chosen for it by validation, such as `train.lr=0.05`; "" if nothing was.
+        final: accuracy of the last round or epoch; `top5_final` likewise.
+        best: that of the round or epoch with the highest validation accuracy; without validation images the
+            highest. `top5_best` likewise.
+        validation: accuracy of the last round or epoch on the validation images; None without them.
         worst_clients: mean accuracy of the worst 10 % of the clients on their own images; None without rows.
         cut: as `cut_percent` has it.
         difference: of the final accuracy to static's; None for static, and below two common seeds.
@@ -83,8 +98,10 @@ class Group:
     variant: str
     conv: str
     runs: tuple[Run, ...]
+    chosen: str
     final: Estimate
     best: Estimate
+    validation: Estimate | None
     top5_final: Estimate | None
     top5_best: Estimate | None
     worst_clients: Estimate | None
@@ -124,11 +141,15 @@ COSTS = {
 
 @dataclass(frozen=True)
 class Summary:
-    """All groups, in the order of their first runs. `target` was asked for, or is the lowest final mean."""
+    """All groups, in the order of their first runs. `target` was asked for, or is the lowest final mean.
+
+    `choice` tells what was tried, where groups have values that were chosen by validation.
+    """
 
     groups: tuple[Group, ...]
     target: float
     asked: bool
+    choice: Choice | None = None
 
     @property
     def kind(self) -> str:
@@ -136,8 +157,11 @@ class Summary:
         return self.groups[0].kind
 
 
-def summarise(runs: Sequence[Run], target: float | None = None) -> Summary:
-    """Group the runs by label; `target` in percent, by default the lowest mean of the final accuracy."""
+def summarise(runs: Sequence[Run], target: float | None = None, choice: Choice | None = None) -> Summary:
+    """Group the runs by label; `target` in percent, by default the lowest mean of the final accuracy.
+
+    With a `choice` the runs are those of each label's chosen values, in which pairs of runs may differ.
+    """
     members: dict[str, list[Run]] = {}
     for run in runs:
         members.setdefault(run.label, []).append(run)
@@ -145,9 +169,10 @@ def summarise(runs: Sequence[Run], target: float | None = None) -> Summary:
         group.sort(key=lambda run: run.seed)
     lowest = min(fmean(map(final_accuracy, group)) for group in members.values())
     goal = lowest if target is None else target
-    baselines = {_apart_from_mixture(run.settings): run for run in runs if run.conv == BASELINE}
-    groups = [_group(group, baselines, goal) for group in members.values()]
-    return Summary(_with_fronts(groups), goal, target is not None)
+    over = choice.selection.over if choice else ()
+    baselines = {_apart_from_mixture(run.settings, over): run for run in runs if run.conv == BASELINE}
+    groups = [_group(group, baselines, goal, over) for group in members.values()]
+    return Summary(_with_fronts(_corrected(groups)), goal, target is not None, choice)
 
 
 def estimate(values: Iterable[float | None]) -> Estimate | None:
@@ -163,15 +188,29 @@ def estimate(values: Iterable[float | None]) -> Estimate | None:
 def paired_difference(pairs: Sequence[tuple[float, float]]) -> Difference | None:
     """First minus second, with Student's interval; None for less than two pairs.
 
-    The half width is t(0.975, n - 1) * s / sqrt(n), with s the standard deviation of the differences.
+    The half width is t(0.975, n - 1) * s / sqrt(n), with s the standard deviation of the differences. The p-value
+    is that of a single comparison.
     """
     if len(pairs) < 2:
         return None
     differences = [first - second for first, second in pairs]
-    mean = fmean(differences)
-    quantile = float(stdtrit(len(pairs) - 1, (1 + CONFIDENCE) / 2))
-    half = quantile * stdev(differences) / math.sqrt(len(pairs))
-    return Difference(mean, mean - half, mean + half, len(pairs))
+    mean, freedom = fmean(differences), len(pairs) - 1
+    error = stdev(differences) / math.sqrt(len(pairs))
+    half = float(stdtrit(freedom, (1 + CONFIDENCE) / 2)) * error
+    p = 2 * float(stdtr(freedom, -abs(mean) / error)) if error else float(mean == 0)
+    return Difference(mean, mean - half, mean + half, len(pairs), p, p)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Correct p-values for their number (Holm, Scandinavian Journal of Statistics 6, 1979); in the same order.
+
+    The lowest of m is multiplied by m, the next by m - 1, and so on; none ends below a lower one, or above 1.
+    """
+    corrected, highest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        corrected[index] = highest
+    return corrected
 
 
 def worst_decile(accuracies: Sequence[float]) -> float:
@@ -239,13 +278,20 @@ def _total(rounds: Rows, names: Sequence[str], unit: float) -> float | None:
 
 
 def _best(rounds: Rows, name: str) -> float | None:
-    """The highest percentage in a column of accuracies; None if there is none."""
-    values = [value for row in rounds if (value := getattr(row, name, None)) is not None]
-    return 100 * max(values) if values else None
+    """A percentage of the round or epoch with the highest validation accuracy; None if there is none.
+
+    Without validation images it is the column's highest.
+    """
+    known = [
+        (value if row.validation_accuracy is None else row.validation_accuracy, value)
+        for row in rounds
+        if (value := getattr(row, name, None)) is not None
+    ]
+    return 100 * max(known, key=lambda pair: pair[0])[1] if known else None
 
 
-def _apart_from_mixture(settings: Settings) -> tuple[tuple[str, object], ...]:
-    """All settings that a static network heeds: runs that have them in common are pairs."""
+def _apart_from_mixture(settings: Settings, chosen: Collection[str]) -> tuple[tuple[str, object], ...]:
+    """All settings that a static network heeds but those `chosen` for each: runs that have them in common are pairs."""
     mixture = {
         *("model.conv", "model.kernels", "model.attentions", "model.attention-init"),
         *("model.reduction", "model.mixing"),
@@ -253,16 +299,18 @@ def _apart_from_mixture(settings: Settings) -> tuple[tuple[str, object], ...]:
     return tuple(
         (key, value)
         for key, value in settings.flat().items()
-        if key not in Settings.NEUTRAL | mixture and not key.startswith("temperature.")
+        if key not in Settings.NEUTRAL.union(mixture, chosen) and not key.startswith("temperature.")
     )
 
 
-def _group(runs: Sequence[Run], baselines: Mapping[object, Run], target: float) -> Group:
+def _group(
+    runs: Sequence[Run], baselines: Mapping[object, Run], target: float, over: Collection[str]
+) -> Group:
     first, last = runs[0], [run.rounds[-1] for run in runs]
     pairs = [
         (final_accuracy(run), final_accuracy(baselines[key]))
         for run in runs
-        if run.conv != BASELINE and (key := _apart_from_mixture(run.settings)) in baselines
+        if run.conv != BASELINE and (key := _apart_from_mixture(run.settings, over)) in baselines
     ]
     return Group(
         label=first.label,
@@ -270,8 +318,10 @@ def _group(runs: Sequence[Run], baselines: Mapping[object, Run], target: float) 
         variant=first.variant,
         conv=first.conv,
         runs=tuple(runs),
+        chosen=", ".join(f"{key}={first.settings.flat()[key]}" for key in over),
         final=estimate(map(final_accuracy, runs)),
         best=estimate(_best(run.rounds, "accuracy") for run in runs),
+        validation=_column(last, "validation_accuracy", PERCENT),
         top5_final=_column(last, "top5_accuracy", PERCENT),
         top5_best=estimate(_best(run.rounds, "top5_accuracy") for run in runs),
         worst_clients=estimate(
@@ -294,6 +344,18 @@ def _group(runs: Sequence[Run], baselines: Mapping[object, Run], target: float) 
         ies_train_s=_column(last, "ies_train"),
         rcs_train=_column(last, "rcs_train"),
     )
+
+
+def _corrected(groups: Sequence[Group]) -> list[Group]:
+    """The groups with the p-values of their differences corrected for the number of them."""
+    compared = [group for group in groups if group.difference]
+    corrected = dict(zip(compared, holm([group.difference.p for group in compared]), strict=True))
+    return [
+        replace(group, difference=replace(group.difference, holm_p=corrected[group]))
+        if group in corrected
+        else group
+        for group in groups
+    ]
 
 
 def _with_fronts(groups: Sequence[Group]) -> tuple[Group, ...]:

@@ -39,7 +39,17 @@ WORDINGS = {
     "federated": Wording(
         unit="round",
         figures=(
-            *("final", "best", "worst_clients", "virtual_s", "gflops", "mb", "energy_kj", "cut"),
+            *(
+                "final",
+                "best",
+                "validation",
+                "worst_clients",
+                "virtual_s",
+                "gflops",
+                "mb",
+                "energy_kj",
+                "cut",
+            ),
             *("latency_ms", "ies_infer_ms", "rcs_infer", "ies_train_s", "rcs_train", "kernel_entropy"),
         ),
         target=("virtual_s", "gflops", "mb"),
@@ -68,7 +78,7 @@ WORDINGS = {
     "centralised": Wording(
         unit="epoch",
         figures=(
-            *("final", "best", "top5_final", "top5_best", "epoch_s", "train_s", "gflops"),
+            *("final", "best", "validation", "top5_final", "top5_best", "epoch_s", "train_s", "gflops"),
             *("latency_ms", "ies_infer_ms", "rcs_infer", "ies_train_s", "rcs_train", "kernel_entropy"),
         ),
         target=("train_s", "gflops"),

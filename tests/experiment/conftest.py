@@ -87,8 +87,13 @@ def epoch_row(number, accuracy, **changes):
     return EpochRow(**values | changes)
 
 
-def rows(accuracies):
-    return [round_row(number, accuracy) for number, accuracy in enumerate(accuracies, start=1)]
+def rows(accuracies, validation=None):
+    return [
+        round_row(number, accuracy, validation_accuracy=held)
+        for number, (accuracy, held) in enumerate(
+            zip(accuracies, validation or [None] * len(accuracies), strict=True), start=1
+        )
+    ]
 
 
 CENTRALISED = {
@@ -118,13 +123,13 @@ def write_centralised(tmp_path):
 def make_run():
     """Makes a finished run of these accuracies and, in its last round, of these clients' accuracies."""
 
-    def make(accuracies, clients=(), task="", variant="", **changes):
+    def make(accuracies, clients=(), task="", variant="", validation=None, **changes):
         settings = Settings.from_mapping({"server.rounds": len(accuracies)} | changes)
         last = [client_row(len(accuracies), client, accuracy) for client, accuracy in enumerate(clients)]
         return Run(
             Path("run"),
             settings,
-            tuple(rows(accuracies)),
+            tuple(rows(accuracies, validation)),
             tuple(last),
             task=task,
             variant=variant or settings.model.conv,
@@ -137,9 +142,12 @@ def make_run():
 def make_centralised():
     """Makes a finished centralised run of these accuracies."""
 
-    def make(accuracies, task="", variant="", **changes):
+    def make(accuracies, task="", variant="", validation=None, **changes):
         settings = Settings.from_mapping({"kind": "centralised", "train.epochs": len(accuracies)} | changes)
-        epochs = tuple(epoch_row(number, accuracy) for number, accuracy in enumerate(accuracies, start=1))
+        epochs = tuple(
+            epoch_row(row.round, row.accuracy, validation_accuracy=row.validation_accuracy)
+            for row in rows(accuracies, validation)
+        )
         return Run(Path("run"), settings, epochs, task=task, variant=variant or settings.model.conv)
 
     return make
@@ -178,10 +186,10 @@ def centralised_runs(tmp_path_factory):
     return folder
 
 
-def write_folder(path, accuracies, optional=False, rounds=2, **changes):
+def write_folder(path, accuracies, optional=False, rounds=2, validation=None, **changes):
     folder = RunFolder(path)
     folder.write_settings(Settings.from_mapping({"server.rounds": rounds} | changes).kept())
-    for row in rows(accuracies):
+    for row in rows(accuracies, validation):
         clients = [
             client_row(row.round, 0, 0.5),
             client_row(row.round, 1, None, status="late", reason="slow", total_s=60.0, up_s=56.0),

@@ -56,6 +56,22 @@ def test_those_asked_compute_and_those_that_count_take_time(estimate, changes, a
     assert cell.wall_s == pytest.approx(2 * (2 * trained * 479 * 0.01 + TEST * 0.001))
 
 
+def test_validation_images_are_evaluated_and_not_trained_on(estimate):
+    cell = estimate(**{"data.validation": 237})
+    assert cell.wall_s == pytest.approx(2 * (2 * (TRAIN - 237) * 0.01 + (TEST + 237) * 0.001))
+
+
+def test_after_the_trials_only_one_value_of_each_variant_is_counted(write_yaml):
+    file = write_yaml(
+        matrix={"model.conv": ["static", "fmdconv"], "train.lr": [0.1, 0.2, 0.3], "seed": [0, 1]},
+        select={"over": "train.lr", "by": "validation", "seeds": [7]},
+        **{"data.validation": 0.1},
+    )
+    names = [cell.cell for cell in estimate_experiment(load_experiment(file), None, "inline", 1).cells]
+    assert len(names) == 2 * 3 + 2 * 2
+    assert names[6:8] == ["conv=static,seed=0,lr=0.1 or as chosen", "conv=static,seed=1,lr=0.1 or as chosen"]
+
+
 def test_centralised_training_passes_over_all_images(write_centralised):
     experiment = load_experiment(write_centralised())
     (task,) = place_cells(experiment, None)

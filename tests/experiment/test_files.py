@@ -3,6 +3,7 @@ import pytest
 from fedfmd.errors import SettingsError
 from fedfmd.experiment import load_experiment, load_settings
 from fedfmd.experiment.files import parse_overrides
+from fedfmd.experiment.selection import Selection
 from fedfmd.settings import Settings
 
 
@@ -119,7 +120,10 @@ def test_an_override_needs_a_key_and_a_value(text):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("seed: 1", r"study\.yaml must hold `base:` and may hold `matrix:` and `kind:`, found seed"),
+        (
+            "seed: 1",
+            r"study\.yaml must hold `base:` and may hold `matrix:`, `kind:` and `select:`, found seed",
+        ),
         ("base: 3", r"study\.yaml: `base:` must hold settings, found int"),
         ("kind: central\nbase: {}", r"kind = 'central': must be one of federated, centralised"),
         (
@@ -140,6 +144,62 @@ def test_an_override_needs_a_key_and_a_value(text):
 def test_a_file_that_describes_no_experiment_is_one_line(text, message, write):
     with pytest.raises(SettingsError, match=message):
         load_experiment(write(text))
+
+
+SELECT = """
+base: {data.validation: 0.1}
+matrix: {model.conv: [static, fmdconv], train.lr: [0.02, 0.1], seed: [0, 1]}
+select: {over: train.lr, by: validation, seeds: [100]}
+"""
+
+
+def test_trials_are_every_variant_and_value_with_the_seeds_that_choose(write):
+    experiment = load_experiment(write(SELECT))
+    assert experiment.selection == Selection(("train.lr",), (100,))
+    assert [cell.name for cell in experiment.trials] == [
+        "conv=static,lr=0.02,seed=100",
+        "conv=static,lr=0.1,seed=100",
+        "conv=fmdconv,lr=0.02,seed=100",
+        "conv=fmdconv,lr=0.1,seed=100",
+    ]
+    assert len(experiment.cells) == 8
+    trial, *_ = load_experiment(write(SELECT), ["seed=3"]).trials
+    assert trial.settings.seed == 100  # an override's seed is for what is reported
+
+
+def test_without_seeds_of_its_own_a_selection_is_among_all_runs(write):
+    experiment = load_experiment(write(SELECT.replace(", seeds: [100]", "")))
+    assert (experiment.selection, experiment.trials) == (Selection(("train.lr",)), ())
+    assert len(experiment.cells) == 8
+
+
+def test_an_override_leaves_nothing_to_select(write):
+    experiment = load_experiment(write(SELECT), ["train.lr=0.3"])
+    assert (experiment.selection, experiment.trials) == (None, ())
+    assert {cell.settings.train.lr for cell in experiment.cells} == {0.3}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        (
+            "[0.02, 0.1]",
+            "[0.1]",
+            r"select: over = 'train\.lr': the matrix has one value of it, 0\.1: give it",
+        ),
+        (
+            "0.1}\nm",
+            "0}\nm",
+            r"data\.validation = 0 in conv=static,lr=0\.02,seed=0, and select: by = validation",
+        ),
+        ("seeds: [100]", "seeds: [5, 1]", r"select: seeds = \[5, 1\]: 1 is a seed of the matrix too"),
+        ("by: validation", "by: test", r"select: by = 'test': must be validation"),
+    ],
+)
+def test_a_selection_that_cannot_be_made_is_one_line(before, after, message, write):
+    assert before in SELECT
+    with pytest.raises(SettingsError, match=message):
+        load_experiment(write(SELECT.replace(before, after)))
 
 
 def test_settings_of_a_single_run(write):

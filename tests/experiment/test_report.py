@@ -3,6 +3,7 @@ import csv
 import pytest
 
 from fedfmd.experiment.report import FILES, PAGE, write_page, write_report
+from fedfmd.experiment.selection import Selection
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +70,53 @@ def test_unfinished_runs_are_named_in_every_text_and_the_target_may_be_asked_for
     assert "half (1 of 2 rounds)" in note
     for name in ("report.md", PAGE):
         assert note in (tmp_path / "report" / name).read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def tried(write_run):
+    """Two convolutions at two learning rates each, of which validation and test images prefer different ones."""
+    for conv, lr, validation, test in (
+        ("static", 0.1, 0.7, 0.8),
+        ("static", 0.02, 0.8, 0.6),
+        ("fmdconv", 0.1, 0.9, 0.7),
+        ("fmdconv", 0.02, 0.6, 0.9),
+    ):
+        for seed in (0, 1):
+            changes = {"model.conv": conv, "train.lr": lr, "seed": seed, "data.validation": 0.1}
+            accuracies = [0.5, test + seed / 50]
+            folder = write_run(f"{conv}-{lr}-{seed}", accuracies, validation=[0.5, validation], **changes)
+    return folder.parent
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_variants_are_compared_at_the_values_that_validation_chose(stored, tried, tmp_path):
+    selection = Selection(("train.lr",))
+    if stored:
+        selection.write(tried)
+    summary, notes = write_report([tried], tmp_path / "report", selection=None if stored else selection)
+    assert notes == ()
+    assert [(group.label, group.chosen) for group in summary.groups] == [
+        ("static", "train.lr=0.02"),
+        ("fmdconv", "train.lr=0.1"),
+    ]
+    static, fmdconv = summary.groups
+    assert (static.final.mean, fmdconv.final.mean) == (pytest.approx(61), pytest.approx(71))
+    assert (fmdconv.difference.pairs, fmdconv.difference.mean) == (
+        2,
+        pytest.approx(10),
+    )  # over learning rates
+    text = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
+    assert "| runs | train.lr | seeds | validation % | chosen |" in text
+    assert "| static | 0.02 | 2 | 80.0 ± 0.0 | chosen |\n| static | 0.1 | 2 | 70.0 ± 0.0 |  |\n" in text
+    page = (tmp_path / "report" / PAGE).read_text(encoding="utf-8")
+    assert "What was tried" in page
+    assert "Each at its own train.lr, chosen by the validation accuracy (see What was tried)." in page
+
+
+def test_without_a_selection_every_value_is_a_group(tried, tmp_path):
+    summary, _ = write_report([tried], tmp_path / "report")
+    assert len(summary.groups) == 4
+    assert "What was tried" not in (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
 
 
 def test_a_run_gets_its_own_page(runs):

@@ -54,7 +54,7 @@ def no_plots(monkeypatch):
     """Leaves pages empty and comparisons out, as drawing them takes seconds."""
     page = "fedfmd.experiment.report.write_page"
     monkeypatch.setattr(page, lambda folder: (folder / "report.html").touch())
-    monkeypatch.setattr("fedfmd.experiment.report.write_report", lambda folders, out: None)
+    monkeypatch.setattr("fedfmd.experiment.report.write_report", lambda folders, out, selection: None)
 
 
 def test_a_run_prints_a_line_per_round_and_leaves_its_files(run, write_yaml, tmp_path):
@@ -196,6 +196,35 @@ def test_several_runs_are_compared_beside_their_folders(run, pools, write_yaml, 
         "curves.png",
     }
     assert text.splitlines()[-1] == f"report: {tmp_path / 'study'}"
+
+
+SELECT = {"over": "train.lr", "by": "validation", "seeds": [100]}
+RATES = {"train.lr": [1e-6, 0.05], "seed": [0, 1]}  # the lower one learns nothing
+
+
+def test_trials_come_first_and_then_the_cells_of_the_values_that_they_choose(
+    run, pools, no_plots, write_yaml, tmp_path
+):
+    file = write_yaml(matrix=RATES, select=SELECT, **{"data.validation": 0.1, "model.conv": "static"})
+    folders, text = run(file, out=Path("study"))
+    names = ["seed=100,lr=1e-06", "seed=100,lr=0.05", "seed=0,lr=0.05", "seed=1,lr=0.05"]
+    assert [folder.name for folder in folders] == names
+    assert pools == [2, 2]
+    assert (tmp_path / "study" / "select.json").exists()
+    again, text = run(file, out=Path("study"))
+    assert again == folders
+    assert text.count("finished before") == 4
+
+
+def test_a_trial_that_fails_leaves_the_choice_open(run, pools, no_plots, started, write_yaml, monkeypatch):
+    def fail_slow(server, client, config, workers, threads):
+        if config["train.lr"] < 1e-3:
+            raise RunError("round 1: all clients failed")
+
+    monkeypatch.setattr("fedfmd.experiment.run.run_inline", fail_slow)
+    with pytest.raises(RunError, match=r"^1 of 2 cells failed"):
+        run(write_yaml(matrix=RATES, select=SELECT, **{"data.validation": 0.1}))
+    assert pools == [2]
 
 
 def test_a_run_is_not_lost_because_its_page_fails(run, write_yaml, monkeypatch):

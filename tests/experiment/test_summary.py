@@ -3,12 +3,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy.stats import ttest_rel
 
 from fedfmd.experiment.summary import (
     Estimate,
     client_accuracies,
     cut_percent,
     estimate,
+    holm,
     paired_difference,
     summarise,
     to_target,
@@ -36,6 +38,51 @@ def test_a_paired_difference_has_students_interval():
     assert (gain.low, gain.high) == (pytest.approx(2 - 2.484, abs=1e-3), pytest.approx(2 + 2.484, abs=1e-3))
     # differences 0 and 2: s = sqrt(2), t(0.975, 1) = 12.706, half width 12.706
     assert paired_difference([(70, 70), (82, 80)]).high == pytest.approx(1 + 12.706, abs=1e-3)
+
+
+def test_the_p_value_is_that_of_a_paired_t_test():
+    gain = paired_difference([(71, 70), (82, 80), (93, 90)])
+    assert gain.p == pytest.approx(0.0742, abs=1e-4)  # t = 2 sqrt(3) = 3.464 with 2 degrees, from a table
+    assert gain.p == pytest.approx(ttest_rel([71, 82, 93], [70, 80, 90]).pvalue)
+    assert paired_difference([(71, 70), (81, 80)]).p == 0  # equal differences
+    assert paired_difference([(70, 70), (80, 80)]).p == 1
+
+
+def test_holms_correction_by_hand():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx(
+        [0.03, 0.06, 0.06]
+    )  # 3 · 0.01; 2 · 0.03; 1 · 0.04, but not below
+    assert holm([0.4, 0.6]) == pytest.approx([0.8, 0.8])
+    assert holm([0.7, 0.9]) == [1, 1]
+    assert holm([0.04]) == [0.04]
+    assert holm([]) == []
+
+
+def test_of_several_differences_fewer_hold_than_alone(make_run):
+    gains = {"static": (0, 0, 0), "condconv": (0.02, 0.03, 0.041), "dyconv": (0.01, 0.03, 0.08)}
+    runs = {
+        conv: [
+            make_run([0.6 + own], seed=seed, **{"model.conv": conv}) for seed, own in enumerate(accuracies)
+        ]
+        for conv, accuracies in gains.items()
+    }
+    (alone,) = (group.difference for group in summarise(runs["static"] + runs["condconv"]).groups[1:])
+    assert (alone.p, alone.holds) == (alone.holm_p, True)
+    first, second = (
+        group.difference for group in summarise([run for own in runs.values() for run in own]).groups[1:]
+    )
+    assert (first.p, first.holm_p, first.holds) == (alone.p, pytest.approx(2 * alone.p), False)
+    assert second.holm_p == pytest.approx(max(first.holm_p, second.p))
+    assert first.low > 0  # the plain interval stays as it is
+
+
+def test_the_best_round_is_the_best_on_validation_images(make_run, make_centralised):
+    (group,) = summarise([make_run([0.9, 0.7, 0.8], validation=[0.5, 0.8, 0.7])]).groups
+    assert (group.best.mean, group.final.mean, group.validation.mean) == pytest.approx((70, 80, 70))
+    (group,) = summarise([make_centralised([0.9, 0.7, 0.8], validation=[0.5, 0.8, 0.7])]).groups
+    assert group.top5_best.mean == pytest.approx(85)
+    (group,) = summarise([make_run([0.9, 0.7, 0.8])]).groups
+    assert (group.best.mean, group.validation) == (pytest.approx(90), None)
 
 
 def test_one_pair_has_no_interval():

@@ -10,6 +10,7 @@ import strategies.tracked
 from fedfmd.edge import plan_work
 from fedfmd.errors import RunError, SettingsError
 from fedfmd.tracking import RunFolder, latest_checkpoint, read_clients, read_rounds
+from fedfmd.training import evaluate
 from fedfmd.wire import BY_ATTENTION, pack, read_instruction, to_record
 from strategies import TrackedStrategy, make_strategy
 from strategies.nodes import Node
@@ -84,6 +85,20 @@ def test_a_run_takes_the_mean_of_its_clients(make, make_federation, make_grid):
     assert progress.round == 2
     assert progress.virtual_s == pytest.approx(rounds[-1].virtual_s)
     assert list(progress.client_flops) == [row.cum_train_flops for row in clients[3:]]
+
+
+def test_the_best_round_is_chosen_on_images_held_out_of_training(make, make_federation, make_grid):
+    federation = make_federation({"data.validation": 0.1, "server.rounds": 4})
+    strategy = make(federation)
+    progress = strategy.run(make_grid())
+    rounds, _ = rows(strategy)
+    chosen = max(rounds, key=lambda row: row.validation_accuracy)
+    assert rounds[-1].best_accuracy == progress.best.accuracy == pytest.approx(chosen.accuracy)
+    assert progress.best.chosen_by == pytest.approx(chosen.validation_accuracy)
+    held = evaluate(federation.model, federation.dataset.validation, federation.dataset)
+    assert (held.loss, held.accuracy) == pytest.approx(
+        (rounds[-1].validation_loss, rounds[-1].validation_accuracy)
+    )
 
 
 @pytest.mark.parametrize(("conv", "temperatures"), [("static", [None, None]), ("fmdconv", [30.0, 27.1])])
