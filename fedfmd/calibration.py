@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import date
 from itertools import product
@@ -23,11 +25,12 @@ import psutil
 import torch
 import yaml
 from scipy.optimize import lsq_linear
+from torch import nn
 
 from fedfmd.client_app import Host, run_assignments
 from fedfmd.cost import Cost, count, latency
 from fedfmd.data import Dataset, ImageSet
-from fedfmd.edge import DEVICES, Device, Speed, device_row, read_devices
+from fedfmd.edge import DEVICES, Device, Factors, Scope, Speed, device_row, read_devices
 from fedfmd.errors import RunError, SettingsError
 from fedfmd.federation import torch_device
 from fedfmd.memory import keep_freed
@@ -39,10 +42,9 @@ from fedfmd.wire import Arrays, Assignment, Instruction, pack
 BASE = "static"
 """The operator whose rates are the device's; `efficiency` holds the others' relative to it."""
 
-REPEATS = 5
 ROUND_S = 1.0
 """Seconds, about, that a round of several steps lasts, within these numbers of steps."""
-FEWEST_STEPS, MOST_STEPS = 3, 30
+FEWEST_STEPS, MOST_STEPS = 2, 30
 
 FASTEST_GFLOPS = 1e6
 LEARNING_RATE = 1e-3  # random labels teach nothing: all that matters is that the weights stay finite
@@ -59,10 +61,11 @@ class Round:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds per image of a model: in a round of local training, and in inference."""
+    """Seconds per image of a model: in a round of local training, and in inference; `kernels` is 1 without banks."""
 
     arch: str
     conv: str
+    kernels: int
     batch_size: int
     train_s: float
     infer_s: float
@@ -70,11 +73,16 @@ class Timing:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a model was measured to need, in order of the batch sizes, and the speed that predicts it."""
+    """What a model was measured to need, in order of the batch sizes, and the speed that predicts it.
+
+    `factors` are its rates relative to those of the static network, which took turns with it: in training with the
+    largest batch, fixed seconds included, and in inference of one image.
+    """
 
     timings: tuple[Timing, ...]
     cost: Cost
     speed: Speed
+    factors: Factors
 
     @property
     def arch(self) -> str:
@@ -87,42 +95,79 @@ class Measurement:
         return self.timings[0].conv
 
     @property
+    def scope(self) -> Scope:
+        """The operator, and its kernels where it has banks: what the factors are for."""
+        return Scope(self.conv, None if self.conv == BASE else self.timings[0].kernels)
+
+    @property
     def train_gflops(self) -> float:
         """The whole rate in training with the largest batch: fixed seconds included."""
         return self.cost.train_flops / self.timings[-1].train_s / 1e9
 
 
-def models_of(archs: Iterable[str], convs: Iterable[str], common: Mapping[str, Any]) -> list[Settings]:
+def models_of(
+    archs: Iterable[str], convs: Iterable[str], kernels: Iterable[int], common: Mapping[str, Any]
+) -> list[Settings]:
     """The settings of every network to measure, the static ones included; `common` are those of all, by dotted key.
 
     Raises:
         SettingsError: an unknown name, or another setting that can't be used.
     """
-    pairs = product(dict.fromkeys(archs), dict.fromkeys((BASE, *convs)))
-    return [Settings.from_mapping({"model.arch": a, "model.conv": c, **common}) for a, c in pairs]
+    counts = tuple(dict.fromkeys(kernels))
+    return [
+        Settings.from_mapping({"model.arch": arch, "model.conv": conv, "model.kernels": count, **common})
+        for arch, conv in product(dict.fromkeys(archs), dict.fromkeys((BASE, *convs)))
+        for count in (counts[:1] if conv == BASE else counts)
+    ]
 
 
-def measure(settings: Settings, classes: int, image_size: int, batch_sizes: Iterable[int]) -> Measurement:
+def measure(
+    settings: Settings, classes: int, image_size: int, batch_sizes: Iterable[int], repeats: int = 5
+) -> Measurement:
     """Train and run the settings' network on random images, alone and in these batches.
 
     Training is a client's round as the server asks for it, augmentation and optimiser included. Every time is the
-    median over `REPEATS` rounds after a warm-up; rounds of all kinds take turns, so that a slow moment of the
-    machine meets all of them.
+    median over `repeats` rounds after a warm-up; rounds of all kinds, and of the static network beside it, take
+    turns, so that a slow moment of the machine meets all of them.
 
     Raises:
         RunError: a round fails; the text names the network and the batch.
     """
     keep_freed()  # as a client does
-    sizes = sorted({1, *batch_sizes})
-    host = _host(settings, classes, image_size, MOST_STEPS * sizes[-1])
-    cost = count(host.model, image_size)
-    infer_s = {size: latency(host.model, image_size, batch=size, repeats=REPEATS) for size in sizes}
-    rounds = _rounds(host, cost.kernels, sizes)
+    model, sizes = settings.model, sorted({1, *batch_sizes})
+    networks = [settings]
+    if model.conv != BASE:
+        networks.append(Settings.from_mapping(settings.flat() | {"model.conv": BASE}))
+    with ExitStack() as stack:
+        own, *others = (
+            stack.enter_context(_bench(network, classes, image_size, MOST_STEPS * sizes[-1]))
+            for network in networks
+        )
+        kinds = _kinds(own, sizes)
+        for base in others:
+            base.train(*kinds[-1])  # to warm up
+        jobs = [(own, kind) for kind in kinds] + [(base, kinds[-1]) for base in others]
+        trained = [[bench.train(*kind) for bench, kind in jobs] for _ in range(repeats)]
+        infer_s = {size: latency(own.model, image_size, batch=size, repeats=repeats) for size in sizes}
+        inferred = [
+            [latency(bench.model, image_size, repeats=repeats) for bench in (own, *others)]
+            for _ in range(repeats)
+        ]
+    seconds = list(map(median, zip(*trained, strict=True)))
+    rounds = [Round(*kind, taken) for kind, taken in zip(kinds, seconds[: len(kinds)], strict=True)]
+    cost = own.cost
     speed = fit_speed(rounds, cost, infer_gflops=cost.flops / infer_s[1] / 1e9)
     long = {r.batch_size: r.seconds / (r.steps * r.batch_size) for r in rounds if r.steps > 1}
-    model = settings.model
-    timings = tuple(Timing(model.arch, model.conv, size, long[size], infer_s[size]) for size in sizes)
-    return Measurement(timings, cost, speed)
+    timings = tuple(
+        Timing(model.arch, model.conv, cost.kernels, size, long[size], infer_s[size]) for size in sizes
+    )
+    factors = Factors(1, 1)
+    for base in others:
+        factors = Factors(
+            cost.train_flops / base.cost.train_flops * _speed_up([turn[-2:] for turn in trained]),
+            cost.flops / base.cost.flops * _speed_up(inferred),
+        )
+    return Measurement(timings, cost, speed, factors)
 
 
 def fit_speed(rounds: Sequence[Round], cost: Cost, infer_gflops: float) -> Speed:
@@ -152,7 +197,7 @@ def make_device(
     """The profile that follows from the measurements: each network's speed, and what it tells of other networks.
 
     For these, rates are geometric means over the architectures: of the static networks, and of what the other
-    operators reach relative to them.
+    operators, with so many kernels, reach relative to them.
 
     Args:
         name: the row's name.
@@ -166,8 +211,7 @@ def make_device(
     static = {m.arch: m for m in measured if m.conv == BASE}
     train_gflops = geometric_mean(m.train_gflops for m in static.values())
     relative = {
-        conv: geometric_mean(m.train_gflops / static[m.arch].train_gflops for m in measured if m.conv == conv)
-        for conv in dict.fromkeys(m.conv for m in measured)
+        scope: [m.factors for m in measured if m.scope == scope] for scope in (m.scope for m in measured)
     }
     estimate: tuple[str, ...] = ()
     if power_w is None:
@@ -182,8 +226,16 @@ def make_device(
         power_w=power_w,
         source=source,
         estimate=estimate,
-        efficiency={conv: _rounded(ratio) for conv, ratio in relative.items()},
-        models={f"{m.arch}/{m.conv}": _rounded_speed(m.speed) for m in measured},
+        efficiency={
+            scope: Factors(
+                _rounded(geometric_mean(f.train for f in factors)),
+                _rounded(geometric_mean(f.infer for f in factors)),
+            )
+            for scope, factors in relative.items()
+        },
+        models={
+            Scope(f"{m.arch}/{m.scope.name}", m.scope.kernels): _rounded_speed(m.speed) for m in measured
+        },
         down_mbps=down_mbps,
         up_mbps=up_mbps,
     )
@@ -196,7 +248,7 @@ def total_memory_gb(device: torch.device) -> float:
     return psutil.virtual_memory().total / 1e9
 
 
-def source_of(settings: Settings, image_size: int, batch_sizes: Iterable[int]) -> str:
+def source_of(settings: Settings, kernels: Iterable[int], image_size: int, batch_sizes: Iterable[int]) -> str:
     """What was measured, where and when, for a row's `source`."""
     about, model = environment(), settings.model
     machine, versions = about["machine"], about["versions"]
@@ -204,7 +256,7 @@ def source_of(settings: Settings, image_size: int, batch_sizes: Iterable[int]) -
     place = machine["gpu"] if gpu else f"{machine['processor']}, {torch.get_num_threads()} threads"
     return (
         f"fedfmd calibrate {versions['fedfmd']}, {date.today().isoformat()}: {place}; torch {versions['torch']}; "
-        f"K={model.kernels}, {model.norm} normalisation, {image_size}×{image_size} images, "
+        f"K={', '.join(map(str, kernels))}, {model.norm} normalisation, {image_size}×{image_size} images, "
         f"batches of {', '.join(map(str, sorted({1, *batch_sizes})))}"
     )
 
@@ -232,30 +284,50 @@ def write_devices(path: Path, devices: Mapping[str, Device]) -> None:
     atomic_write(path, yaml.safe_dump(rows, sort_keys=False, allow_unicode=True, width=110))
 
 
-def _host(settings: Settings, classes: int, image_size: int, images: int) -> Host:
-    """A node whose client n has n images, up to `images`."""
+@dataclass(frozen=True)
+class _Bench:
+    """A network that is measured, in a thread of its own, as a thread keeps one model for its clients."""
+
+    host: Host
+    model: nn.Module
+    cost: Cost
+    arrays: Arrays
+    thread: ThreadPoolExecutor
+
+    def train(self, steps: int, batch_size: int) -> float:
+        """Return the seconds of a client's round of so many steps, with all kernels."""
+        work = Assignment(steps * batch_size, steps, batch_size, self.cost.kernels)
+        return self.thread.submit(_train, self.host, self.arrays, work).result()
+
+
+@contextmanager
+def _bench(settings: Settings, classes: int, image_size: int, images: int) -> Iterator[_Bench]:
+    """Yield the settings' network beside random images, of which client n has n, up to `images`."""
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (images, 3, image_size, image_size), generator=generator, dtype=torch.uint8)
     shard = ImageSet(pixels, torch.arange(images) % classes)
     names = tuple(str(label) for label in range(classes))
     dataset = Dataset("random", shard, shard, classes, names, (0.5,) * 3, (0.25,) * 3, augment="crop+flip")
-    return Host(settings, dataset, lambda client: shard.subset(torch.arange(client)), torch_device(settings))
+    host = Host(settings, dataset, lambda client: shard.subset(torch.arange(client)), torch_device(settings))
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(threads,)) as thread:
+        model = thread.submit(lambda: host.model).result()
+        yield _Bench(host, model, count(model, image_size), pack(model), thread)
 
 
-def _rounds(host: Host, kernels: int, batch_sizes: Iterable[int]) -> list[Round]:
-    """Median rounds of one step and of as many as last about `ROUND_S`, with each batch size."""
-    arrays = pack(host.model)
+def _kinds(bench: _Bench, batch_sizes: Iterable[int]) -> list[tuple[int, int]]:
+    """Steps and batch size of rounds of one step and of about `ROUND_S`, the longest last; warms the network up."""
     kinds = []
     for size in batch_sizes:
-        _train(host, arrays, Assignment(size, 1, size, kernels))
-        step_s = _train(host, arrays, Assignment(size, 1, size, kernels))
-        steps = min(MOST_STEPS, max(FEWEST_STEPS, round(ROUND_S / step_s)))
-        kinds += [Assignment(size, 1, size, kernels), Assignment(steps * size, steps, size, kernels)]
-    seconds = [[_train(host, arrays, kind) for kind in kinds] for _ in range(REPEATS)]
-    return [
-        Round(kind.steps, kind.batch_size, median(taken))
-        for kind, taken in zip(kinds, zip(*seconds, strict=True), strict=True)
-    ]
+        bench.train(1, size)
+        steps = min(MOST_STEPS, max(FEWEST_STEPS, round(ROUND_S / bench.train(1, size))))
+        kinds += [(1, size), (steps, size)]
+    return kinds
+
+
+def _speed_up(turns: Iterable[Sequence[float]]) -> float:
+    """How many times faster the first of two is than the second, the median over turns of the seconds of both."""
+    return median(second / first for first, second in turns)
 
 
 def _train(host: Host, arrays: Arrays, work: Assignment) -> float:

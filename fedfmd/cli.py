@@ -228,8 +228,11 @@ def calibrate(
     ] = Path("box.yaml"),
     image_size: Annotated[int, typer.Option(min=8, help="Height and width in pixels.")] = 32,
     classes: Annotated[int, typer.Option(min=2, help="Number of classes.")] = 10,
-    kernels: Annotated[int, typer.Option(min=1, help="Kernels per bank.")] = 4,
+    kernels: Annotated[
+        list[int], typer.Option(min=1, help="Kernels per bank, as model.kernels; may be repeated.")
+    ] = [4],  # noqa: B006 - typer copies it
     norm: Annotated[str, typer.Option(help="batch or group.")] = "group",
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds of each kind, whose median counts.")] = 5,
     backend: Annotated[Backend, typer.Option("--device-backend", help="What to compute on.")] = Backend.cpu,
     threads: Annotated[int, typer.Option(min=0, help="Threads of PyTorch; 0: its own choice.")] = 0,
     power_w: Annotated[
@@ -261,19 +264,19 @@ def calibrate(
 
     if threads:
         torch.set_num_threads(threads)
-    common = {"model.kernels": kernels, "model.norm": norm, "device": backend.value}
-    networks = calibration.models_of(models, convs or CONVS, common)
+    common = {"model.norm": norm, "device": backend.value}
+    networks = calibration.models_of(models, convs or CONVS, kernels, common)
     rows = calibration.other_rows(out, name)
     if server:
         down_mbps, up_mbps = link_mbps(server)
     measured = [
-        calibration.measure(network, classes, image_size, batch_sizes)
+        calibration.measure(network, classes, image_size, batch_sizes, repeats)
         for network in track(networks, "measuring", console=Console(stderr=True), transient=True)
     ]
     box = calibration.make_device(
         name,
         measured,
-        calibration.source_of(networks[0], image_size, batch_sizes),
+        calibration.source_of(networks[0], kernels, image_size, batch_sizes),
         memory_gb=calibration.total_memory_gb(torch_device(networks[0])),
         power_w=power_w,
         down_mbps=down_mbps,

@@ -188,10 +188,12 @@ def known_devices(settings: Settings) -> dict[str, Device]:
 
 def device_in_run(settings: Settings, device: Device) -> Device:
     """Return the device as it is for this run's model, with what the settings say of all devices."""
-    fleet = settings.fleet
+    fleet, model = settings.fleet, settings.model
+    if fleet.efficiency == "none":
+        device = replace(device, efficiency={})
     set_for_all = {"availability": fleet.availability, "jitter": fleet.jitter}
     changes = {name: value for name, value in set_for_all.items() if value}
-    return replace(device.running(settings.model.arch, settings.model.conv), **changes)
+    return replace(device.running(model.arch, model.conv, model.kernels), **changes)
 
 
 def build_budget(settings: Settings) -> Budget:

@@ -214,6 +214,8 @@ class ServerSettings(_Section):
 class FleetSettings(_Section):
     """Devices (`name:count` or `name:share%`, comma-separated) and their network; a YAML file may add devices.
 
+    `efficiency` says whether a device's rates are those that it reaches with the model's convolution and kernels
+    ("measured": by the devices' factors), or those of static ones for all ("none": by MACs alone).
     `assignment` says whether images decide who has a fast device. `availability` and `jitter` replace those of
     all devices unless they are 0. `trace` is a CSV file of the windows of virtual time in which clients are there.
     """
@@ -221,6 +223,7 @@ class FleetSettings(_Section):
     devices: str = "pi-4:40%, pi-5:30%, jetson-nano:30%"
     link: Annotated[str, _one_of(LINKS)] = "wifi"
     devices_file: str = ""
+    efficiency: Literal["measured", "none"] = "measured"
     assignment: Annotated[str, _one_of(ASSIGNMENTS)] = "random"
     availability: Share = 0.0
     jitter: Annotated[Number, Field(ge=0, le=MAX_JITTER)] = 0.0

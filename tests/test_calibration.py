@@ -9,11 +9,11 @@ import torch
 from fedfmd import calibration
 from fedfmd.calibration import FASTEST_GFLOPS, Measurement, Round, Timing, fit_speed, make_device
 from fedfmd.cost import Cost
-from fedfmd.edge import DEVICES, Speed, plan_work, read_devices
+from fedfmd.edge import DEVICES, Factors, Scope, Speed, plan_work, read_devices
 from fedfmd.errors import RunError, SettingsError
 from fedfmd.federation import build_federation
 
-TINY = {"model.width": 0.25, "model.kernels": 2}
+TINY = {"model.width": 0.25}
 COST = Cost(
     params=1, bytes=4, macs_by_kind={"convolution": 500_000_000}, activation_bytes=1
 )  # 3 GFLOP per image
@@ -42,24 +42,36 @@ def test_no_part_is_negative_where_a_batch_is_as_quick_as_an_image():
     assert fit.round_s >= 0
 
 
-def measurement(arch, conv, train_gflops, infer_gflops=8.0):
-    timings = tuple(Timing(arch, conv, size, 3 / train_gflops, 0.1) for size in (1, 16))
-    return Measurement(timings, COST, Speed(2 * train_gflops, infer_gflops, 0.123456, 0.25))
+def measurement(arch, conv, train_gflops, infer_gflops=8.0, kernels=1, factors=(1, 1)):
+    timings = tuple(Timing(arch, conv, kernels, size, 3 / train_gflops, 0.1) for size in (1, 16))
+    speed = Speed(2 * train_gflops, infer_gflops, 0.123456, 0.25)
+    return Measurement(timings, COST, speed, Factors(*factors))
 
 
 def test_a_device_by_hand():
     measured = [
         measurement("resnet8", "static", 10, infer_gflops=4),
-        measurement("resnet8", "fmdconv", 5),
+        measurement("resnet8", "fmdconv", 5, kernels=4, factors=(0.5, 0.9)),
         measurement("resnet18", "static", 40, infer_gflops=9),
-        measurement("resnet18", "fmdconv", 5),
+        measurement("resnet18", "fmdconv", 5, kernels=4, factors=(0.125, 0.4)),
+        measurement("resnet18", "fmdconv", 5, kernels=1, factors=(0.9, 0.8)),
     ]
     box = make_device("mine", measured, "here", memory_gb=2, power_w=6, up_mbps=30)
     assert (box.name, box.memory_gb, box.power_w, box.source) == ("mine", 2, 6, "here")
     assert (box.train_gflops, box.infer_gflops) == (20, 6)  # geometric means of 10 and 40, 4 and 9
-    assert box.efficiency == {"static": 1, "fmdconv": 0.25}  # of 1/2 and 1/8
-    assert box.models["resnet8/fmdconv"] == Speed(10, 8, 0.1235, 0.25)
-    assert list(box.models) == ["resnet8/static", "resnet8/fmdconv", "resnet18/static", "resnet18/fmdconv"]
+    assert box.efficiency == {
+        Scope("static"): Factors(1, 1),
+        Scope("fmdconv", 4): Factors(0.25, 0.6),  # geometric means of 1/2 and 1/8, 0.9 and 0.4
+        Scope("fmdconv", 1): Factors(0.9, 0.8),
+    }
+    assert box.models[Scope("resnet8/fmdconv", 4)] == Speed(10, 8, 0.1235, 0.25)
+    assert list(map(str, box.models)) == [
+        "resnet8/static",
+        "resnet8/fmdconv/4",
+        "resnet18/static",
+        "resnet18/fmdconv/4",
+        "resnet18/fmdconv/1",
+    ]
     assert (box.down_mbps, box.up_mbps, box.estimate) == (None, 30, ())
 
 
@@ -71,12 +83,15 @@ def test_watts_that_nobody_gives_are_those_of_the_most_similar_device():
 
 
 def test_static_networks_are_always_measured_and_nothing_twice():
-    networks = calibration.models_of(["resnet18", "resnet8"], ["fmdconv", "static", "fmdconv"], TINY)
-    assert [(n.model.arch, n.model.conv) for n in networks] == [
-        ("resnet18", "static"),
-        ("resnet18", "fmdconv"),
-        ("resnet8", "static"),
-        ("resnet8", "fmdconv"),
+    convs = ["fmdconv", "static", "fmdconv"]
+    networks = calibration.models_of(["resnet18", "resnet8"], convs, [4, 1, 4], TINY)
+    assert [(n.model.arch, n.model.conv, n.model.kernels) for n in networks] == [
+        ("resnet18", "static", 4),
+        ("resnet18", "fmdconv", 4),
+        ("resnet18", "fmdconv", 1),
+        ("resnet8", "static", 4),
+        ("resnet8", "fmdconv", 4),
+        ("resnet8", "fmdconv", 1),
     ]
     assert {n.model.width for n in networks} == {0.25}
 
@@ -94,11 +109,11 @@ def clock(monkeypatch):
         return slow * seconds(TRUE[model.conv], gflops, work.steps, work.batch_size)
 
     monkeypatch.setattr(calibration, "_train", train)
-    monkeypatch.setattr(calibration, "latency", lambda model, image_size, batch, repeats: 0.5 / batch)
+    monkeypatch.setattr(calibration, "latency", lambda model, image_size, repeats, batch=1: 0.5 / batch)
 
 
 def test_a_simulation_of_a_calibrated_box_predicts_its_rounds(clock, tiny_settings, tmp_path):
-    networks = calibration.models_of(["resnet8"], ["fmdconv"], TINY)
+    networks = calibration.models_of(["resnet8"], ["fmdconv"], [2], TINY)
     measured = [calibration.measure(network, 10, 8, [16]) for network in networks]
     box = make_device("mine", measured, "here", memory_gb=2)
     calibration.write_devices(tmp_path / "box.yaml", {"mine": box})
@@ -114,21 +129,32 @@ def test_a_simulation_of_a_calibrated_box_predicts_its_rounds(clock, tiny_settin
             assert plan.latency_s == pytest.approx(0.5, rel=1e-3)
 
 
+def test_factors_are_rates_relative_to_the_static_networks(clock):
+    static, dynamic = calibration.models_of(["resnet8"], ["fmdconv"], [2], TINY)
+    base, measured = (calibration.measure(network, 10, 8, [16]) for network in (static, dynamic))
+    assert base.factors == Factors(1, 1)
+    assert measured.factors.train == pytest.approx(measured.train_gflops / base.train_gflops, rel=0.05)
+    assert measured.factors.infer == pytest.approx(measured.cost.flops / base.cost.flops)  # as many seconds
+
+
 def test_timings_are_seconds_per_image_by_batch_size(clock):
-    (network,) = calibration.models_of(["resnet8"], [], TINY)
+    (network,) = calibration.models_of(["resnet8"], [], [2], TINY)
     timings = calibration.measure(network, 10, 8, [16, 4]).timings
-    assert [(t.arch, t.conv, t.batch_size) for t in timings] == [("resnet8", "static", n) for n in (1, 4, 16)]
+    assert [(t.arch, t.conv, t.kernels, t.batch_size) for t in timings] == [
+        ("resnet8", "static", 1, size) for size in (1, 4, 16)
+    ]
     assert [t.infer_s for t in timings] == [0.5, 0.125, 0.03125]
     assert all(small.train_s > large.train_s for small, large in pairwise(timings))
 
 
 def test_a_box_is_measured_by_training_on_it(monkeypatch):
-    monkeypatch.setattr(calibration, "REPEATS", 1)
     monkeypatch.setattr(calibration, "ROUND_S", 0)
-    (network, _) = calibration.models_of(["resnet8"], ["fmdconv"], TINY)
-    measured = calibration.measure(network, 10, 8, [4])
+    _, network = calibration.models_of(["resnet8"], ["fmdconv"], [2], TINY)
+    measured = calibration.measure(network, 10, 8, [4], repeats=1)
     assert all(t.train_s > 0 and t.infer_s > 0 for t in measured.timings)
+    assert measured.scope == Scope("fmdconv", 2)
     assert measured.speed.train_gflops > 0
+    assert measured.factors.train > 0
 
 
 def test_a_network_that_cannot_be_trained_is_named(monkeypatch):
@@ -136,7 +162,7 @@ def test_a_network_that_cannot_be_trained_is_named(monkeypatch):
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr("fedfmd.client_app.train", fail)
-    (network,) = calibration.models_of(["resnet8"], [], TINY)
+    (network,) = calibration.models_of(["resnet8"], [], [2], TINY)
     with pytest.raises(RunError, match="resnet8 with static, batch 1: RuntimeError: out of memory"):
         calibration.measure(network, 10, 8, [4])
 
@@ -174,7 +200,7 @@ def test_what_cannot_be_written_is_refused_before_anything_is_measured(
 
 
 def test_the_source_says_what_was_measured():
-    (network,) = calibration.models_of(["resnet8"], [], {"model.kernels": 3})
-    source = calibration.source_of(network, 32, [16, 4])
+    (network,) = calibration.models_of(["resnet8"], [], [3], {})
+    source = calibration.source_of(network, [1, 3], 32, [16, 4])
     assert f"torch {metadata.version('torch')};" in source
-    assert "K=3, group normalisation, 32×32 images, batches of 1, 4, 16" in source
+    assert "K=1, 3, group normalisation, 32×32 images, batches of 1, 4, 16" in source

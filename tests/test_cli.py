@@ -214,9 +214,9 @@ def test_cost_of_an_unknown_model_suggests_the_nearest(fedfmd):
 
 @pytest.fixture
 def quick_calibration(monkeypatch):
-    monkeypatch.setattr("fedfmd.calibration.REPEATS", 1)
     monkeypatch.setattr("fedfmd.calibration.ROUND_S", 0)
-    return ["calibrate", "--conv", "fmdconv", "--batch-size", 2, "--image-size", 8, "--threads", 1]
+    network = ["--conv", "fmdconv", "--kernels", 2, "--kernels", 1, "--batch-size", 2, "--image-size", 8]
+    return ["calibrate", *network, "--threads", 1, "--repeats", 1]
 
 
 def test_calibrate_writes_a_device_and_prints_its_timings(fedfmd, quick_calibration, tmp_path):
@@ -224,14 +224,16 @@ def test_calibrate_writes_a_device_and_prints_its_timings(fedfmd, quick_calibrat
     link = ["--power-w", 5, "--down-mbps", 40, "--name", "mine", "--out", "boxes.yaml"]
     status, out, err = fedfmd(*quick_calibration, *link, "--json")
     assert (status, err.splitlines()[-1].partition(",")[0]) == (0, "boxes.yaml: mine")
-    assert [(row["arch"], row["conv"], row["batch_size"]) for row in json.loads(out)] == [
-        ("resnet8", conv, size) for conv in ("static", "fmdconv") for size in (1, 2)
+    networks = (("static", 1), ("fmdconv", 2), ("fmdconv", 1))
+    assert [(row["conv"], row["kernels"], row["batch_size"]) for row in json.loads(out)] == [
+        (*network, size) for network in networks for size in (1, 2)
     ]
     devices = read_devices(tmp_path / "boxes.yaml")
     assert devices.keys() == {"pi-4", "mine"}
     mine = devices["mine"]
     assert (mine.power_w, mine.down_mbps, mine.estimate) == (5, 40, ())
-    assert mine.models.keys() == {"resnet8/static", "resnet8/fmdconv"}
+    assert [*map(str, mine.efficiency)] == ["static", "fmdconv/2", "fmdconv/1"]
+    assert [*map(str, mine.models)] == ["resnet8/static", "resnet8/fmdconv/2", "resnet8/fmdconv/1"]
 
 
 def test_calibrate_prints_a_table(fedfmd, quick_calibration, tmp_path):

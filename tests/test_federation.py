@@ -99,6 +99,7 @@ def test_the_settings_may_replace_what_devices_say(tiny_settings, tmp_path):
 
     assert (device().availability, device().jitter, device().train_gflops) == (0.9, 0.3, 4)
     assert device(**{"model.conv": "static"}).train_gflops == 8
+    assert device(**{"fleet.efficiency": "none"}).train_gflops == 8
     changed = device(**{"fleet.availability": 0.5, "fleet.jitter": 0.1})
     assert (changed.availability, changed.jitter) == (0.5, 0.1)
 

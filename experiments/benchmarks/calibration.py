@@ -36,6 +36,7 @@ from fedfmd.tracking.folder import environment
 CLASSES = 10
 IMAGE_SIZE = 32
 MEASURED_BATCH = 16
+KERNELS = 4
 CLIENTS = 2
 IMAGES = 56  # per client: an epoch's last batch of 16 is a short one
 ROUNDS = 3
@@ -72,7 +73,7 @@ def main() -> None:
 
 
 def write_profile(path: Path, archs: list[str], convs: list[str]) -> None:
-    networks = calibration.models_of(archs, convs, {})
+    networks = calibration.models_of(archs, convs, [KERNELS], {})
     measured = [calibration.measure(network, CLASSES, IMAGE_SIZE, [MEASURED_BATCH]) for network in networks]
     memory_gb = calibration.total_memory_gb(torch.device("cpu"))
     box = calibration.make_device("box", measured, "this machine", memory_gb=memory_gb)
@@ -89,7 +90,7 @@ def check(folder: Path, arch: str, conv: str, batch: int, threads: int) -> dict[
     run = RunFolder(folder / f"{arch}-{conv}-{batch}")
     settings = Settings.from_mapping(
         {
-            "model": {"arch": arch, "conv": conv},
+            "model": {"arch": arch, "conv": conv, "kernels": KERNELS},
             "data": {"dataset": "npz", "train": f"{folder}/train.npz", "test": f"{folder}/test.npz"},
             "partition": {"scheme": "iid", "clients": CLIENTS},
             "train": {"batch-size": batch, "local-epochs": 1, "lr": 1e-3},

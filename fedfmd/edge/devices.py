@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    TypeAdapter,
+    ValidationError,
+)
 from pydantic.dataclasses import dataclass as checked_dataclass
 from pydantic_core import ErrorDetails
 
@@ -22,25 +30,55 @@ Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
 Probability = Annotated[float, Field(strict=True, gt=0, le=1)]
 Jitter = Annotated[float, Field(strict=True, ge=0, le=MAX_JITTER)]
-Figure = Literal["train_gflops", "infer_gflops", "memory_gb", "power_w"]
+Figure = Literal["train_gflops", "infer_gflops", "memory_gb", "power_w", "efficiency"]
 _STRICT = ConfigDict(extra="forbid")
 
 
-def _known_conv(name: str) -> str:
-    if name not in CONVS:
-        raise ValueError(not_one_of(name, CONVS))
-    return name
+@dataclass(frozen=True)
+class Scope:
+    """What a figure is for: a conv, or a model `arch/conv`, with so many kernels per bank; None: with any number."""
+
+    name: str
+    kernels: int | None = None
+
+    def __str__(self) -> str:
+        return self.name if self.kernels is None else f"{self.name}/{self.kernels}"
 
 
-def _known_model(name: str) -> str:
-    models = [f"{arch}/{conv}" for arch in MODELS for conv in CONVS]
-    if name not in models:
-        raise ValueError(not_one_of(name, models))
-    return name
+def _scope(names: Collection[str]) -> BeforeValidator:
+    """Read `name` or `name/K`, where the name is one of these."""
+
+    def read(value: object) -> Scope:
+        if isinstance(value, Scope):
+            return value
+        text = str(value)
+        head, _, tail = text.rpartition("/")
+        scope = Scope(head, int(tail)) if tail.isdecimal() else Scope(text)
+        if scope.name not in names:
+            raise ValueError(not_one_of(scope.name, names))
+        if scope.kernels == 0:
+            raise ValueError(f"{text!r} needs at least one kernel")
+        return scope
+
+    return BeforeValidator(read)
 
 
-Conv = Annotated[str, AfterValidator(_known_conv)]
-Model = Annotated[str, AfterValidator(_known_model)]
+_MODELS = tuple(f"{arch}/{conv}" for arch in MODELS for conv in CONVS)
+Conv = Annotated[Scope, _scope(tuple(CONVS)), PlainSerializer(str)]
+Model = Annotated[Scope, _scope(_MODELS), PlainSerializer(str)]
+
+
+@checked_dataclass(frozen=True, config=_STRICT)
+class Factors:
+    """Factors on a device's rates in training and in inference."""
+
+    train: Positive
+    infer: Positive
+
+
+def _both(value: object) -> object:
+    """One number is the factor on both rates."""
+    return {"train": value, "infer": value} if isinstance(value, int | float) else value
 
 
 @checked_dataclass(frozen=True, config=_STRICT)
@@ -79,11 +117,12 @@ class Device:
         power_w: power of the whole device under load, watts.
         source: where the figures come from.
         estimate: the figures that are estimates, not measurements.
-        efficiency: factors on both rates for models of these convs; 1 for all others.
+        efficiency: factors on the rates for models of these convs, by `conv` or `conv/K`; 1 for all others.
         availability: probability that the device is there in a round.
         jitter: standard deviation of the logarithm of its speed from round to round; the median is 1.
         step_s, round_s: seconds of every local step and of every round, beside the FLOPs.
-        models: the speed on single models, by `arch/conv`; it replaces the rates, factors and seconds above.
+        models: the speed on single models, by `arch/conv` or `arch/conv/K`; it replaces the rates, factors and
+            seconds above.
         down_mbps, up_mbps: its own link, 1e6 bit/s, in the place of the fleet's; None: the fleet's.
     """
 
@@ -94,7 +133,9 @@ class Device:
     power_w: Positive
     source: str
     estimate: tuple[Figure, ...] = ()
-    efficiency: Mapping[Conv, Positive] = field(default_factory=dict, hash=False)
+    efficiency: Mapping[Conv, Annotated[Factors, BeforeValidator(_both)]] = field(
+        default_factory=dict, hash=False
+    )
     availability: Probability = 1.0
     jitter: Jitter = 0.0
     step_s: NonNegative = 0.0
@@ -103,11 +144,15 @@ class Device:
     down_mbps: Positive | None = None
     up_mbps: Positive | None = None
 
-    def running(self, arch: str, conv: str) -> Device:
-        """The device with the speed that it reaches on this model."""
-        factor = self.efficiency.get(conv, 1.0)
-        speed = self.models.get(f"{arch}/{conv}") or Speed(
-            self.train_gflops * factor, self.infer_gflops * factor, self.step_s, self.round_s
+    def running(self, arch: str, conv: str, kernels: int) -> Device:
+        """Return the device with the speed that it reaches on this model, with K kernels per bank.
+
+        Of the figures for the model, or else of those for its conv, that for exactly K kernels counts; else the one
+        for any number; else that for the nearest number, by ratio, and the larger of two as near.
+        """
+        factors = _nearest(self.efficiency, conv, kernels) or Factors(1, 1)
+        speed = _nearest(self.models, f"{arch}/{conv}", kernels) or Speed(
+            self.train_gflops * factors.train, self.infer_gflops * factors.infer, self.step_s, self.round_s
         )
         return replace(self, **asdict(speed), efficiency={}, models={})
 
@@ -117,6 +162,17 @@ class Device:
             1e6 * self.down_mbps if self.down_mbps else fleet.down_bps,
             1e6 * self.up_mbps if self.up_mbps else fleet.up_bps,
         )
+
+
+Value = TypeVar("Value", Factors, Speed)
+
+
+def _nearest(figures: Mapping[Scope, Value], name: str, kernels: int) -> Value | None:
+    """The figure that stands for this name and K, as `Device.running` has it; None if there is none."""
+    measured = [scope.kernels for scope in figures if scope.name == name and scope.kernels]
+    nearest = min(measured, key=lambda k: (max(k / kernels, kernels / k), -k), default=None)
+    scopes = (Scope(name, kernels), Scope(name), Scope(name, nearest))
+    return next((figures[scope] for scope in scopes if scope in figures), None)
 
 
 def _spread(value: object) -> object:

@@ -94,10 +94,11 @@ def partition_table(rows: Sequence[Row], title: str) -> Table:
 def timing_table(timings: Sequence[Timing], title: str) -> Table:
     """One line per network and batch size, in milliseconds per image."""
     table = Table("network", "conv", title=title, box=box.SIMPLE)
-    for heading in ("batch", "training ms", "inference ms"):
+    for heading in ("K", "batch", "training ms", "inference ms"):
         table.add_column(heading, justify="right")
     for t in timings:
-        table.add_row(t.arch, t.conv, str(t.batch_size), f"{1000 * t.train_s:.2f}", f"{1000 * t.infer_s:.2f}")
+        numbers = (str(t.kernels), str(t.batch_size), f"{1000 * t.train_s:.2f}", f"{1000 * t.infer_s:.2f}")
+        table.add_row(t.arch, t.conv, *numbers)
     return table
 
 

@@ -3,12 +3,15 @@ from pathlib import Path
 import pytest
 import yaml
 
+from fedfmd.conv import CONVS
 from fedfmd.edge import (
     DEVICES,
     LINKS,
     Bandwidth,
     Device,
+    Factors,
     Link,
+    Scope,
     Speed,
     device_row,
     device_text,
@@ -46,8 +49,41 @@ def test_a_row_may_say_how_well_convs_run_and_how_reliable_the_device_is(tmp_pat
     device = load_devices(file)["x"]
     assert (device.availability, device.jitter) == (0.8, 0.2)
     for conv, rates in {"fmdconv": (9.1, 10), "static": (18.2, 20)}.items():
-        running = device.running("resnet8", conv)
+        running = device.running("resnet8", conv, 4)
         assert (running.train_gflops, running.infer_gflops) == rates
+
+
+def test_training_and_inference_may_have_factors_of_their_own_for_some_numbers_of_kernels(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"x: {BOARD[:-1]}, efficiency: {{fmdconv/4: {{train: 0.5, infer: 0.25}}, dyconv: 0.8}}}}")
+    assert load_devices(file)["x"].efficiency == {
+        Scope("fmdconv", 4): Factors(0.5, 0.25),
+        Scope("dyconv"): Factors(0.8, 0.8),
+    }
+
+
+@pytest.mark.parametrize(
+    ("efficiency", "kernels", "factor"),
+    [
+        ({"fmdconv/4": 0.5, "fmdconv": 0.9, "fmdconv/1": 0.7}, 4, 0.5),  # exactly these
+        ({"fmdconv/4": 0.5, "fmdconv": 0.9, "fmdconv/1": 0.7}, 2, 0.9),  # any number
+        ({"fmdconv/4": 0.5, "fmdconv/1": 0.7}, 8, 0.5),  # the nearest,
+        ({"fmdconv/16": 0.5, "fmdconv/2": 0.7}, 6, 0.5),  # by ratio: 16 / 6 < 6 / 2,
+        ({"fmdconv/1": 0.7, "fmdconv/4": 0.5}, 2, 0.5),  # and of two as near the larger
+        ({"odconv/4": 0.5, "static": 0.3}, 4, 1),
+    ],
+)
+def test_which_factor_counts_for_k_kernels(efficiency, kernels, factor):
+    device = Device("box", 10, 20, 1, 1, "here", efficiency=efficiency)
+    running = device.running("resnet8", "fmdconv", kernels)
+    assert (running.train_gflops, running.infer_gflops) == (10 * factor, 20 * factor)
+
+
+def test_a_models_speed_may_be_for_some_number_of_kernels_too():
+    models = {"resnet8/fmdconv/1": Speed(8, 4), "resnet8/fmdconv/4": Speed(2, 1)}
+    device = Device("box", 10, 20, 1, 1, "here", models=models)
+    rates = [device.running("resnet8", "fmdconv", kernels).train_gflops for kernels in (1, 3, 8)]
+    assert rates == [8, 2, 2]
 
 
 BOX = Device(
@@ -57,10 +93,10 @@ BOX = Device(
     memory_gb=2,
     power_w=6,
     source="measured here",
-    efficiency={"fmdconv": 0.5},
+    efficiency={"fmdconv": 0.5, "odconv/4": Factors(0.5, 0.25)},
     step_s=0.1,
     round_s=1,
-    models={"resnet8/fmdconv": Speed(8, 4, step_s=0.02)},
+    models={"resnet8/fmdconv": Speed(8, 4, step_s=0.02), "resnet18/odconv/2": Speed(6, 3)},
     down_mbps=50,
 )
 
@@ -75,9 +111,9 @@ BOX = Device(
     ids=["its own speed", "by conv", "at the full rates"],
 )
 def test_the_speed_on_a_model_is_the_most_special_one_that_the_row_has(arch, conv, speed):
-    running = BOX.running(arch, conv)
+    running = BOX.running(arch, conv, 4)
     assert Speed(running.train_gflops, running.infer_gflops, running.step_s, running.round_s) == speed
-    assert running.running(arch, conv) == running
+    assert running.running(arch, conv, 4) == running
 
 
 def test_a_device_may_have_a_link_of_its_own_in_each_direction():
@@ -113,7 +149,17 @@ def test_a_box_has_one_device(tmp_path):
 
 @pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES.keys())
 def test_built_in_devices_are_always_there_and_steady(device):
-    assert (device.efficiency, device.availability, device.jitter) == ({}, 1, 0)
+    assert (device.availability, device.jitter) == (1, 0)
+
+
+@pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES.keys())
+def test_built_in_devices_run_dynamic_convolutions_slower_by_an_estimate(device):
+    assert "efficiency" in device.estimate
+    assert device.running("resnet8", "static", 4).train_gflops == device.train_gflops
+    for conv in set(CONVS) - {"static"}:
+        few, many = (device.running("resnet8", conv, kernels) for kernels in (1, 4))
+        assert many.train_gflops < few.train_gflops < device.train_gflops
+        assert many.infer_gflops < device.infer_gflops
 
 
 @pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES.keys())
@@ -138,6 +184,9 @@ def test_built_in_devices_need_time_for_flops_alone_and_have_the_fleets_link(dev
             ["'x'", "'efficiency'", "did you mean 'fmdconv'"],
         ),
         (f"x: {BOARD[:-1]}, efficiency: {{fmdconv: 0}}}}", ["'x'", "'efficiency'", "greater than 0"]),
+        (f"x: {BOARD[:-1]}, efficiency: {{fmdconv/0: 1}}}}", ["'x'", "'efficiency'", "'fmdconv/0' needs"]),
+        (f"x: {BOARD[:-1]}, efficiency: {{fmdconv/x: 1}}}}", ["'x'", "'efficiency'", "'fmdconv/x'"]),
+        (f"x: {BOARD[:-1]}, efficiency: {{fmdconv: {{train: 1}}}}}}", ["'x'", "'efficiency'"]),
         (f"x: {BOARD[:-1]}, availability: 0}}", ["'x'", "'availability'", "greater than 0"]),
         (f"x: {BOARD[:-1]}, availability: 1.1}}", ["'x'", "'availability'", "less than or equal to 1"]),
         (f"x: {BOARD[:-1]}, jitter: -0.1}}", ["'x'", "'jitter'", "greater than or equal to 0"]),
