@@ -32,7 +32,8 @@ def inputs():
 
 @pytest.mark.parametrize("conv", COLUMNS)
 def test_a_column_for_each_attention_that_the_model_has_and_one_for_all(conv, tiny_settings, inputs):
-    model = build_model(tiny_settings(**{"model.conv": conv}), classes=10).eval()
+    changes = {"model.conv": conv, "model.attention-init": "kaiming"}  # attentions that depend on the image
+    model = build_model(tiny_settings(**changes), classes=10).eval()
     with record_attention(model) as usual:
         logits = model(inputs)
     classes = torch.tensor([3, 4])
