@@ -160,7 +160,7 @@ class TrainSettings(_Section):
     lr: Positive = 0.05
     batch_size: Count = 16
     epochs: Count = 100
-    local_epochs: Count = 3
+    local_epochs: Count = 6
     momentum: Annotated[Number, Field(ge=0, lt=1)] = 0.9
     nesterov: bool = True
     weight_decay: NonNegative = 5e-4
@@ -192,7 +192,7 @@ class ServerSettings(_Section):
     fedbuff waits for, which count (1 + rounds behind)^-staleness.
     """
 
-    rounds: Count = 15
+    rounds: Count = 20
     clients_per_round: Annotated[int, Field(ge=0)] = 0
     strategy: str = "fedavg"
     evaluate_every: Count = 1

@@ -4,11 +4,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
 
 from fedfmd.classifier import Classifier, load_classifier
 from fedfmd.data import ImageFormat
 from fedfmd.errors import SettingsError
-from fedfmd.federation import build_model
+from fedfmd.federation import build_dataset, build_model, build_sgd
+from fedfmd.settings import Settings
+from fedfmd.training import evaluate, train
 
 IMAGES = ImageFormat(("cat", "dog", "owl"), 8, (0.5, 0.4, 0.3), (0.25, 0.2, 0.1), "crop+flip")
 
@@ -56,6 +60,36 @@ def test_a_saved_classifier_is_the_same_and_needs_nothing_else(classifier, pictu
     assert loaded.images == IMAGES
     assert not loaded.model.training
     assert loaded(picture[0]) == pytest.approx(classifier(picture[0]))
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A classifier that has learnt the digits in a few seconds, and its test accuracy."""
+    settings = Settings.from_mapping({"model.conv": "static", "model.width": 0.5})
+    digits, model = build_dataset(settings), build_model(settings, classes=10)
+    generator = torch.Generator().manual_seed(0)
+    for lr, steps in ((0.05, 400), (0.005, 100)):
+        sgd = dataclasses.replace(build_sgd(settings), lr=lr, batch_size=16)
+        train(model, digits.train, digits, sgd, steps, generator)
+    return Classifier(model.eval(), settings, digits.format), evaluate(model, digits.test, digits).accuracy
+
+
+@pytest.mark.parametrize("how", ["NEAREST", "BILINEAR", "BICUBIC"])
+def test_digits_are_known_however_a_user_enlarges_them(trained, how):
+    classifier, accuracy = trained
+    everything = load_digits()
+    _, small, _, labels = train_test_split(
+        np.uint8(everything.images * 255 / 16),
+        everything.target,
+        test_size=0.2,
+        stratify=everything.target,
+        random_state=0,
+    )
+    size = (classifier.images.image_size,) * 2
+    large = np.stack([Image.fromarray(image).resize(size, Image.Resampling[how]) for image in small])
+    told = classifier.probabilities(torch.from_numpy(large)[:, None].expand(-1, 3, -1, -1)).argmax(1)
+    assert accuracy > 0.9
+    assert (told.numpy() == labels).mean() > accuracy - 0.03
 
 
 @pytest.mark.parametrize(("kept", "augment"), [(True, "crop+flip"), (False, "none")])

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import psutil
@@ -160,14 +160,14 @@ def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, 
     return tuple(mean.tolist()), tuple(variance.sqrt().clamp_min(1 / 255).tolist())
 
 
-def fit(images: Tensor, size: int) -> Tensor:
-    """Resize the short side (bilinear) and cut the centre: uint8 N x 3 x H x W to N x 3 x size x size."""
-    from torchvision.transforms import functional
+def fit(images: Tensor, size: int, interpolation: Literal["bilinear", "bicubic"] = "bilinear") -> Tensor:
+    """Resize the short side and cut the centre: uint8 N x C x H x W to N x C x size x size."""
+    from torchvision.transforms import InterpolationMode, functional
 
+    mode = InterpolationMode(interpolation)
     # in chunks, because resizing may pass through float32
-    return torch.cat(
-        [functional.center_crop(functional.resize(chunk, [size]), [size]) for chunk in images.split(1024)]
-    )
+    resized = (functional.resize(chunk, [size], mode) for chunk in images.split(1024))
+    return torch.cat([functional.center_crop(chunk, [size]) for chunk in resized])
 
 
 def read_image(path: Path, size: int) -> Tensor:

@@ -102,9 +102,9 @@ def test_a_digit_is_smooth():
         load_dataset("digits", image_size=size).train.images[:, 0].int().diff(dim=2).abs().max().item()
         for size in (8, 16, 32)
     ]
-    assert jumps[0] == 255
-    assert jumps[1] <= 255 / 2 + 1
-    assert jumps[2] <= 255 / 4 + 1
+    assert jumps[0] == 255  # as it would be at any size if pixels were repeated
+    assert jumps[1] < 0.75 * 255
+    assert jumps[2] < 0.4 * 255
 
 
 @pytest.mark.parametrize("augment", AUGMENTATIONS)
