@@ -294,7 +294,7 @@ def calibrate(
 
 
 @cli.command(
-    epilog="Example: fedfmd export runs/quickstart-0123abcd/checkpoints/round-00015.safetensors --format onnx"
+    epilog="Example: fedfmd export runs/quickstart-0123abcd/checkpoints/round-00020.safetensors --format onnx"
 )
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="A run's checkpoints/round-….safetensors.")],
@@ -310,7 +310,7 @@ def export(
     typer.echo(export_checkpoint(checkpoint, target.value, out, image_size))
 
 
-@cli.command(epilog="Example: fedfmd cam runs/quickstart-0123abcd/checkpoints/round-00015.safetensors test:3")
+@cli.command(epilog="Example: fedfmd cam runs/quickstart-0123abcd/checkpoints/round-00020.safetensors test:3")
 def cam(
     checkpoint: Annotated[Path, typer.Argument(help="A run's checkpoints/round-….safetensors.")],
     images: Annotated[
