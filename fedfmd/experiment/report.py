@@ -34,7 +34,7 @@ def write_report(
 
     `target` is the accuracy in percent whose cost is reported, by default the lowest final mean of the groups;
     `selection` is what is chosen by validation, by default what the folders themselves say. All runs that were
-    read, those left out too, are packed into the folder `pack`, if there is one.
+    read, those left out too, are packed into the folder `pack`, if there is one, with what is to be chosen.
 
     Raises:
         SettingsError: as in `read_comparison`, or `pack` is the folder of a run.
@@ -52,6 +52,8 @@ def write_report(
     page = render_page(summary, sheets, comparison.notes)
     if pack:
         write_packed(comparison.read, pack)
+        if comparison.choice:
+            comparison.choice.selection.write(pack)
     out.mkdir(parents=True, exist_ok=True)
     for name, content in zip(FILES, (text, _csv(summary), picture.getvalue(), page), strict=True):
         atomic_write(out / name, content)

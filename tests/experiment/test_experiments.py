@@ -17,6 +17,7 @@ RUNS = {
     "compare": 180,
     "compare-small": 50,
     "policies": 24,
+    "temperature": 12,
     "uploads": 6,
     "paper/operators": 60,
     "paper/operators-small": 70,

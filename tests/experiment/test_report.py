@@ -113,6 +113,13 @@ def test_variants_are_compared_at_the_values_that_validation_chose(stored, tried
     assert "Each at its own train.lr, chosen by the validation accuracy (see What was tried)." in page
 
 
+def test_packed_runs_keep_what_is_to_be_chosen(tried, tmp_path):
+    selection = Selection(("train.lr",))
+    write_report([tried], tmp_path / "report", pack=tmp_path / "packed", selection=selection)
+    summary, _ = write_report([tmp_path / "packed"], tmp_path / "again")
+    assert [group.chosen for group in summary.groups] == ["train.lr=0.02", "train.lr=0.1"]
+
+
 def test_without_a_selection_every_value_is_a_group(tried, tmp_path):
     summary, _ = write_report([tried], tmp_path / "report")
     assert len(summary.groups) == 4
