@@ -15,7 +15,7 @@ RUNS = {
     "quickstart": 1,
     "cifar10": 1,
     "compare": 180,
-    "compare-small": 50,
+    "compare-small": 160,
     "policies": 24,
     "temperature": 12,
     "uploads": 6,
@@ -60,7 +60,7 @@ def test_every_variant_is_run_with_three_seeds_or_five(name):
     assert set(values(name, lambda settings: settings.seed)) == set(range(seeds))
 
 
-@pytest.mark.parametrize("name", ["compare", "paper/operators", "paper/operators-small"])
+@pytest.mark.parametrize("name", ["compare", "compare-small", "paper/operators", "paper/operators-small"])
 def test_comparisons_have_every_convolution(name):
     assert set(values(name, lambda settings: settings.model.conv)) == set(CONVS)
 
