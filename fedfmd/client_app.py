@@ -22,36 +22,32 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from torch import Tensor, nn
 
-from fedfmd.averaging import WeightedMean, effective_steps
-from fedfmd.box import NodeConfig, check_version, own_dataset
-from fedfmd.client_state import ClientState, ClientStates, discard_old, norm_views, states_of_run
+from fedfmd.build import build_dataset, build_model, build_partition, build_sgd, cache_dir, torch_device
+from fedfmd.client.node_config import NodeConfig, check_version, own_dataset
+from fedfmd.client.state import ClientState, ClientStates, discard_old, norm_views, states_of_run
 from fedfmd.conv import AttentionRecord, record_attention, set_temperature
 from fedfmd.cost import latency
 from fedfmd.data import Dataset, ImageFormat, ImageSet
 from fedfmd.edge import PROBE_IMAGES
-from fedfmd.federation import build_dataset, build_model, build_partition, build_sgd, cache_dir, torch_device
-from fedfmd.kernels import Kernels, most_attended, rotated, trained_parameters
 from fedfmd.memory import keep_freed
-from fedfmd.seeds import derive_seed
-from fedfmd.settings import Settings
-from fedfmd.training import TrainResult, train
-from fedfmd.transport import ROUNDINGS, Upload, round_update
-from fedfmd.wire import (
+from fedfmd.protocol.averaging import WeightedMean, effective_steps
+from fedfmd.protocol.compression import ROUNDINGS, Upload, round_update
+from fedfmd.protocol.messages import (
     BY_ATTENTION,
     CONFIG,
-    Arrays,
     Assignment,
     ClientResult,
     Instruction,
     Reply,
-    first_non_finite,
-    load,
-    parameter_names,
     read_instruction,
     read_question,
-    trained_views,
     write_reply,
 )
+from fedfmd.protocol.state import Arrays, first_non_finite, load, parameter_names, trained_views
+from fedfmd.seeds import derive_seed
+from fedfmd.settings import Settings
+from fedfmd.training import TrainResult, train
+from fedfmd.training.partial import Kernels, most_attended, rotated, trained_parameters
 
 app = ClientApp()
 logger = logging.getLogger("fedfmd.client")

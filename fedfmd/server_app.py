@@ -14,11 +14,11 @@ import torch
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from fedfmd.build import Federation, build_federation
 from fedfmd.data import save_partition
 from fedfmd.errors import SettingsError
-from fedfmd.federation import Federation, build_federation
+from fedfmd.runs import RoundRow, RunFolder, code_digest, environment, read_environment, round_line
 from fedfmd.settings import Settings, read_yaml
-from fedfmd.tracking import RoundRow, RunFolder, code_digest, environment, read_environment, round_line
 from strategies import find_strategy, make_strategy, own_sources
 
 app = ServerApp()

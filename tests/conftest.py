@@ -66,8 +66,8 @@ def write_yaml(tmp_path):
 @pytest.fixture
 def write_checkpoint(tiny_settings, tmp_path):
     """Writes a checkpoint of an untrained model of the tiny settings; changes as dotted keys."""
-    from fedfmd.federation import build_model
-    from fedfmd.tracking import save_checkpoint
+    from fedfmd.build import build_model
+    from fedfmd.runs import save_checkpoint
 
     def write(**changes):
         settings = tiny_settings(**changes)

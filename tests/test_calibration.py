@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from fedfmd import calibration
+from fedfmd.build import build_federation
 from fedfmd.calibration import FASTEST_GFLOPS, Measurement, Round, Timing, fit_speed, make_device
 from fedfmd.cost import Cost
 from fedfmd.edge import DEVICES, Factors, Scope, Speed, plan_work, read_devices
 from fedfmd.errors import RunError, SettingsError
-from fedfmd.federation import build_federation
 
 TINY = {"model.width": 0.25}
 COST = Cost(

@@ -10,15 +10,16 @@ import torch
 
 import fedfmd.client_app
 import strategies.tracked
+from fedfmd.build import build_federation, build_model
 from fedfmd.client_app import app as client_app
 from fedfmd.data import ImageSet, load_dataset
 from fedfmd.edge import DEVICES, device_text
 from fedfmd.engines.inline import InlineGrid, run_inline
 from fedfmd.errors import RunError
-from fedfmd.federation import build_federation, build_model
+from fedfmd.protocol.messages import ClientResult, from_record
+from fedfmd.protocol.state import pack
+from fedfmd.runs import WALL_COLUMNS, RunFolder, latest_checkpoint, read_clients, read_rounds
 from fedfmd.server_app import app as server_app
-from fedfmd.tracking import WALL_COLUMNS, RunFolder, latest_checkpoint, read_clients, read_rounds
-from fedfmd.wire import ClientResult, from_record, pack
 from strategies import STRATEGIES, make_strategy
 
 SKEWED = {

@@ -9,12 +9,12 @@ from typing import Literal
 
 from torch import nn
 
-from fedfmd.classifier import Classifier
+from fedfmd.build import build_dataset, build_model
 from fedfmd.errors import SettingsError
-from fedfmd.export import export_onnx, export_program
-from fedfmd.federation import build_dataset, build_model
+from fedfmd.runs import load_model
+from fedfmd.serving.classifier import Classifier
+from fedfmd.serving.export import export_onnx, export_program
 from fedfmd.settings import Settings
-from fedfmd.tracking import load_model
 
 ExportFormat = Literal["onnx", "torch-export", "safetensors"]
 

@@ -10,11 +10,11 @@ from rich import box
 from rich.console import Console, RenderableType
 from rich.table import Table
 
+from fedfmd.build import build_model
 from fedfmd.calibration import Timing
 from fedfmd.conv import CONVS
 from fedfmd.cost import count, latency
 from fedfmd.data import Dataset, Partition
-from fedfmd.federation import build_model
 from fedfmd.settings import Settings
 
 MAX_CLASS_COLUMNS = 20

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import yaml
 
-from fedfmd.experiment.record import Run
+from fedfmd.report.record import Run
+from fedfmd.runs import ClientRow, EpochRow, RoundRow, RunFolder
 from fedfmd.settings import Settings
-from fedfmd.tracking import ClientRow, EpochRow, RoundRow, RunFolder
 
 
 def round_row(number, accuracy, **changes):

@@ -1,11 +1,11 @@
 import pytest
 import torch
 
-from fedfmd.classifier import load_classifier
+from fedfmd.build import build_model
 from fedfmd.errors import SettingsError
 from fedfmd.experiment import export_checkpoint, trained_model
-from fedfmd.federation import build_model
-from fedfmd.tracking import save_checkpoint
+from fedfmd.runs import save_checkpoint
+from fedfmd.serving.classifier import load_classifier
 
 
 @pytest.fixture
