@@ -28,7 +28,8 @@ from scipy.optimize import lsq_linear
 from torch import nn
 
 from fedfmd.build import torch_device
-from fedfmd.client_app import Host, run_assignments
+from fedfmd.client.host import Host
+from fedfmd.client.round import run_assignments
 from fedfmd.cost import Cost, count, latency
 from fedfmd.data import Dataset, ImageSet
 from fedfmd.edge import DEVICES, Device, Factors, Scope, Speed, device_row, read_devices

@@ -24,9 +24,9 @@ from fedfmd.cost import Cost, count, ies, latency, rcs
 from fedfmd.data import Dataset
 from fedfmd.errors import RunError
 from fedfmd.memory import keep_freed
+from fedfmd.run_folder import logging_to, open_run_folder, run_path
 from fedfmd.runs import EpochRow, RunFolder, known, latest_checkpoint, save_checkpoint
 from fedfmd.seeds import derive_seed
-from fedfmd.server_app import logging_to, open_run_folder, run_path
 from fedfmd.settings import Settings
 from fedfmd.training import Best, LocalSGD, evaluate_on_both, learning_rate, train
 

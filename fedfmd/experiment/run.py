@@ -26,9 +26,10 @@ from fedfmd.memory import trim
 from fedfmd.report.comparison import read_comparison
 from fedfmd.report.selection import Selection
 from fedfmd.report.wording import WORDINGS
+from fedfmd.run_folder import run_path
 from fedfmd.runs import latest_round
 from fedfmd.server_app import app as server_app
-from fedfmd.server_app import prepare, run_path
+from fedfmd.server_app import prepare
 from fedfmd.settings import Settings
 
 Engine = Literal["inline", "flwr"]

@@ -10,8 +10,10 @@ from flwr.app.message_type import MessageType
 from flwr.common.serde import recorddict_to_proto
 
 from fedfmd.build import build_model
+from fedfmd.client.app import app
+from fedfmd.client.host import Host
+from fedfmd.client.round import run_assignments
 from fedfmd.client.state import ClientStates, norm_views
-from fedfmd.client_app import Host, app, run_assignments
 from fedfmd.conv import CONVS, AttentionRecord, record_attention
 from fedfmd.data import Dataset, ImageFormat, ImageSet
 from fedfmd.edge import DEVICES, device_text, parse_device
