@@ -87,7 +87,7 @@ def run(
     workers = workers or available_cores()
     if dry_run:
         from fedfmd.experiment.estimate import estimate_experiment, estimate_table
-        from fedfmd.experiment.tables import show
+        from fedfmd.report.tables import show
 
         estimate = estimate_experiment(experiment, out, engine.value, workers)
         show(estimate.as_json(), estimate_table(estimate, experiment.name), as_json, Console())
@@ -137,9 +137,9 @@ def report(
     """Compare runs over seeds: report.html with all plots, tables in report.md and report.csv, curves.png."""
     from rich.console import Console, Group
 
-    from fedfmd.experiment.tables import show
     from fedfmd.report.selection import Selection
     from fedfmd.report.sheets import flat_row, make_sheets, terminal_table
+    from fedfmd.report.tables import show
     from fedfmd.report.writing import write_report
 
     selection = Selection.over_keys(select) if select else None
@@ -167,7 +167,7 @@ def cost(
     """Compare what a network costs with each convolution: parameters, MACs, FLOPs and bytes for one image."""
     from rich.console import Console
 
-    from fedfmd.experiment.tables import cost_rows, cost_table, show
+    from fedfmd.report.tables import cost_rows, cost_table, show
     from fedfmd.settings import Settings
 
     chosen = {"arch": model, "kernels": kernels, "stem": stem, "norm": norm, "width": width}
@@ -195,7 +195,7 @@ def partition(
     from fedfmd.build import build_dataset, build_partition
     from fedfmd.data import save_partition
     from fedfmd.experiment import load_settings
-    from fedfmd.experiment.tables import partition_rows, partition_table, show
+    from fedfmd.report.tables import partition_rows, partition_table, show
 
     settings = load_settings(file, overrides)
     dataset = build_dataset(settings)
@@ -260,7 +260,7 @@ def calibrate(
     from fedfmd.build import torch_device
     from fedfmd.conv import CONVS
     from fedfmd.edge import link_mbps
-    from fedfmd.experiment.tables import show, timing_table
+    from fedfmd.report.tables import show, timing_table
 
     if threads:
         torch.set_num_threads(threads)

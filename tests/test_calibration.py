@@ -161,7 +161,7 @@ def test_a_network_that_cannot_be_trained_is_named(monkeypatch):
     def fail(*_):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("fedfmd.client_app.train", fail)
+    monkeypatch.setattr("fedfmd.client.round.train", fail)
     (network,) = calibration.models_of(["resnet8"], [], [2], TINY)
     with pytest.raises(RunError, match="resnet8 with static, batch 1: RuntimeError: out of memory"):
         calibration.measure(network, 10, 8, [4])

@@ -12,7 +12,7 @@ from importlib.resources import files
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from fedfmd.experiment import plots
+from fedfmd.report import plots
 from fedfmd.report.plots import Facet, Series
 from fedfmd.report.record import PATHS, Run
 from fedfmd.report.sheets import Sheet
@@ -57,7 +57,7 @@ def render_page(summary: Summary, sheets: Sequence[Sheet], notes: Sequence[str])
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>fedfmd: {escape(title)}</title>
 <style>
-{files("fedfmd.experiment").joinpath("page.css").read_text(encoding="utf-8")}</style>
+{files("fedfmd.report").joinpath("page.css").read_text(encoding="utf-8")}</style>
 </head>
 <body>
 <h1>{escape(title)}</h1>

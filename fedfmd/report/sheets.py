@@ -11,9 +11,9 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from fedfmd.experiment.tables import si
 from fedfmd.report.selection import Choice
 from fedfmd.report.statistics import CONFIDENCE, Estimate, Group, Summary, estimate
+from fedfmd.report.tables import si
 from fedfmd.report.wording import WORDINGS
 
 NOTHING = "–"

@@ -7,9 +7,9 @@ import torch
 from fedfmd.cost import count
 from fedfmd.engines.centralised import prepare_centralised, run_centralised
 from fedfmd.errors import RunError, SettingsError
-from fedfmd.experiment.checkpoints import trained_model
 from fedfmd.runs import RunFolder, load_model, read_epochs
 from fedfmd.serving.cam import write_cam
+from fedfmd.serving.checkpoints import trained_model
 from fedfmd.settings import Settings
 from fedfmd.training import evaluate
 

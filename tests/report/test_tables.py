@@ -7,8 +7,8 @@ from rich.console import Console
 from fedfmd.build import build_dataset, build_partition
 from fedfmd.conv import CONVS
 from fedfmd.cost import count
-from fedfmd.experiment.tables import cost_rows, cost_table, partition_rows, partition_table, show
 from fedfmd.models import make_model
+from fedfmd.report.tables import cost_rows, cost_table, partition_rows, partition_table, show
 
 
 @pytest.fixture
