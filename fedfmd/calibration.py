@@ -27,17 +27,19 @@ import yaml
 from scipy.optimize import lsq_linear
 from torch import nn
 
-from fedfmd.client_app import Host, run_assignments
+from fedfmd.build import torch_device
+from fedfmd.client.host import Host
+from fedfmd.client.round import run_assignments
 from fedfmd.cost import Cost, count, latency
 from fedfmd.data import Dataset, ImageSet
 from fedfmd.edge import DEVICES, Device, Factors, Scope, Speed, device_row, read_devices
 from fedfmd.errors import RunError, SettingsError
-from fedfmd.federation import torch_device
 from fedfmd.memory import keep_freed
+from fedfmd.protocol.messages import Assignment, Instruction
+from fedfmd.protocol.state import Arrays, pack
+from fedfmd.runs import atomic_write
+from fedfmd.runs.folder import environment
 from fedfmd.settings import Settings
-from fedfmd.tracking import atomic_write
-from fedfmd.tracking.folder import environment
-from fedfmd.wire import Arrays, Assignment, Instruction, pack
 
 BASE = "static"
 """The operator whose rates are the device's; `efficiency` holds the others' relative to it."""

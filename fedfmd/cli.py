@@ -87,7 +87,7 @@ def run(
     workers = workers or available_cores()
     if dry_run:
         from fedfmd.experiment.estimate import estimate_experiment, estimate_table
-        from fedfmd.experiment.tables import show
+        from fedfmd.report.tables import show
 
         estimate = estimate_experiment(experiment, out, engine.value, workers)
         show(estimate.as_json(), estimate_table(estimate, experiment.name), as_json, Console())
@@ -137,10 +137,10 @@ def report(
     """Compare runs over seeds: report.html with all plots, tables in report.md and report.csv, curves.png."""
     from rich.console import Console, Group
 
-    from fedfmd.experiment.report import write_report
-    from fedfmd.experiment.selection import Selection
-    from fedfmd.experiment.sheets import flat_row, make_sheets, terminal_table
-    from fedfmd.experiment.tables import show
+    from fedfmd.report.selection import Selection
+    from fedfmd.report.sheets import flat_row, make_sheets, terminal_table
+    from fedfmd.report.tables import show
+    from fedfmd.report.writing import write_report
 
     selection = Selection.over_keys(select) if select else None
     summary, notes = write_report(folders, out or pack or folders[0], target, pack, selection)
@@ -167,7 +167,7 @@ def cost(
     """Compare what a network costs with each convolution: parameters, MACs, FLOPs and bytes for one image."""
     from rich.console import Console
 
-    from fedfmd.experiment.tables import cost_rows, cost_table, show
+    from fedfmd.report.tables import cost_rows, cost_table, show
     from fedfmd.settings import Settings
 
     chosen = {"arch": model, "kernels": kernels, "stem": stem, "norm": norm, "width": width}
@@ -192,10 +192,10 @@ def partition(
     """Split a data set over the clients: a table, a picture and the images of each client."""
     from rich.console import Console
 
+    from fedfmd.build import build_dataset, build_partition
     from fedfmd.data import save_partition
     from fedfmd.experiment import load_settings
-    from fedfmd.experiment.tables import partition_rows, partition_table, show
-    from fedfmd.federation import build_dataset, build_partition
+    from fedfmd.report.tables import partition_rows, partition_table, show
 
     settings = load_settings(file, overrides)
     dataset = build_dataset(settings)
@@ -257,10 +257,10 @@ def calibrate(
     from rich.progress import track
 
     from fedfmd import calibration
+    from fedfmd.build import torch_device
     from fedfmd.conv import CONVS
     from fedfmd.edge import link_mbps
-    from fedfmd.experiment.tables import show, timing_table
-    from fedfmd.federation import torch_device
+    from fedfmd.report.tables import show, timing_table
 
     if threads:
         torch.set_num_threads(threads)
@@ -304,7 +304,7 @@ def export(
         int | None, typer.Option(min=1, help="Height and width in pixels; by default the run's.")
     ] = None,
 ) -> None:
-    """Write a trained model for other runtimes, for batches of any size, or for fedfmd.classifier."""
+    """Write a trained model for other runtimes, for batches of any size, or for fedfmd.serving.classifier."""
     from fedfmd.experiment import export_checkpoint
 
     typer.echo(export_checkpoint(checkpoint, target.value, out, image_size))
@@ -328,7 +328,7 @@ def cam(
     ] = None,
 ) -> None:
     """Draw where a trained model looks (Grad-CAM++), with each of its attentions alone and with all."""
-    from fedfmd.experiment.cam import write_cam
+    from fedfmd.serving.cam import write_cam
 
     typer.echo(write_cam(checkpoint, images, out, layer, class_index))
 

@@ -31,7 +31,7 @@ from fedfmd.edge import ASSIGNMENTS, KERNEL_CHOICES, LINKS, POLICIES
 from fedfmd.edge.devices import MAX_JITTER
 from fedfmd.errors import SettingsError, nearest_of, not_one_of
 from fedfmd.models import MODELS
-from fedfmd.transport import UPLOADS
+from fedfmd.protocol.compression import UPLOADS
 
 Scalar = bool | int | float | str
 

@@ -11,8 +11,9 @@ from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
-from fedfmd.averaging import WeightedMean
-from fedfmd.wire import ARRAYS, METRICS, WEIGHT, Arrays, Reply, from_record, to_record
+from fedfmd.protocol.averaging import WeightedMean
+from fedfmd.protocol.messages import ARRAYS, METRICS, WEIGHT, Reply, from_record, to_record
+from fedfmd.protocol.state import Arrays
 
 Replies = Sequence[tuple[Message, Reply]]
 

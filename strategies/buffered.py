@@ -16,10 +16,11 @@ from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
+from fedfmd.build import Federation
 from fedfmd.edge import WorkPlan
-from fedfmd.federation import Federation
-from fedfmd.tracking import RunFolder
-from fedfmd.wire import Arrays, Assignment, from_record, to_record
+from fedfmd.protocol.messages import Assignment, from_record, to_record
+from fedfmd.protocol.state import Arrays
+from fedfmd.runs import RunFolder
 from strategies.aggregation import Replies, transplant
 from strategies.nodes import assign, reachable
 from strategies.tracked import Algorithm, Round, TrackedStrategy

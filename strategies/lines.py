@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import fedfmd
+from fedfmd.build import Federation, describe_network
 from fedfmd.edge import POLICIES, Budget
-from fedfmd.federation import Federation, describe_network
-from fedfmd.tracking import RoundRow
+from fedfmd.runs import RoundRow
 
 
 def header_lines(federation: Federation, own_data: bool = False) -> list[str]:

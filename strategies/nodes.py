@@ -12,12 +12,12 @@ from flwr.app.message_type import MessageType
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
+from fedfmd.build import Federation, device_in_run, known_devices
 from fedfmd.data import ImageFormat
 from fedfmd.edge import Device, WorkPlan, deal_out, parse_device
 from fedfmd.errors import RunError
-from fedfmd.federation import Federation, device_in_run, known_devices
+from fedfmd.protocol.messages import CONFIG, write_question
 from fedfmd.settings import Settings
-from fedfmd.wire import CONFIG, write_question
 from strategies.replies import error_text
 
 POLL_S = 0.2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from flwr.serverapp.strategy import FedAvg
 
-from fedfmd.wire import Arrays
+from fedfmd.protocol.state import Arrays
 
 STEP_START = "current_arrays"  # told anew before every step
 

@@ -11,11 +11,11 @@ from pathlib import Path
 from flwr.serverapp import strategy as flower
 from flwr.serverapp.strategy import FedAvg
 
+from fedfmd.build import Federation
 from fedfmd.errors import SettingsError, not_one_of
-from fedfmd.federation import Federation
+from fedfmd.protocol.messages import ARRAYS, CONFIG, WEIGHT
+from fedfmd.runs import RunFolder
 from fedfmd.settings import ServerSettings, Settings
-from fedfmd.tracking import RunFolder
-from fedfmd.wire import ARRAYS, CONFIG, WEIGHT
 from strategies.buffered import BufferedStrategy
 from strategies.tracked import Algorithm, TrackedStrategy
 

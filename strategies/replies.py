@@ -8,19 +8,10 @@ from dataclasses import dataclass, replace
 
 from flwr.app import Message
 
-from fedfmd.kernels import rotation
-from fedfmd.transport import Upload
-from fedfmd.wire import (
-    BY_ATTENTION,
-    Arrays,
-    Assignment,
-    ClientResult,
-    Reply,
-    bank_of,
-    check_layout,
-    first_non_finite,
-    read_reply,
-)
+from fedfmd.protocol.compression import Upload
+from fedfmd.protocol.messages import BY_ATTENTION, Assignment, ClientResult, Reply, read_reply
+from fedfmd.protocol.state import Arrays, bank_of, check_layout, first_non_finite
+from fedfmd.training.partial import rotation
 
 Asked = Mapping[str, Sequence[Assignment]]
 """What each message asked its node to do, by the message's id."""

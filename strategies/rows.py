@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from fedfmd.build import Federation
 from fedfmd.cost import ies, rcs
 from fedfmd.edge import WorkPlan
-from fedfmd.federation import Federation
-from fedfmd.tracking import ClientRow, RoundRow, known
+from fedfmd.protocol.messages import ClientResult
+from fedfmd.runs import ClientRow, RoundRow, known
 from fedfmd.training import Evaluation
-from fedfmd.wire import ClientResult
 
 
 def client_rows(

@@ -17,27 +17,24 @@ from flwr.app.message_type import MessageType
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Strategy
 
-from fedfmd.averaging import effective_steps
+from fedfmd.build import Federation
 from fedfmd.conv import has_temperature, set_temperature
 from fedfmd.edge import WorkPlan, keep_first, plan_work, round_seconds
 from fedfmd.errors import RunError
-from fedfmd.federation import Federation
-from fedfmd.seeds import derive_seed
-from fedfmd.tracking import ClientRow, RunFolder, latest_checkpoint, save_checkpoint
-from fedfmd.training import Best, Evaluation, evaluate_on_both, learning_rate
-from fedfmd.wire import (
+from fedfmd.protocol.averaging import effective_steps
+from fedfmd.protocol.messages import (
     BY_ATTENTION,
     WEIGHT,
-    Arrays,
     Assignment,
     ClientResult,
     Instruction,
-    load,
-    parameter_names,
-    shared_arrays,
     to_record,
     write_instruction,
 )
+from fedfmd.protocol.state import Arrays, load, parameter_names, shared_arrays
+from fedfmd.runs import ClientRow, RunFolder, latest_checkpoint, save_checkpoint
+from fedfmd.seeds import derive_seed
+from fedfmd.training import Best, Evaluation, evaluate_on_both, learning_rate
 from strategies.aggregation import Replies, aggregate, lengthen
 from strategies.lines import header_lines, round_text
 from strategies.nodes import (

@@ -1,7 +1,13 @@
+import shutil
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 import yaml
 
+from fedfmd.report.record import Run
+from fedfmd.runs import ClientRow, EpochRow, RoundRow, RunFolder
 from fedfmd.settings import Settings
 
 TINY = {
@@ -66,8 +72,8 @@ def write_yaml(tmp_path):
 @pytest.fixture
 def write_checkpoint(tiny_settings, tmp_path):
     """Writes a checkpoint of an untrained model of the tiny settings; changes as dotted keys."""
-    from fedfmd.federation import build_model
-    from fedfmd.tracking import save_checkpoint
+    from fedfmd.build import build_model
+    from fedfmd.runs import save_checkpoint
 
     def write(**changes):
         settings = tiny_settings(**changes)
@@ -76,3 +82,227 @@ def write_checkpoint(tiny_settings, tmp_path):
         return tmp_path / "round-00007.safetensors"
 
     return write
+
+
+def round_row(number, accuracy, **changes):
+    """A round of 10 virtual seconds, 1 GFLOP, 3 MB up and 2 MB down, and 500 J."""
+    values = {
+        "round": number,
+        "virtual_s": 10.0 * number,
+        "round_s": 10.0,
+        "wall_s": 1.0,
+        "loss": 1.0,
+        "accuracy": accuracy,
+        "best_accuracy": accuracy,
+        "kernel_entropy": 0.9,
+        "clients_ok": 2,
+        "clients_late": 0,
+        "clients_failed": 0,
+        "train_flops": 10**9,
+        "cum_train_flops": number * 10**9,
+        "up_bytes": 3 * 10**6,
+        "down_bytes": 2 * 10**6,
+        "energy_j": 500.0,
+        "latency_s": 0.002,
+        "ies_train": 10 / accuracy if accuracy else None,
+        "rcs_train": accuracy / 10 if accuracy else None,
+        "ies_infer": 0.002 / accuracy if accuracy else None,
+        "rcs_infer": accuracy / 0.002 if accuracy else None,
+    }
+    return RoundRow(**values | changes)
+
+
+def client_row(number, client, accuracy, **changes):
+    """A client's round: 1 s down, 3 s of computing and 2 s up."""
+    values = {
+        "round": number,
+        "client": client,
+        "device": "pi-4",
+        "status": "ok",
+        "examples": 100,
+        "steps": 10,
+        "kernels": 4,
+        "train_flops": 10**9,
+        "cum_train_flops": number * 10**9,
+        "compute_s": 3.0,
+        "down_s": 1.0,
+        "up_s": 2.0,
+        "total_s": 6.0,
+        "up_bytes": 10**6,
+        "down_bytes": 10**6,
+        "energy_j": 20.0,
+        "accuracy": accuracy,
+    }
+    return ClientRow(**values | changes)
+
+
+def epoch_row(number, accuracy, **changes):
+    """An epoch of 4 seconds, 1 GFLOP; 2 ms per image; in the top five as often again as half of the mistakes."""
+    values = {
+        "epoch": number,
+        "wall_s": 4.0,
+        "cum_wall_s": 4.0 * number,
+        "lr": 0.1,
+        "train_loss": 1.0,
+        "train_accuracy": accuracy,
+        "loss": 1.0,
+        "accuracy": accuracy,
+        "top5_accuracy": (1 + accuracy) / 2,
+        "best_accuracy": accuracy,
+        "kernel_entropy": 0.9,
+        "train_flops": 10**9,
+        "cum_train_flops": number * 10**9,
+        "latency_s": 0.002,
+        "ies_train": 4 / accuracy,
+        "rcs_train": accuracy / 4,
+        "ies_infer": 0.002 / accuracy,
+        "rcs_infer": accuracy / 0.002,
+    }
+    return EpochRow(**values | changes)
+
+
+def rows(accuracies, validation=None):
+    return [
+        round_row(number, accuracy, validation_accuracy=held)
+        for number, (accuracy, held) in enumerate(
+            zip(accuracies, validation or [None] * len(accuracies), strict=True), start=1
+        )
+    ]
+
+
+CENTRALISED = {
+    "kind": "centralised",
+    "data.image-size": 8,
+    "model.width": 0.25,
+    "model.kernels": 2,
+    "train.batch-size": 128,
+    "train.epochs": 2,
+}
+
+
+@pytest.fixture
+def write_centralised(tmp_path):
+    """Writes an experiment file of centralised training of a second; changes as the base's dotted keys."""
+
+    def write(**changes):
+        path = tmp_path / "centralised.yaml"
+        base = CENTRALISED | changes
+        path.write_text(yaml.safe_dump({"kind": base.pop("kind"), "base": base}))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def make_run():
+    """Makes a finished run of these accuracies and, in its last round, of these clients' accuracies."""
+
+    def make(accuracies, clients=(), task="", variant="", validation=None, **changes):
+        settings = Settings.from_mapping({"server.rounds": len(accuracies)} | changes)
+        last = [client_row(len(accuracies), client, accuracy) for client, accuracy in enumerate(clients)]
+        return Run(
+            Path("run"),
+            settings,
+            tuple(rows(accuracies, validation)),
+            tuple(last),
+            task=task,
+            variant=variant or settings.model.conv,
+        )
+
+    return make
+
+
+@pytest.fixture
+def make_centralised():
+    """Makes a finished centralised run of these accuracies."""
+
+    def make(accuracies, task="", variant="", validation=None, **changes):
+        settings = Settings.from_mapping({"kind": "centralised", "train.epochs": len(accuracies)} | changes)
+        epochs = tuple(
+            epoch_row(row.round, row.accuracy, validation_accuracy=row.validation_accuracy)
+            for row in rows(accuracies, validation)
+        )
+        return Run(Path("run"), settings, epochs, task=task, variant=variant or settings.model.conv)
+
+    return make
+
+
+def write_epochs(path, accuracies, epochs=2, **changes):
+    folder = RunFolder(path)
+    settings = {"kind": "centralised", "train.epochs": epochs} | changes
+    folder.write_settings(Settings.from_mapping(settings).kept())
+    for number, accuracy in enumerate(accuracies, start=1):
+        folder.append_epoch(epoch_row(number, accuracy))
+    return folder.path
+
+
+@pytest.fixture
+def write_centralised_run(tmp_path):
+    """Writes a centralised run folder of two epochs, or as many as there are accuracies."""
+
+    def write(name, accuracies, **changes):
+        return write_epochs(tmp_path / "runs" / name, accuracies, **changes)
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def centralised_runs(tmp_path_factory):
+    """Two seeds of static (final 70, 80 %) and of fmdconv (80, 86 %), two epochs each; to read."""
+    folder = tmp_path_factory.mktemp("centralised") / "runs"
+    for conv, seed, accuracies in (
+        ("static", 0, (0.4, 0.7)),
+        ("static", 1, (0.5, 0.8)),
+        ("fmdconv", 0, (0.5, 0.8)),
+        ("fmdconv", 1, (0.9, 0.86)),
+    ):
+        write_epochs(folder / f"{conv}-{seed}", accuracies, **{"model.conv": conv, "seed": seed})
+    return folder
+
+
+def write_folder(path, accuracies, optional=False, rounds=2, validation=None, **changes):
+    folder = RunFolder(path)
+    folder.write_settings(Settings.from_mapping({"server.rounds": rounds} | changes).kept())
+    for row in rows(accuracies, validation):
+        clients = [
+            client_row(row.round, 0, 0.5),
+            client_row(row.round, 1, None, status="late", reason="slow", total_s=60.0, up_s=56.0),
+        ]
+        folder.append_round(row, clients if optional else [])
+    if optional:
+        folder.write_environment()
+        np.savez(folder.path / "partition.npz", label_counts=np.array([[5, 0, 2], [1, 7, 0]]))
+    else:
+        folder.clients.unlink(missing_ok=True)
+    return folder.path
+
+
+@pytest.fixture
+def write_run(tmp_path):
+    """Writes a run folder of two rounds, or as many as there are accuracies, with or without optional files."""
+
+    def write(name, accuracies, **changes):
+        return write_folder(tmp_path / "runs" / name, accuracies, **changes)
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def finished_runs(tmp_path_factory):
+    """Two seeds of static (final 70, 80 %) and of fmdconv (80, 86 %), two rounds each, with all files; to read."""
+    folder = tmp_path_factory.mktemp("finished") / "runs"
+    for conv, seed, accuracies in (
+        ("static", 0, (0.4, 0.7)),
+        ("static", 1, (0.5, 0.8)),
+        ("fmdconv", 0, (0.5, 0.8)),
+        ("fmdconv", 1, (0.9, 0.86)),
+    ):
+        changes = {"model.conv": conv, "seed": seed}
+        write_folder(folder / f"{conv}-{seed}", accuracies, optional=True, **changes)
+    return folder
+
+
+@pytest.fixture
+def runs(finished_runs, tmp_path):
+    """A copy of the finished runs, to change."""
+    return Path(shutil.copytree(finished_runs, tmp_path / "runs"))

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from fedfmd import calibration
+from fedfmd.build import build_federation
 from fedfmd.calibration import FASTEST_GFLOPS, Measurement, Round, Timing, fit_speed, make_device
 from fedfmd.cost import Cost
 from fedfmd.edge import DEVICES, Factors, Scope, Speed, plan_work, read_devices
 from fedfmd.errors import RunError, SettingsError
-from fedfmd.federation import build_federation
 
 TINY = {"model.width": 0.25}
 COST = Cost(
@@ -165,7 +165,7 @@ def test_a_network_that_cannot_be_trained_is_named(monkeypatch):
     def fail(*_):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("fedfmd.client_app.train", fail)
+    monkeypatch.setattr("fedfmd.client.round.train", fail)
     (network,) = calibration.models_of(["resnet8"], [], [2], TINY)
     with pytest.raises(RunError, match="resnet8 with static, batch 1: RuntimeError: out of memory"):
         calibration.measure(network, 10, 8, [4])

@@ -8,17 +8,18 @@ import numpy as np
 import pytest
 import torch
 
-import fedfmd.client_app
+import fedfmd.client.round
 import strategies.tracked
+from fedfmd.build import build_federation, build_model
 from fedfmd.client_app import app as client_app
 from fedfmd.data import ImageSet, load_dataset
 from fedfmd.edge import DEVICES, device_text
 from fedfmd.engines.inline import InlineGrid, run_inline
 from fedfmd.errors import RunError
-from fedfmd.federation import build_federation, build_model
+from fedfmd.protocol.messages import ClientResult, from_record
+from fedfmd.protocol.state import pack
+from fedfmd.runs import WALL_COLUMNS, RunFolder, latest_checkpoint, read_clients, read_rounds
 from fedfmd.server_app import app as server_app
-from fedfmd.tracking import WALL_COLUMNS, RunFolder, latest_checkpoint, read_clients, read_rounds
-from fedfmd.wire import ClientResult, from_record, pack
 from strategies import STRATEGIES, make_strategy
 
 SKEWED = {
@@ -176,12 +177,12 @@ def fail(images):
 )
 def test_a_run_with_a_broken_client_finishes(run, tiny_settings, monkeypatch, fault, reason):
     sizes = build_federation(tiny_settings(**SKEWED)).sizes
-    train = fedfmd.client_app.train
+    train = fedfmd.client.round.train
 
     def train_or_fail(model, images, *args):
         return train(model, fault(images) if len(images) == sizes[1] else images, *args)
 
-    monkeypatch.setattr(fedfmd.client_app, "train", train_or_fail)
+    monkeypatch.setattr(fedfmd.client.round, "train", train_or_fail)
     folder = run(workers=2)
     clients = read_clients(folder / "clients.csv")
     assert [(row.client, row.status) for row in clients] == [
@@ -192,7 +193,7 @@ def test_a_run_with_a_broken_client_finishes(run, tiny_settings, monkeypatch, fa
 
 
 def test_the_log_tells_why_a_run_ended(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(fedfmd.client_app, "train", lambda model, images, *args: fail(images))
+    monkeypatch.setattr(fedfmd.client.round, "train", lambda model, images, *args: fail(images))
     with pytest.raises(RunError, match="4 of 4 clients failed"):
         run()
     *_, last = (tmp_path / "run" / "log.txt").read_text(encoding="utf-8").splitlines()

@@ -4,7 +4,8 @@ import pytest
 import yaml
 
 from fedfmd.errors import SettingsError
-from fedfmd.server_app import open_run_folder, prepare
+from fedfmd.run_folder import open_run_folder
+from fedfmd.server_app import prepare
 
 
 def kept(folder):

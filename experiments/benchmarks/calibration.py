@@ -28,10 +28,10 @@ from fedfmd.client_app import app as client_app
 from fedfmd.conv import CONVS
 from fedfmd.engines import run_inline
 from fedfmd.models import MODELS
+from fedfmd.runs import RunFolder, read_clients
+from fedfmd.runs.folder import environment
 from fedfmd.server_app import app as server_app
 from fedfmd.settings import Settings
-from fedfmd.tracking import RunFolder, read_clients
-from fedfmd.tracking.folder import environment
 
 CLASSES = 10
 IMAGE_SIZE = 32

@@ -30,7 +30,7 @@ from fedfmd.conv import MIXINGS, DynamicConv2d, make_conv
 from fedfmd.conv import mixing as ways
 from fedfmd.conv.plain import Geometry, fold_batch
 from fedfmd.models import make_model
-from fedfmd.tracking.folder import environment
+from fedfmd.runs.folder import environment
 
 ARCHS = ("resnet8", "resnet20", "resnet18")
 CONVS = ("fmdconv", "odconv")

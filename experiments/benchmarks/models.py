@@ -35,7 +35,7 @@ from torch import nn
 from fedfmd.conv import CONVS, MIXINGS, DynamicConv2d
 from fedfmd.conv import mixing as ways
 from fedfmd.models import MODELS, make_model
-from fedfmd.tracking.folder import environment
+from fedfmd.runs.folder import environment
 
 IMAGE_SIZE = 32
 CLASSES = 10

@@ -42,7 +42,7 @@ from rich.table import Table
 from fedfmd.data import load_dataset
 from fedfmd.memory import keep_freed
 from fedfmd.models import MODELS, make_model
-from fedfmd.tracking.folder import environment
+from fedfmd.runs.folder import environment
 from fedfmd.training import LocalSGD, train
 
 CLASSES = 10

@@ -25,7 +25,7 @@ from torch.nn.functional import cross_entropy
 
 from fedfmd.memory import keep_freed
 from fedfmd.models import MODELS, make_model
-from fedfmd.tracking.folder import environment
+from fedfmd.runs.folder import environment
 
 CLASSES = 10
 WARM_UP_STEPS = 2

@@ -39,8 +39,8 @@ from fedfmd.conv.attention import SharedAttention
 from fedfmd.data import Dataset, ImageSet, load_dataset
 from fedfmd.memory import keep_freed
 from fedfmd.models import make_model
+from fedfmd.runs.folder import environment
 from fedfmd.seeds import derive_seed
-from fedfmd.tracking.folder import environment
 from fedfmd.training import LocalSGD, evaluate, learning_rate, train
 
 ARCH, WIDTH = "resnet8", 0.5

@@ -1,8 +1,8 @@
 """Experiments: from YAML files to finished runs."""
 
-from fedfmd.experiment.checkpoints import export_checkpoint, trained_model
 from fedfmd.experiment.files import Cell, Experiment, load_experiment, load_settings
 from fedfmd.experiment.run import available_cores, run_experiment
+from fedfmd.serving.checkpoints import export_checkpoint, trained_model
 
 __all__ = [
     "Cell",

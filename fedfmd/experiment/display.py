@@ -18,7 +18,7 @@ from rich.progress import (
 )
 from rich.table import Column
 
-from fedfmd.tracking import parse_round_line
+from fedfmd.runs import parse_round_line
 
 SPEED_PERIOD_S = 3600.0
 """Seconds that the estimate of the remaining time looks back: a round may take minutes."""

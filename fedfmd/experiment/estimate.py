@@ -12,11 +12,11 @@ import torch
 from rich import box
 from rich.table import Table
 
+from fedfmd.build import Federation, build_sgd
 from fedfmd.edge import plan_work
-from fedfmd.experiment.centralised import Training
+from fedfmd.engines.centralised import Training
 from fedfmd.experiment.files import Cell, Experiment
 from fedfmd.experiment.run import Engine, Layout, Task, assemble, lay_out, place_cells
-from fedfmd.federation import Federation, build_sgd
 from fedfmd.settings import Settings
 from fedfmd.training import evaluate, train
 

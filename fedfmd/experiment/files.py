@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from fedfmd.errors import SettingsError
-from fedfmd.experiment.selection import Selection
+from fedfmd.report.selection import Selection
 from fedfmd.settings import Settings, flatten, read_yaml
 
 PARTS = ("kind", "base", "matrix", "select")

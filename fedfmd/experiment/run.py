@@ -14,22 +14,23 @@ from typing import Literal
 import torch
 from rich.console import Console
 
+from fedfmd.build import Federation
 from fedfmd.client_app import app as client_app
 from fedfmd.engines import run_flower, run_inline
+from fedfmd.engines.centralised import Training, prepare_centralised, run_centralised
 from fedfmd.errors import RunError, SettingsError, one_line
-from fedfmd.experiment.centralised import Training, prepare_centralised, run_centralised
 from fedfmd.experiment.display import CellDisplay, ExperimentDisplay
 from fedfmd.experiment.files import Cell, Experiment
 from fedfmd.experiment.pool import Ended, Started, attempt, run_jobs
-from fedfmd.experiment.runs import read_comparison
-from fedfmd.experiment.selection import Selection
-from fedfmd.experiment.wording import WORDINGS
-from fedfmd.federation import Federation
 from fedfmd.memory import trim
+from fedfmd.report.comparison import read_comparison
+from fedfmd.report.selection import Selection
+from fedfmd.report.wording import WORDINGS
+from fedfmd.run_folder import run_path
+from fedfmd.runs import latest_round
 from fedfmd.server_app import app as server_app
-from fedfmd.server_app import prepare, run_path
+from fedfmd.server_app import prepare
 from fedfmd.settings import Settings
-from fedfmd.tracking import latest_round
 
 Engine = Literal["inline", "flwr"]
 
@@ -271,7 +272,7 @@ def _shown(task: Task, display: ExperimentDisplay) -> Iterator[CellDisplay]:
 
 def _write_page(folder: Path, anew: bool = True) -> None:
     """Write the page of a run, or leave the one that is there; a run is not lost because that fails."""
-    from fedfmd.experiment.report import PAGE, write_page
+    from fedfmd.report.writing import PAGE, write_page
 
     if anew or not (folder / PAGE).exists():
         try:
@@ -282,7 +283,7 @@ def _write_page(folder: Path, anew: bool = True) -> None:
 
 def _compare(folders: Sequence[Path], out: Path, selection: Selection | None) -> str:
     """Compare several runs; says where, or why there is no comparison."""
-    from fedfmd.experiment.report import write_report
+    from fedfmd.report.writing import write_report
 
     try:
         write_report(folders, out, selection=selection)

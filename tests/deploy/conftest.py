@@ -24,8 +24,8 @@ import torch
 
 from fedfmd.data import load_dataset
 from fedfmd.engines.flower import descendants, end_processes, flower_environment, flwr_json, free_port
+from fedfmd.runs import read_clients, read_rounds
 from fedfmd.settings import Settings
-from fedfmd.tracking import read_clients, read_rounds
 
 REPOSITORY = Path(__file__).parents[2]
 DEPLOY = REPOSITORY / "experiments" / "deploy"

@@ -15,8 +15,8 @@ import yaml
 
 from fedfmd.engines import run_flower, run_inline
 from fedfmd.errors import RunError, SettingsError
+from fedfmd.runs import read_clients, read_rounds
 from fedfmd.settings import Settings
-from fedfmd.tracking import read_clients, read_rounds
 
 TINY = {
     "data.image-size": 8,

@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from fedfmd.experiment.display import ExperimentDisplay
-from fedfmd.tracking import RoundRow, round_line
+from fedfmd.runs import RoundRow, round_line
 
 ROW = RoundRow(
     round=2,

@@ -1,8 +1,9 @@
 import pytest
 
+from fedfmd.build import build_federation
+from fedfmd.engines.centralised import prepare_centralised
 from fedfmd.errors import SettingsError
 from fedfmd.experiment import load_experiment
-from fedfmd.experiment.centralised import prepare_centralised
 from fedfmd.experiment.estimate import (
     CellEstimate,
     Estimate,
@@ -13,7 +14,6 @@ from fedfmd.experiment.estimate import (
     measure_speed,
 )
 from fedfmd.experiment.run import Layout, Task, place_cells
-from fedfmd.federation import build_federation
 
 TRAIN, TEST = 1437, 360
 """Digits to train on, 479 for each of three clients, and to test on."""

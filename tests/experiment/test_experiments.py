@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from fedfmd.build import build_fleet
 from fedfmd.conv import CONVS
 from fedfmd.experiment import load_experiment
-from fedfmd.federation import build_fleet
 
 ROOT = Path(__file__).parents[2] / "experiments"
 

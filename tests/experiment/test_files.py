@@ -3,7 +3,7 @@ import pytest
 from fedfmd.errors import SettingsError
 from fedfmd.experiment import load_experiment, load_settings
 from fedfmd.experiment.files import parse_overrides
-from fedfmd.experiment.selection import Selection
+from fedfmd.report.selection import Selection
 from fedfmd.settings import Settings
 
 

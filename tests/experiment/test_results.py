@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from fedfmd.experiment.packed import MANIFEST
-from fedfmd.experiment.runs import read_comparison
-from fedfmd.experiment.sheets import make_sheets
-from fedfmd.experiment.summary import summarise
+from fedfmd.report.comparison import read_comparison
+from fedfmd.report.packed import MANIFEST
+from fedfmd.report.sheets import make_sheets
+from fedfmd.report.statistics import summarise
 
 ROOT = Path(__file__).parents[2] / "experiments" / "results"
 STUDIES = sorted(path.parent.name for path in ROOT.rglob(MANIFEST))

@@ -16,7 +16,7 @@ from fedfmd.errors import RunError, SettingsError
 from fedfmd.experiment import available_cores, load_experiment, run_experiment
 from fedfmd.experiment.pool import Started, attempt
 from fedfmd.experiment.run import Layout, lay_out
-from fedfmd.tracking import read_clients, read_epochs, read_rounds
+from fedfmd.runs import read_clients, read_epochs, read_rounds
 
 CONVS = {"model.conv": ["static", "fmdconv"]}
 
@@ -52,9 +52,9 @@ def pools(monkeypatch):
 @pytest.fixture
 def no_plots(monkeypatch):
     """Leaves pages empty and comparisons out, as drawing them takes seconds."""
-    page = "fedfmd.experiment.report.write_page"
+    page = "fedfmd.report.writing.write_page"
     monkeypatch.setattr(page, lambda folder: (folder / "report.html").touch())
-    monkeypatch.setattr("fedfmd.experiment.report.write_report", lambda folders, out, selection: None)
+    monkeypatch.setattr("fedfmd.report.writing.write_report", lambda folders, out, selection: None)
 
 
 def test_a_run_prints_a_line_per_round_and_leaves_its_files(run, write_yaml, tmp_path):
@@ -231,7 +231,7 @@ def test_a_run_is_not_lost_because_its_page_fails(run, write_yaml, monkeypatch):
     def fail(folder):
         raise RuntimeError("no\nfonts")
 
-    monkeypatch.setattr("fedfmd.experiment.report.write_page", fail)
+    monkeypatch.setattr("fedfmd.report.writing.write_page", fail)
     (folder,), text = run(write_yaml())
     assert text.splitlines()[-1] == f"no report in {folder}: RuntimeError: no fonts"
     assert len(read_rounds(folder / "rounds.csv")) == 1

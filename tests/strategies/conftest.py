@@ -3,11 +3,12 @@ from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.app.message_type import MessageType
 from flwr.clientapp import ClientApp
 
-from fedfmd.averaging import WeightedMean
+from fedfmd.build import build_federation
 from fedfmd.engines.inline import InlineGrid
-from fedfmd.federation import build_federation
-from fedfmd.kernels import rotation
-from fedfmd.wire import CONFIG, ClientResult, Reply, bank_of, read_instruction, write_reply
+from fedfmd.protocol.averaging import WeightedMean
+from fedfmd.protocol.messages import CONFIG, ClientResult, Reply, read_instruction, write_reply
+from fedfmd.protocol.state import bank_of
+from fedfmd.training.partial import rotation
 
 TWO_ROUNDS = {"model.conv": "static", "fleet.devices": "pi-4", "server.rounds": 2}
 

@@ -3,7 +3,7 @@ import pytest
 from flwr.app import Array, ArrayRecord
 from flwr.serverapp.strategy import FedAvg
 
-from fedfmd.wire import ARRAYS, ClientResult, Reply, write_reply
+from fedfmd.protocol.messages import ARRAYS, ClientResult, Reply, write_reply
 from strategies import STRATEGIES
 from strategies.aggregation import aggregate, lengthen, transplant
 from strategies.registry import KEYS

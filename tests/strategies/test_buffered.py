@@ -5,8 +5,8 @@ import strategies.buffered
 from fedfmd.edge import WorkPlan
 from fedfmd.edge.devices import DEVICES, Bandwidth
 from fedfmd.edge.fleet import Client
-from fedfmd.tracking import RunFolder, read_clients, read_rounds
-from fedfmd.wire import pack
+from fedfmd.protocol.state import pack
+from fedfmd.runs import RunFolder, read_clients, read_rounds
 from strategies import BufferedStrategy, make_strategy
 from strategies.buffered import Flight, fill_buffer
 

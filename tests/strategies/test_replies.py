@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from fedfmd.wire import BY_ATTENTION, Assignment, ClientResult, Reply, write_reply
+from fedfmd.protocol.messages import BY_ATTENTION, Assignment, ClientResult, Reply, write_reply
 from strategies.replies import client_results, read_replies
 
 START = {"w": np.array([1.0, 1.0], np.float32), "n": np.array(0)}

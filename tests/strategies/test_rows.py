@@ -5,9 +5,9 @@ import pytest
 
 from fedfmd.cost import Cost
 from fedfmd.edge import Bandwidth, Budget, Client, Device, Fleet, plan_work
-from fedfmd.tracking import ClientRow, RoundRow
+from fedfmd.protocol.messages import ClientResult
+from fedfmd.runs import ClientRow, RoundRow
 from fedfmd.training import Evaluation
-from fedfmd.wire import ClientResult
 from strategies.rows import client_rows, round_row
 
 FAST = Device("fast", train_gflops=10, infer_gflops=5, memory_gb=1, power_w=20, source="")

@@ -9,9 +9,10 @@ from flwr.app import ConfigRecord
 import strategies.tracked
 from fedfmd.edge import plan_work
 from fedfmd.errors import RunError, SettingsError
-from fedfmd.tracking import RunFolder, latest_checkpoint, read_clients, read_rounds
+from fedfmd.protocol.messages import BY_ATTENTION, read_instruction, to_record
+from fedfmd.protocol.state import pack
+from fedfmd.runs import RunFolder, latest_checkpoint, read_clients, read_rounds
 from fedfmd.training import evaluate
-from fedfmd.wire import BY_ATTENTION, pack, read_instruction, to_record
 from strategies import TrackedStrategy, make_strategy
 from strategies.nodes import Node
 

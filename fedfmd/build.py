@@ -1,0 +1,307 @@
+"""From settings to the things that a run works with: data, partition, model, fleet, costs."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from statistics import fmean
+
+import torch
+from torch import nn
+
+from fedfmd.conv import TemperatureSchedule
+from fedfmd.cost import Cost, count
+from fedfmd.data import Dataset, Partition, cached_partition, hold_out, load_dataset
+from fedfmd.edge import (
+    LINKS,
+    Budget,
+    Device,
+    Fleet,
+    Trace,
+    Workload,
+    load_devices,
+    load_trace,
+    make_fleet,
+)
+from fedfmd.errors import SettingsError
+from fedfmd.models import make_model
+from fedfmd.protocol.compression import upload_bytes
+from fedfmd.protocol.state import Arrays, bank_of, parameter_names, payload_bytes, shared_arrays
+from fedfmd.seeds import derive_seed
+from fedfmd.settings import DataSettings, Settings
+from fedfmd.training import LocalSGD
+
+
+@dataclass(frozen=True)
+class Federation:
+    """Everything that is fixed during a run, on the server's side; `sizes` counts each client's images.
+
+    `payload_bytes` are those of the whole model, `upload_bytes` those that a client sends which trained 1, 2, …
+    kernels of each bank.
+    """
+
+    settings: Settings
+    dataset: Dataset
+    partition: Partition
+    sizes: tuple[int, ...]
+    fleet: Fleet
+    model: nn.Module
+    cost: Cost
+    budget: Budget
+    temperature: TemperatureSchedule
+    device: torch.device
+    payload_bytes: int
+    upload_bytes: tuple[int, ...]
+
+    def workload(self, client: int) -> Workload:
+        """Full work of a round for a client."""
+        train = self.settings.train
+        return Workload(
+            images=self.sizes[client],
+            batch_size=train.batch_size,
+            epochs=train.local_epochs,
+            cost=self.cost,
+            payload_bytes=self.payload_bytes,
+            upload_bytes=self.upload_bytes,
+        )
+
+    @property
+    def mean_latency_s(self) -> float:
+        """Modelled seconds of inference for one image, mean over the fleet's clients."""
+        return fmean(self.cost.flops / (c.device.infer_gflops * 1e9) for c in self.fleet.clients)
+
+
+def build_federation(settings: Settings) -> Federation:
+    """Assemble a run before any work is done.
+
+    Raises:
+        SettingsError: anything that cannot be built, in one line.
+    """
+    device = torch_device(settings)
+    dataset = build_dataset(settings)
+    partition = build_partition(settings, dataset)
+    sizes = tuple(partition.sizes.tolist())
+    fleet = build_fleet(settings, sizes)
+    model = build_model(settings, dataset.classes).to(device)
+    cost = count(model, dataset.image_size)
+    arrays = shared_arrays(model)
+    return Federation(
+        settings=settings,
+        dataset=dataset,
+        partition=partition,
+        sizes=sizes,
+        fleet=fleet,
+        model=model,
+        cost=cost,
+        budget=build_budget(settings),
+        temperature=build_temperature(settings),
+        device=device,
+        payload_bytes=payload_bytes(arrays),
+        upload_bytes=_upload_bytes(arrays, parameter_names(model), settings.transport.upload, cost.kernels),
+    )
+
+
+def build_dataset(settings: Settings) -> Dataset:
+    """Load the data set that the settings name; all who need it in this process share it.
+
+    Its validation images, if any, are drawn by the run's seed from its training set. Where edge devices train
+    on images of their own, that is the server's training set, which no device trains on: the validation images
+    are then unseen as long as the server's files hold no device's images.
+    """
+    data = settings.data
+    with _bad_input():
+        if not data.validation:
+            return _load(data)
+        return _with_validation(data, settings.seed)
+
+
+@lru_cache(maxsize=1)
+def _with_validation(data: DataSettings, seed: int) -> Dataset:
+    whole = _load(data.model_copy(update={"validation": 0.0}))
+    return hold_out(whole, data.validation, derive_seed(seed, "validation"))
+
+
+@lru_cache(maxsize=1)
+def _load(data: DataSettings) -> Dataset:
+    return load_dataset(
+        data.dataset,
+        dir=_path(data.dir),
+        train=_path(data.train),
+        test=_path(data.test),
+        download=data.download,
+        image_size=data.image_size or None,
+        augment=data.augment,
+    )
+
+
+def build_partition(settings: Settings, dataset: Dataset) -> Partition:
+    """Split the training images; the split is computed once and cached for all processes."""
+    partition = settings.partition
+    held = len(dataset.validation or ())
+    needed = partition.clients * partition.min_images
+    if len(dataset.train) < needed <= len(dataset.train) + held:
+        raise SettingsError(
+            f"data.validation = {settings.data.validation:g} leaves {len(dataset.train):,} training images, and "
+            f"partition.clients = {partition.clients} with partition.min-images = {partition.min_images} need "
+            f"{needed:,}: hold out at most {len(dataset.train) + held - needed:,}"
+        )
+    with _bad_input():
+        return cached_partition(
+            dataset,
+            partition.scheme,
+            partition.clients,
+            alpha=partition.alpha,
+            classes_per_client=partition.classes_per_client,
+            min_images=partition.min_images,
+            seed=settings.seed,
+            cache_dir=cache_dir(),
+        )
+
+
+def build_fleet(settings: Settings, sizes: Sequence[int]) -> Fleet:
+    """Assign devices and links to the clients; `sizes` counts each client's images."""
+    fleet, clients = settings.fleet, settings.partition.clients
+    with _bad_input():
+        trace = _path(fleet.trace)
+        return make_fleet(
+            fleet.devices,
+            clients,
+            LINKS[fleet.link],
+            settings.seed,
+            known_devices(settings),
+            assignment=fleet.assignment,
+            sizes=sizes,
+            trace=load_trace(trace, clients) if trace else Trace(),
+        )
+
+
+def known_devices(settings: Settings) -> dict[str, Device]:
+    """Return the devices that a client may have, by name, as they are for this run's model."""
+    devices = load_devices(_path(settings.fleet.devices_file))
+    return {name: device_in_run(settings, device) for name, device in devices.items()}
+
+
+def device_in_run(settings: Settings, device: Device) -> Device:
+    """Return the device as it is for this run's model, with what the settings say of all devices."""
+    fleet, model = settings.fleet, settings.model
+    if fleet.efficiency == "none":
+        device = replace(device, efficiency={})
+    set_for_all = {"availability": fleet.availability, "jitter": fleet.jitter}
+    changes = {name: value for name, value in set_for_all.items() if value}
+    return replace(device.running(model.arch, model.conv, model.kernels), **changes)
+
+
+def build_budget(settings: Settings) -> Budget:
+    """What a client may spend in a round."""
+    budget = settings.budget
+    return Budget(
+        deadline_s=budget.deadline_s or None,
+        energy_j=budget.energy_j or None,
+        up_bytes=budget.up_bytes or None,
+        policy=budget.policy,
+        kernels=budget.kernels,
+        kernel_choice=budget.kernel_choice,
+        over_select=budget.over_select,
+        min_reports=budget.min_reports,
+    )
+
+
+def build_model(settings: Settings, classes: int) -> nn.Module:
+    """Make the model; its initial weights depend on the seed alone."""
+    model = settings.model
+    with _bad_input(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(settings.seed, "model"))
+        return make_model(
+            model.arch,
+            model.conv,
+            classes,
+            kernels=model.kernels,
+            attentions=model.attentions,
+            attention_init=model.attention_init,
+            stem=model.stem,
+            norm=model.norm,
+            width=model.width,
+            reduction=model.reduction,
+            mixing=model.mixing,
+            temperature=settings.temperature.initial,
+        )
+
+
+def describe_network(settings: Settings, cost: Cost, dataset: Dataset) -> str:
+    """Network, its size, data set and augmentation in a line for the log."""
+    model = settings.model
+    kernels = "" if model.conv == "static" else f" (K={model.kernels})"
+    return (
+        f"{model.arch} with {model.conv}{kernels}, {cost.params:,} parameters, {cost.macs / 1e6:.1f} M MACs per image, "
+        f"on {dataset.name} at {dataset.image_size}×{dataset.image_size}, augmentation {dataset.augment}"
+    )
+
+
+def build_temperature(settings: Settings) -> TemperatureSchedule:
+    """The temperature of the kernel attention over rounds or epochs."""
+    schedule = settings.temperature
+    return TemperatureSchedule(schedule.initial, schedule.final, schedule.rounds, schedule.shape)
+
+
+def build_sgd(settings: Settings) -> LocalSGD:
+    """The optimiser at the start of a run, with the whole batch; μ is a client's alone."""
+    train = settings.train
+    return LocalSGD(
+        lr=train.lr,
+        momentum=train.momentum,
+        nesterov=train.nesterov,
+        weight_decay=train.weight_decay,
+        batch_size=train.batch_size,
+        precision=train.precision,
+    )
+
+
+def _upload_bytes(arrays: Arrays, parameters: Collection[str], upload: str, kernels: int) -> tuple[int, ...]:
+    """Bytes that a client sends which trained 1, 2, … `kernels` kernels of each bank."""
+
+    def sent(trained: int) -> Arrays:
+        return {
+            name: array
+            for name, array in arrays.items()
+            if (kernel := bank_of(name)) is None or kernel[1] < trained
+        }
+
+    return tuple(upload_bytes(sent(trained + 1), upload, parameters) for trained in range(kernels))
+
+
+def torch_device(settings: Settings, backend: str = "") -> torch.device:
+    """Return the device to compute on, a box's own `backend` or the run's; "auto" takes a GPU where there is one."""
+    key, name = ("device-backend", backend) if backend else ("device", settings.device)
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise SettingsError(f"{key} = {name!r}: must be auto, cpu, cuda or cuda:N")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise SettingsError(
+            f"{key} = {name!r} but PyTorch sees {torch.cuda.device_count()} GPUs here: use {key}=cpu or auto"
+        )
+    return device
+
+
+def cache_dir() -> Path:
+    """Where partitions are kept between runs (follows the XDG base directory specification)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedfmd"
+
+
+def _path(value: str) -> Path | None:
+    return Path(value).expanduser() if value else None
+
+
+@contextmanager
+def _bad_input() -> Iterator[None]:
+    """Turn what a room says of bad input into a settings error."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise SettingsError(str(error)) from error

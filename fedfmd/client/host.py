@@ -1,0 +1,77 @@
+"""What a process that hosts clients keeps between Flower's messages: settings, images and a model."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from flwr.app import Context
+from torch import nn
+
+from fedfmd.build import build_dataset, build_model, build_partition, cache_dir, torch_device
+from fedfmd.client.node_config import NodeConfig, own_dataset
+from fedfmd.client.state import discard_old
+from fedfmd.data import Dataset, ImageFormat, ImageSet
+from fedfmd.memory import keep_freed
+from fedfmd.settings import Settings
+
+_thread = threading.local()
+_loading = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Host:
+    """What the nodes of a process keep between messages."""
+
+    settings: Settings
+    dataset: Dataset
+    images_of: Callable[[int], ImageSet]
+    device: torch.device
+
+    @property
+    def model(self) -> nn.Module:
+        """The calling thread's model, for all clients that it trains: nodes of one process are threads."""
+        if getattr(_thread, "host", None) is not self:
+            _thread.host = self
+            _thread.model = build_model(self.settings, self.dataset.classes).to(self.device)
+        return _thread.model
+
+
+def host_of(context: Context, images: ImageFormat | None) -> Host:
+    """What the node needs; `images` tells a box what its own must be like."""
+    node = NodeConfig.from_mapping(context.node_config)
+    with _loading:
+        return _load_host(tuple(sorted(context.run_config.items())), node.data, node.backend, images)
+
+
+@lru_cache(maxsize=1)
+def _load_host(
+    run_config: tuple[tuple[str, bool | int | float | str], ...],
+    data: Path | None,
+    backend: str,
+    images: ImageFormat | None,
+) -> Host:
+    """Load what a node needs, once per process and run."""
+    keep_freed()
+    settings = Settings.from_mapping(dict(run_config))
+    device = torch_device(settings, backend)
+    discard_old(states_dir())
+    if data is None:
+        dataset = build_dataset(settings)
+        partition = build_partition(settings, dataset)
+        images_of = lambda client: dataset.train.subset(partition.indices[client])  # noqa: E731
+    else:
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+        dataset = own_dataset(data, images, settings.data.image_size)
+        images_of = lambda _client: dataset.train  # noqa: E731
+    return Host(settings, dataset, images_of, device)
+
+
+def states_dir() -> Path:
+    """Where the clients of all runs keep what they need between rounds."""
+    return cache_dir() / "clients"

@@ -1,0 +1,216 @@
+"""Centralised training: one model learns from all training images, epoch by epoch, as the operators' papers do it."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from dataclasses import asdict, dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+import fedfmd
+from fedfmd.build import (
+    build_dataset,
+    build_model,
+    build_sgd,
+    build_temperature,
+    describe_network,
+    torch_device,
+)
+from fedfmd.conv import TemperatureSchedule, has_temperature, set_temperature
+from fedfmd.cost import Cost, count, ies, latency, rcs
+from fedfmd.data import Dataset
+from fedfmd.errors import RunError
+from fedfmd.memory import keep_freed
+from fedfmd.run_folder import logging_to, open_run_folder, run_path
+from fedfmd.runs import EpochRow, RunFolder, known, latest_checkpoint, save_checkpoint
+from fedfmd.seeds import derive_seed
+from fedfmd.settings import Settings
+from fedfmd.training import Best, LocalSGD, evaluate_on_both, learning_rate, train
+
+logger = logging.getLogger(__name__)
+
+MOMENTUM = "momentum_buffer"  # PyTorch's name for it in the state of SGD
+
+
+@dataclass(frozen=True)
+class Training:
+    """Everything that is fixed during a run."""
+
+    settings: Settings
+    dataset: Dataset
+    model: nn.Module
+    cost: Cost
+    sgd: LocalSGD
+    temperature: TemperatureSchedule
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run is, beside its arrays: what a resume needs."""
+
+    epoch: int = 0
+    wall_s: float = 0.0
+    best: Best = field(default_factory=Best)
+
+
+def run_centralised(settings: Settings, threads: int) -> None:
+    """Train from the start, or from the newest checkpoint of ``run-dir``, to the last epoch.
+
+    Each epoch is logged with its `EpochRow` as the record's `round_row`.
+
+    Args:
+        settings: of ``kind = centralised``.
+        threads: cores that PyTorch uses, unless the settings say so.
+
+    Raises:
+        SettingsError: as in `prepare_centralised`; nothing was started.
+        RunError: the training diverged; finished epochs are kept.
+    """
+    torch.set_num_threads(settings.threads or threads)
+    keep_freed()
+    training = prepare_centralised(settings)
+    folder = open_run_folder(settings)
+    with logging_to(folder):
+        optimiser = training.sgd.optimiser(training.model.parameters())
+        progress = _resume(training, optimiser, folder)
+        for line in _header(training):
+            logger.info(line)
+        latency_s = latency(training.model, training.dataset.image_size)
+        for epoch in range(progress.epoch + 1, settings.length + 1):
+            row, best = _run_epoch(training, optimiser, epoch, progress, latency_s)
+            folder.append_epoch(row)
+            progress = Progress(epoch, row.cum_wall_s, best)
+            if epoch % settings.server.checkpoint_every == 0 or epoch == settings.length:
+                _save(training, optimiser, progress, folder)
+            logger.info(_epoch_text(row, settings.length), extra={"round_row": row})
+        logger.info("%d epochs done, best accuracy %.4f", progress.epoch, progress.best.accuracy)
+        logger.info("results: %s", folder.path)
+
+
+def prepare_centralised(settings: Settings) -> Training:
+    """Assemble a run, with all the checks that can be made before anything is written.
+
+    Raises:
+        SettingsError: the settings can't be used, or their run folder holds another run.
+    """
+    run_path(settings)
+    device = torch_device(settings)
+    dataset = build_dataset(settings)
+    model = build_model(settings, dataset.classes).to(device)
+    cost = count(model, dataset.image_size)
+    return Training(settings, dataset, model, cost, build_sgd(settings), build_temperature(settings), device)
+
+
+def _run_epoch(
+    training: Training,
+    optimiser: torch.optim.Optimizer,
+    epoch: int,
+    progress: Progress,
+    latency_s: float,
+) -> tuple[EpochRow, Best]:
+    """Train for an epoch, whose order and augmentation depend on (seed, epoch) alone, and evaluate."""
+    settings, dataset, model = training.settings, training.dataset, training.model
+    done = epoch - 1
+    lr = learning_rate(settings.train.lr, settings.train.schedule, done / settings.length)
+    for group in optimiser.param_groups:
+        group["lr"] = lr
+    temperature = training.temperature.at(done)
+    set_temperature(model, temperature)
+    steps = math.ceil(len(dataset.train) / training.sgd.batch_size)
+    generator = torch.Generator().manual_seed(derive_seed(settings.seed, "epoch", epoch))
+    started = time.perf_counter()
+    trained = train(model, dataset.train, dataset, training.sgd, steps, generator, training.device, optimiser)
+    wall_s = time.perf_counter() - started
+    if not math.isfinite(trained.loss):
+        raise RunError(
+            f"epoch {epoch}: the training loss is {trained.loss}, training diverged at a learning rate of {lr:g}; "
+            f"finished epochs are kept. Choose train.lr below {settings.train.lr:g}, and another run folder"
+        )
+    tested, validated = evaluate_on_both(model, dataset, training.device)
+    best = progress.best.or_later(tested, validated)
+    train_flops = trained.examples * training.cost.train_flops
+    row = EpochRow(
+        epoch=epoch,
+        wall_s=wall_s,
+        cum_wall_s=progress.wall_s + wall_s,
+        lr=lr,
+        temperature=temperature if has_temperature(model) else None,
+        train_loss=trained.loss,
+        train_accuracy=trained.accuracy,
+        loss=tested.loss,
+        accuracy=tested.accuracy,
+        top5_accuracy=known(tested.top5_accuracy),
+        best_accuracy=best.accuracy,
+        validation_loss=validated and validated.loss,
+        validation_accuracy=validated and validated.accuracy,
+        kernel_entropy=known(tested.kernel_entropy),
+        train_flops=train_flops,
+        cum_train_flops=epoch * train_flops,
+        latency_s=latency_s,
+        ies_train=ies(wall_s, tested.accuracy),
+        rcs_train=rcs(tested.accuracy, wall_s),
+        ies_infer=ies(latency_s, tested.accuracy),
+        rcs_infer=rcs(tested.accuracy, latency_s),
+    )
+    return row, best
+
+
+def _save(
+    training: Training, optimiser: torch.optim.Optimizer, progress: Progress, folder: RunFolder
+) -> None:
+    settings = training.settings
+    save_checkpoint(
+        folder.checkpoints,
+        progress.epoch,
+        training.model.state_dict(),
+        asdict(progress),
+        settings.kept(),
+        _momentum(training.model, optimiser),
+        keep=settings.server.keep_checkpoints,
+    )
+
+
+def _resume(training: Training, optimiser: torch.optim.Optimizer, folder: RunFolder) -> Progress:
+    checkpoint = latest_checkpoint(folder.checkpoints)
+    if checkpoint is None:
+        folder.truncate_after(0)
+        return Progress()
+    training.model.load_state_dict(checkpoint.arrays)
+    for name, parameter in training.model.named_parameters():
+        if name in checkpoint.extra_arrays:
+            optimiser.state[parameter][MOMENTUM] = checkpoint.extra_arrays[name].to(training.device)
+    folder.truncate_after(checkpoint.round)
+    logger.info("going on after epoch %d", checkpoint.round)
+    return Progress(**checkpoint.state | {"best": Best(**checkpoint.state["best"])})
+
+
+def _momentum(model: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The momentum of each parameter that has one, by the parameter's name."""
+    return {
+        name: momentum
+        for name, parameter in model.named_parameters()
+        if (momentum := optimiser.state[parameter].get(MOMENTUM)) is not None
+    }
+
+
+def _header(training: Training) -> list[str]:
+    settings, dataset = training.settings, training.dataset
+    train = settings.train
+    return [
+        f"fedfmd {fedfmd.__version__}: {describe_network(settings, training.cost, dataset)}",
+        f"{settings.length} epochs over {len(dataset.train):,} images in batches of {train.batch_size}, learning rate "
+        f"{train.lr:g} ({train.schedule}), {train.precision} on {training.device}; seed {settings.seed}",
+    ]
+
+
+def _epoch_text(row: EpochRow, epochs: int) -> str:
+    """One epoch in one line."""
+    top5 = "" if row.top5_accuracy is None else f"  top-5 {row.top5_accuracy:.4f}"
+    return (
+        f"epoch {row.epoch:>{len(str(epochs))}}/{epochs}  {row.wall_s:8.1f} s  accuracy {row.accuracy:.4f}{top5}  "
+        f"loss {row.loss:7.4f}  IES {row.ies_train:8.2f} s  RCS {row.rcs_train:8.5f} /s"
+    )

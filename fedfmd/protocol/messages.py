@@ -1,0 +1,249 @@
+"""What travels between the server and its nodes as Flower messages: questions, instructions and replies.
+
+One message per node and round carries the plans of all clients that the node hosts; one reply brings back their
+weighted mean, each array with the number of images behind it, and, per client, one entry in every list of metrics.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from io import BytesIO
+from pickle import PickleBuffer
+from typing import Any, SupportsIndex
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.common.constant import SType
+from numpy.lib.format import (
+    header_data_from_array_1_0,
+    read_array_header_1_0,
+    read_magic,
+    write_array_header_1_0,
+)
+
+import fedfmd
+from fedfmd.data import ImageFormat
+from fedfmd.protocol.state import Arrays
+
+ARRAYS, CONFIG, METRICS, WEIGHTS, SCALES = "arrays", "config", "metrics", "weights", "scales"
+IMAGES, VERSION = "images", "version"
+WEIGHT = "num-examples"
+BY_ATTENTION = -1
+NPY_VERSION = (1, 0)
+MOST_HEADER_BYTES = 1024
+
+# Tensors made of received arrays share the message's memory as well; nothing here writes to them.
+warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What one client is asked to do.
+
+    Attributes:
+        client: who is asked.
+        steps: batches of local SGD.
+        batch_size: images per batch.
+        kernels: how many kernels of each bank it trains and sends; the others stay frozen.
+        first_kernel: the first of these kernels, the others following in a circle; BY_ATTENTION: the client
+            takes those that its images use most, in each layer.
+    """
+
+    client: int
+    steps: int
+    batch_size: int
+    kernels: int
+    first_kernel: int = 0
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """A node's part of a round.
+
+    Attributes:
+        round, lr, temperature: of all its clients.
+        assignments: its clients' work.
+        normalised: each client's update of parameters is divided by its effective steps (FedNova).
+        local_norm: a client trains its own normalisation layers, which it keeps (FedBN).
+        run: a name of the run, under which clients keep what they need in later rounds; "" if nothing is kept.
+        images: what a box's own images must be like; None for workers, which have the run's data set.
+    """
+
+    round: int
+    lr: float
+    temperature: float
+    assignments: tuple[Assignment, ...]
+    normalised: bool = False
+    local_norm: bool = False
+    run: str = ""
+    images: ImageFormat | None = None
+
+
+SCALARS = tuple(f.name for f in fields(Instruction) if f.name not in ("assignments", "images"))
+
+
+@dataclass(frozen=True)
+class ClientResult:
+    """What became of one client: `images` is the size of its shard, `examples` the images processed.
+
+    An empty `reason` means that the update was sent; loss and accuracy are those met while training. Kernel
+    entropy (H(π)/ln K) and attentions are means over dynamic layers and the images of the last local steps, NaN
+    where the operator has no such attention. `latency_s` is a box's measured time of inference per image, NaN in a
+    simulation.
+    """
+
+    client: int
+    images: int
+    steps: int
+    examples: int
+    loss: float
+    accuracy: float
+    wall_s: float
+    reason: str = ""
+    kernel_entropy: float = math.nan
+    input_attention: float = math.nan
+    output_attention: float = math.nan
+    latency_s: float = math.nan
+
+    @property
+    def ok(self) -> bool:
+        """Whether the client's update is part of the reply."""
+        return not self.reason
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A node's answer: each array's mean over the clients that trained it, weighted by their images.
+
+    `weights` holds the images behind each array; arrays that nobody trained are left out, and all of them if
+    no client succeeded. A single client's arrays may be rounded, with `scales` (see
+    `fedfmd.protocol.compression.Upload`).
+    """
+
+    arrays: Arrays
+    results: tuple[ClientResult, ...]
+    weights: dict[str, float] = field(default_factory=dict)
+    scales: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def weight(self) -> int:
+        """Images of all clients that succeeded."""
+        return sum(result.images for result in self.results if result.ok)
+
+
+def to_record(arrays: Mapping[str, np.ndarray]) -> ArrayRecord:
+    """Wrap arrays for Flower, keeping 0-dim shapes and dtypes."""
+    return ArrayRecord({name: _flower_array(np.asarray(array, order="C")) for name, array in arrays.items()})
+
+
+def _flower_array(array: np.ndarray) -> Array:
+    """As Flower's own `Array(array)`, but with fewer copies on its way."""
+    header = BytesIO()
+    write_array_header_1_0(header, header_data_from_array_1_0(array))
+    data = b"".join([header.getvalue(), array.reshape(-1).view(np.uint8).data])
+    return Array(str(array.dtype), array.shape, SType.NUMPY, _Content(data))
+
+
+class _Content(bytes):
+    """An array's content; pickled out of band (PEP 574), so that Ray moves it by shared memory alone.
+
+    Who receives it so has a memoryview in its place.
+    """
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple:
+        """How it is pickled; before protocol 5 as other bytes are."""
+        return _unpickled, (PickleBuffer(self) if protocol >= 5 else bytes(self),)
+
+
+def _unpickled(content: Any) -> bytes | memoryview:
+    return content if isinstance(content, bytes) else memoryview(content)
+
+
+def from_record(record: ArrayRecord) -> Arrays:
+    """Unwrap Flower's arrays. They can't be written to, as they share the message's memory.
+
+    Raises:
+        ValueError: an array's content is damaged.
+    """
+    return {name: _numbers(array) for name, array in record.items()}
+
+
+def _numbers(array: Array) -> np.ndarray:
+    """Flower's array without a copy of its numbers, where it is in the format that `to_record` writes."""
+    header = BytesIO(array.data[:MOST_HEADER_BYTES])
+    if read_magic(header) != NPY_VERSION:
+        return array.numpy()
+    shape, in_columns, dtype = read_array_header_1_0(header)
+    if dtype.hasobject:
+        raise ValueError("it has an array of Python objects")
+    order = "F" if in_columns else "C"
+    return np.ndarray(shape, dtype, array.data, header.tell(), order=order)
+
+
+def write_question(images: ImageFormat) -> RecordDict:
+    """Pack what a node must know to say whether it can take part, as `read_question` unpacks it."""
+    return RecordDict({CONFIG: ConfigRecord({VERSION: fedfmd.__version__}), IMAGES: _format_record(images)})
+
+
+def read_question(content: RecordDict) -> tuple[str, ImageFormat]:
+    """The server's version of fedfmd, and what a box's images must be like."""
+    return content[CONFIG][VERSION], ImageFormat.from_lists(content[IMAGES])
+
+
+def write_instruction(instruction: Instruction, arrays: ArrayRecord) -> RecordDict:
+    """Pack a node's part of a round; `arrays` (the global state) may be shared between messages."""
+    scalars = {name: getattr(instruction, name) for name in SCALARS}
+    columns = _columns(instruction.assignments, Assignment)
+    content = RecordDict({ARRAYS: arrays, CONFIG: ConfigRecord(scalars | columns)})
+    if instruction.images:
+        content[IMAGES] = _format_record(instruction.images)
+    return content
+
+
+def read_instruction(content: RecordDict) -> tuple[Instruction, Arrays]:
+    """Unpack a node's part of a round and the global arrays."""
+    config = content[CONFIG]
+    scalars = {name: config[name] for name in SCALARS}
+    images = ImageFormat.from_lists(content[IMAGES]) if IMAGES in content else None
+    instruction = Instruction(assignments=tuple(_rows(config, Assignment)), images=images, **scalars)
+    return instruction, from_record(content[ARRAYS])
+
+
+def write_reply(reply: Reply) -> RecordDict:
+    """Pack a node's answer: arrays and their weights, one list per metric, and the reasons of failures."""
+    columns = _columns(reply.results, ClientResult)
+    reasons = ConfigRecord({"reason": columns.pop("reason")})
+    return RecordDict(
+        {
+            ARRAYS: to_record(reply.arrays),
+            WEIGHTS: MetricRecord(reply.weights),
+            SCALES: MetricRecord(reply.scales),
+            METRICS: MetricRecord({WEIGHT: reply.weight, **columns}),
+            CONFIG: reasons,
+        }
+    )
+
+
+def read_reply(content: RecordDict) -> Reply:
+    """Unpack a node's answer."""
+    columns = dict(content[METRICS]) | dict(content[CONFIG])
+    results = tuple(_rows(columns, ClientResult))
+    return Reply(from_record(content[ARRAYS]), results, dict(content[WEIGHTS]), dict(content[SCALES]))
+
+
+def _format_record(images: ImageFormat) -> ConfigRecord:
+    """Tuples as lists, since records hold those."""
+    return ConfigRecord({k: list(v) if isinstance(v, tuple) else v for k, v in vars(images).items()})
+
+
+def _columns(rows: Sequence[object], cls: type) -> dict[str, list]:
+    """One list per field, since records hold flat lists only."""
+    return {field.name: [getattr(row, field.name) for row in rows] for field in fields(cls)}
+
+
+def _rows(columns: Mapping[str, list], cls: type) -> list:
+    names = [field.name for field in fields(cls)]
+    return [cls(*values) for values in zip(*(columns[name] for name in names), strict=True)]

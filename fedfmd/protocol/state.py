@@ -1,0 +1,108 @@
+"""A model's state as named arrays, as it travels, is averaged and is checked.
+
+A dynamic layer's bank is one array per kernel (``layer1.0.conv1.bank.2``), so that a plan can name kernels and bytes
+can be counted from what was really sent. In the model it is one tensor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+BANKS = ("bank", "bias_bank")
+
+Arrays = dict[str, np.ndarray]
+
+
+def bank_of(name: str) -> tuple[str, int] | None:
+    """The bank (`layer1.0.conv1.bank`) and the place in it of the kernel called `name`; None for other arrays."""
+    bank, _, place = name.rpartition(".")
+    return (bank, int(place)) if bank.rpartition(".")[2] in BANKS else None
+
+
+def trained_views(module: nn.Module, kernels: Mapping[str, Collection[int]]) -> dict[str, Tensor]:
+    """Return `wire_views` without the frozen kernels; `kernels` holds those trained, by layer."""
+    views = {}
+    for name, view in wire_views(module).items():
+        kernel = bank_of(name)
+        if kernel is None or kernel[1] in kernels[kernel[0].rpartition(".")[0]]:
+            views[name] = view
+    return views
+
+
+def wire_views(module: nn.Module) -> dict[str, Tensor]:
+    """Return the module's state under its names on the wire, as tensors that share its memory."""
+    views: dict[str, Tensor] = {}
+    for name, tensor in module.state_dict().items():
+        if name.rpartition(".")[2] in BANKS:
+            views |= {f"{name}.{k}": kernel for k, kernel in enumerate(tensor.unbind())}
+        else:
+            views[name] = tensor
+    return views
+
+
+def parameter_names(module: nn.Module) -> frozenset[str]:
+    """Names on the wire of what an optimiser trains, as opposed to buffers."""
+    buffers = {name for name, _ in module.named_buffers()}
+    return frozenset(wire_views(module).keys() - buffers)
+
+
+def pack(module: nn.Module) -> Arrays:
+    """Copy the module's state into arrays named as on the wire."""
+    return {name: array.copy() for name, array in shared_arrays(module).items()}
+
+
+def shared_arrays(module: nn.Module) -> Arrays:
+    """The module's state as arrays named as on the wire, which on the CPU share its memory."""
+    return {name: view.numpy(force=True) for name, view in wire_views(module).items()}
+
+
+def load(module: nn.Module, arrays: Mapping[str, np.ndarray]) -> None:
+    """Copy arrays into the module.
+
+    Raises:
+        ValueError: names or shapes differ from the module's.
+    """
+    views = wire_views(module)
+    check_layout(arrays, {name: tuple(view.shape) for name, view in views.items()})
+    with torch.no_grad():
+        for name, view in views.items():
+            view.copy_(torch.as_tensor(arrays[name]))
+
+
+def check_layout(
+    arrays: Mapping[str, np.ndarray],
+    shapes: Mapping[str, tuple[int, ...]],
+    optional: Collection[str] = (),
+) -> None:
+    """Compare names and shapes with what is expected; `optional` arrays may be missing.
+
+    Raises:
+        ValueError: names the first missing, unexpected or misshapen array.
+    """
+    if missing := shapes.keys() - arrays.keys() - set(optional):
+        raise ValueError(f"array {min(missing)} is missing")
+    if unexpected := arrays.keys() - shapes.keys():
+        raise ValueError(f"array {min(unexpected)} is not part of the model")
+    for name, array in arrays.items():
+        if array.shape != shapes[name]:
+            raise ValueError(f"array {name} has shape {array.shape}, the model's has {shapes[name]}")
+
+
+def first_non_finite(arrays: Mapping[str, np.ndarray | Tensor]) -> str | None:
+    """Return the name of the first array with a NaN or an infinity."""
+    for name, array in arrays.items():
+        values = torch.as_tensor(array)
+        # A sum is several times cheaper; it is finite only if all values are, but large ones may overflow it.
+        if not math.isfinite(values.sum()) and not values.isfinite().all():
+            return name
+    return None
+
+
+def payload_bytes(arrays: Mapping[str, np.ndarray]) -> int:
+    """Bytes of the arrays' values."""
+    return sum(array.nbytes for array in arrays.values())

@@ -1,0 +1,1 @@
+"""Finished runs compared: statistics, tables, pictures and a page."""

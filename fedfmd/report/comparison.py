@@ -1,0 +1,203 @@
+"""Runs as a report reads them, from their folders or packed: which can be compared, and how they differ."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from fedfmd.build import build_dataset, build_model
+from fedfmd.conv import CONVS
+from fedfmd.cost import Cost, count
+from fedfmd.data import PARTITIONS
+from fedfmd.data.files import read_npz
+from fedfmd.errors import SettingsError
+from fedfmd.report.packed import MANIFEST, read_packed
+from fedfmd.report.record import Run
+from fedfmd.report.selection import Choice, Selection, choose, stored_selection
+from fedfmd.report.wording import WORDINGS
+from fedfmd.runs import read_clients, read_environment, read_epochs, read_rounds
+from fedfmd.settings import DataSettings, Settings, read_yaml
+
+TASK = ("data.", "partition.")
+"""Settings that say what is to be learnt; runs that differ in them solve different tasks."""
+
+CIFAR = {"cifar10": (10, 32), "cifar100": (100, 32)}
+"""Classes and pixels of the data sets whose images a report needn't have."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The runs that can be compared, and `notes` on what was left out or is to be known of them.
+
+    `read` are all that were read. `choice` tells what was tried where the runs are those of values chosen by
+    validation.
+    """
+
+    runs: tuple[Run, ...]
+    notes: tuple[str, ...]
+    read: tuple[Run, ...]
+    choice: Choice | None = None
+
+
+def read_comparison(folders: Iterable[Path], selection: Selection | None = None) -> Comparison:
+    """Read every run below these folders, and those that are packed there.
+
+    Unfinished runs are left out, unless there are no others; so is a run whose settings another one has, and one
+    whose values are not those that the selection, by default the folders' own, chooses for its variant.
+
+    Raises:
+        SettingsError: there is no run with a finished round, a file of one can't be read, some are federated
+            and some centralised, or there is nothing to choose by.
+    """
+    folders = list(folders)
+    read = _read_all(folders)
+    started = [run for run in read if run.started]
+    if not started:
+        raise SettingsError(f"no run with a finished round below {', '.join(map(str, folders))}")
+    kinds = {run.settings.kind: run.folder for run in read}
+    if len(kinds) > 1:
+        named = ", ".join(f"{folder} is {kind}" for kind, folder in kinds.items())
+        raise SettingsError(f"runs of different kinds don't compare ({named}): report on each kind apart")
+    unfinished = [run for run in started if not run.finished]
+    finished = [run for run in started if run.finished]
+    states = [f"{run.folder.name} (no round)" for run in read if not run.started]
+    states += [f"{run.folder.name} ({_state(run)})" for run in unfinished]
+    notes = []
+    if states:
+        treatment = "left out" if finished else "compared as far as they are, because no run is finished"
+        notes.append(f"Unfinished runs, {treatment}: {', '.join(states)}.")
+    runs, twins = _without_twins(finished or unfinished)
+    if twins:
+        names = ", ".join(run.folder.name for run in twins)
+        notes.append(f"Left out, because another run has the same settings: {names}.")
+    commits = sorted({str(run.environment.get("commit"))[:12] for run in runs if run.environment})
+    if len(commits) > 1:
+        notes.append(f"The runs come from different code: commits {', '.join(commits)}.")
+    selection = selection or stored_selection(folders)
+    if selection is None:
+        return Comparison(_labelled(runs), tuple(notes), tuple(read))
+    chosen, choice, missing = choose(_labelled(runs, selection.over), selection)
+    return Comparison(tuple(chosen), (*notes, *missing), tuple(read), choice)
+
+
+def _read_all(folders: Iterable[Path]) -> list[Run]:
+    """The runs in the order of their folders; one that is packed beside its folder is read from the folder."""
+    found = {
+        name: {path.parent.resolve() for folder in folders for path in folder.rglob(name)}
+        for name in (MANIFEST, "rounds.csv", "epochs.csv", "environment.json")
+    }
+    packed = found.pop(MANIFEST)
+    runs = {run.folder: run for folder in packed for run in read_packed(folder)}
+    runs |= {folder: _read(folder) for folder in set().union(*found.values()) - packed}
+    return [runs[folder] for folder in sorted(runs)]
+
+
+def _read(folder: Path) -> Run:
+    """The run of a folder, with or without rounds."""
+    settings = Settings.from_mapping(read_yaml(folder / "settings.yaml"))
+    if settings.kind == "federated":
+        rounds = _rows(read_rounds, folder / "rounds.csv")
+    else:
+        rounds = _rows(read_epochs, folder / "epochs.csv")
+    clients = _rows(read_clients, folder / "clients.csv")
+    split = folder / "partition.npz"
+    try:
+        counts = read_npz(split, "label_counts")[0] if split.exists() else None
+        environment = read_environment(folder)
+    except ValueError as error:
+        raise SettingsError(f"{folder}: {error}") from None
+    return Run(
+        folder,
+        settings,
+        tuple(rounds),
+        tuple(row for row in clients if rounds and row.round <= rounds[-1].round),
+        counts,
+        environment,
+        _cost(settings.model_copy(update={"seed": 0, "run_dir": ""})),
+    )
+
+
+def _rows(read: Callable[[Path], list], path: Path) -> list:
+    try:
+        return read(path) if path.exists() else []
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
+
+
+@lru_cache
+def _cost(settings: Settings) -> Cost | None:
+    """Count the network of these settings, None where its data set can't be loaded."""
+    try:
+        classes, pixels = _shape(settings.data)
+    except SettingsError:
+        return None
+    return count(build_model(settings, classes), pixels)
+
+
+def _shape(data: DataSettings) -> tuple[int, int]:
+    """Number of classes; height and width in pixels."""
+    if data.dataset in CIFAR:
+        classes, pixels = CIFAR[data.dataset]
+        return classes, data.image_size or pixels
+    dataset = build_dataset(Settings(data=data.model_copy(update={"validation": 0.0})))
+    return dataset.classes, dataset.image_size
+
+
+def _state(run: Run) -> str:
+    unit = WORDINGS[run.settings.kind].unit
+    return f"{run.rounds[-1].round} of {run.settings.length} {unit}s"
+
+
+def _without_twins(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
+    """The first run of each settings, and the others."""
+    firsts: dict[str, Run] = {}
+    for run in runs:
+        firsts.setdefault(run.settings.digest(), run)
+    kept = list(firsts.values())
+    return kept, [run for run in runs if run not in kept]
+
+
+def _labelled(runs: Sequence[Run], chosen: Iterable[str] = ()) -> tuple[Run, ...]:
+    """The runs with `task` and `variant`, as short as they tell them apart, in the order of their values.
+
+    The labels don't tell what is `chosen` for each.
+    """
+    flats = [run.settings.flat() for run in runs]
+    ignored = Settings.NEUTRAL | {"seed", *chosen}
+    differing = [key for key in flats[0] if key not in ignored and len({flat[key] for flat in flats}) > 1]
+    shorts = [key.rpartition(".")[2] for key in differing]
+    names = {
+        key: key if shorts.count(short) > 1 else short for key, short in zip(differing, shorts, strict=True)
+    }
+    task = [key for key in differing if key.startswith(TASK)]
+    variant = [key for key in differing if key not in task]
+
+    def part(flat: dict[str, Any], keys: Iterable[str]) -> str:
+        return ", ".join(
+            _text(flat[key]) if key == "model.conv" else f"{names[key]} {_text(flat[key])}"
+            for key in keys
+            if key not in _of_other_splits(flat["partition.scheme"])
+        )
+
+    def order(run: Run) -> tuple[Any, ...]:
+        flat = run.settings.flat() | {"model.conv": list(CONVS).index(run.conv)}
+        return (*(flat[key] for key in (*task, *variant)), run.seed)
+
+    return tuple(
+        replace(run, task=part(run.settings.flat(), task), variant=part(run.settings.flat(), variant))
+        for run in sorted(runs, key=order)
+    )
+
+
+def _of_other_splits(scheme: str) -> set[str]:
+    """The settings that only other ways of splitting heed."""
+    own = PARTITIONS[scheme].parameters
+    others = {name for other in PARTITIONS.values() for name in other.parameters if name not in own}
+    return {f"partition.{name.replace('_', '-')}" for name in others}
+
+
+def _text(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,70 @@
+"""A run as its files tell of it, whatever their form: what reports compare and what is packed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedfmd.cost import Cost
+from fedfmd.runs import ClientRow, EpochRow, RoundRow
+from fedfmd.settings import Settings
+
+PATHS = frozenset({"data.dir", "data.train", "data.test", "fleet.devices-file", "fleet.trace"})
+"""Settings that name files and folders of the machine that did the run."""
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A run as a report reads it.
+
+    Attributes:
+        folder: where it lies; of a packed run, where it would lie below the folder that it is packed in.
+        settings: all of them.
+        rounds: rows of rounds.csv, or of epochs.csv.
+        clients: rows of clients.csv, of these rounds; none if there is no such file. Of a packed run, those of
+            the last round and the last one of each client with an accuracy.
+        label_counts: images, clients x classes; None if there is no partition.npz.
+        environment: environment.json; empty if there is none.
+        cost: what the network costs for one image; None if its data set is not on this machine (or wasn't where it was
+            packed).
+        task: how its data and their split differ from the other runs', such as `alpha 0.1`.
+        variant: how it differs in all else but the seed, such as `fmdconv, kernels 2`.
+    """
+
+    folder: Path
+    settings: Settings
+    rounds: tuple[RoundRow, ...] | tuple[EpochRow, ...]
+    clients: tuple[ClientRow, ...] = ()
+    label_counts: np.ndarray | None = None
+    environment: dict[str, Any] = field(default_factory=dict)
+    cost: Cost | None = None
+    task: str = ""
+    variant: str = ""
+
+    @property
+    def label(self) -> str:
+        """All in which it differs from the other runs, the seed aside."""
+        return ", ".join(filter(None, (self.variant, self.task))) or "all runs"
+
+    @property
+    def conv(self) -> str:
+        """Its convolution."""
+        return self.settings.model.conv
+
+    @property
+    def seed(self) -> int:
+        """Its seed."""
+        return self.settings.seed
+
+    @property
+    def started(self) -> bool:
+        """Whether there is a round, or an epoch, whose accuracy is known."""
+        return any(row.accuracy is not None for row in self.rounds)
+
+    @property
+    def finished(self) -> bool:
+        """Whether it did all its rounds."""
+        return self.rounds[-1].round >= self.settings.length

@@ -1,0 +1,292 @@
+"""The tables of a comparison: the same cells for Markdown, for the terminal and for the page."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from fedfmd.report.selection import Choice
+from fedfmd.report.statistics import CONFIDENCE, Estimate, Group, Summary, estimate
+from fedfmd.report.tables import si
+from fedfmd.report.wording import WORDINGS
+
+NOTHING = "–"
+
+Cells = Mapping[str, Callable[[Group], str]]
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A table of texts: the first column names the group, the others hold numbers."""
+
+    title: str
+    caption: str
+    columns: tuple[str, ...]
+    lines: tuple[tuple[str, ...], ...]
+
+
+def make_sheets(summary: Summary) -> list[Sheet]:
+    """Accuracy, cost to the target, cost of the whole run, the network, and IES and RCS.
+
+    Where there are any, differences to static stand behind the first, and what was tried at the end.
+    """
+    origin = "as asked" if summary.asked else "the lowest mean of the final accuracies"
+    wording = WORDINGS[summary.kind]
+    sheets = [
+        _sheet(
+            summary,
+            "Accuracy",
+            f"Test accuracy, mean ± standard deviation over seeds.{_how_chosen(summary.choice)}",
+            {
+                "seeds": lambda group: str(len(group.runs)),
+                "validation %": lambda group: _percent(group.validation),
+                "final %": lambda group: _percent(group.final),
+                "best %": lambda group: _percent(group.best),
+                "top-5 %": lambda group: _percent(group.top5_final),
+                "best top-5 %": lambda group: _percent(group.top5_best),
+                "worst clients %": lambda group: _percent(group.worst_clients),
+            },
+            {
+                "best %": _what_is_best(summary, wording.unit),
+                "validation %": f"Validation: after the last {wording.unit}, on images held out of training.",
+                "top-5 %": "Top-5: the label is among the five most probable classes.",
+                "worst clients %": "Worst clients: mean of the worst 10 % of the clients, each on its own images "
+                "after local training.",
+            },
+        ),
+        _sheet(
+            summary,
+            f"To reach {summary.target:.1f} %",
+            f"Until the first {wording.unit} with a test accuracy of {summary.target:.1f} % ({origin}): mean ± "
+            f"standard deviation over the seeds that reached it. {wording.seconds} FLOPs are those of training.",
+            {
+                "reached": lambda group: f"{group.target.reached} of {group.target.seeds}",
+                "virtual s": lambda group: _spent(group.target.virtual_s, group.virtual_s),
+                "train s": lambda group: _spent(group.target.train_s, group.train_s),
+                "GFLOPs": lambda group: _spent(group.target.gflops, group.gflops),
+                "MB": lambda group: _spent(group.target.mb, group.mb),
+            },
+            {"MB": "Bytes go up and down."},
+        ),
+        _sheet(
+            summary,
+            "Cost of the whole run",
+            "Mean ± standard deviation over seeds.",
+            {
+                "virtual s": lambda group: _amount(group.virtual_s),
+                "s per epoch": lambda group: _amount(group.epoch_s),
+                "train s": lambda group: _amount(group.train_s),
+                "GFLOPs": lambda group: _amount(group.gflops),
+                "MB": lambda group: _amount(group.mb),
+                "kJ": lambda group: _amount(group.energy_kj),
+                "cut %": lambda group: _percent(group.cut),
+                "on the front in": lambda group: ", ".join(group.fronts) or NOTHING,
+            },
+            {
+                "cut %": "Cut: share of the clients' full work, images × kernels trained, that the plans left out; "
+                "groups that were cut unequally did not do the same work.",
+                "on the front in": "On the front in: no other group of the same data and split is at least as "
+                "accurate at no more of this cost and better in one of the two.",
+            },
+        ),
+        _sheet(
+            summary,
+            "Network",
+            f"Parameters; multiply-accumulates and {wording.latency} per image. Mean over seeds.",
+            {
+                "parameters": lambda group: si(group.cost.params) if group.cost else NOTHING,
+                "MACs": lambda group: si(group.cost.macs) if group.cost else NOTHING,
+                "latency ms": lambda group: _mean(group.latency_ms),
+                "kernel entropy": lambda group: _mean(group.kernel_entropy),
+            },
+            {"kernel entropy": "Kernel entropy: 1 means that the mixture of kernels is inert."},
+        ),
+        _sheet(
+            summary,
+            "IES and RCS",
+            "IES: response time / accuracy, lower is better; RCS: accuracy / response time, higher is better. "
+            f"{wording.response} Mean over seeds.",
+            {
+                "IES ms": lambda group: _mean(group.ies_infer_ms),
+                "RCS 1/s": lambda group: _mean(group.rcs_infer),
+                "IES train s": lambda group: _mean(group.ies_train_s),
+                "RCS train 1/s": lambda group: _mean(group.rcs_train),
+            },
+        ),
+    ]
+    if any(group.difference for group in summary.groups):
+        sheets.insert(1, _differences(summary))
+    if summary.choice:
+        sheets.append(_tried(summary.choice))
+    return sheets
+
+
+def markdown(sheet: Sheet) -> str:
+    """The sheet under its title, as a table for a README."""
+    lines = [sheet.columns, ("---", *["---:"] * (len(sheet.columns) - 1)), *sheet.lines]
+    table = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    return f"### {sheet.title}\n\n{sheet.caption}\n\n{table}"
+
+
+def terminal_table(sheet: Sheet) -> Table:
+    """The sheet for a terminal of 100 columns: numbers are never broken, names only if they must be."""
+    table = Table(title=sheet.title, title_justify="left", box=box.SIMPLE, padding=(0, 0, 0, 1))
+    for number, column in enumerate(sheet.columns):
+        table.add_column(column, justify="right" if number else "left", no_wrap=number > 0, overflow="fold")
+    for line in sheet.lines:
+        table.add_row(*line)
+    return table
+
+
+def flat_row(group: Group, target: float) -> dict[str, Any]:
+    """All that is known of a group, as cells for CSV and JSON; accuracies in percent, None is unknown."""
+    wording = WORDINGS[group.kind]
+    row = {"label": group.label, "seeds": len(group.runs), f"{wording.unit}s": group.runs[0].rounds[-1].round}
+    measured = {name: getattr(group, name) for name in wording.figures}
+    measured |= {f"target_{name}": getattr(group.target, name) for name in wording.target}
+    for name, value in measured.items():
+        row[name] = value and _cell(value.mean)
+        row[f"{name}_std"] = value and _cell(value.std)
+    gain = group.difference
+    return row | {
+        "target": target,
+        "target_reached": group.target.reached,
+        "minus_static": gain and gain.mean,
+        "minus_static_low": gain and gain.low,
+        "minus_static_high": gain and gain.high,
+        "minus_static_pairs": gain and gain.pairs,
+        "minus_static_p": gain and gain.p,
+        "minus_static_holm_p": gain and gain.holm_p,
+        "chosen": group.chosen,
+        "params": group.cost and group.cost.params,
+        "macs": group.cost and group.cost.macs,
+        "fronts": " ".join(group.fronts),
+    }
+
+
+def _differences(summary: Summary) -> Sheet:
+    """Each paired difference, whether it holds on its own, and whether it does among the others."""
+    compared = [(group, group.difference) for group in summary.groups if group.difference]
+    return Sheet(
+        "Difference to static",
+        "Paired difference of the final accuracy over common seeds in percentage points, with its 95 % confidence "
+        "interval (Student's t) and the p-value of the paired t-test. With more comparisons some will be far from "
+        f"zero by chance: Holm's p-value is corrected for all {len(compared)}, and a difference holds where it is at "
+        f"most {1 - CONFIDENCE:g}.",
+        ("runs", "pairs", "minus static", "95 % interval", "p", "Holm's p", "holds"),
+        tuple(
+            (
+                group.label,
+                str(gain.pairs),
+                f"{gain.mean:+.1f}",
+                f"[{gain.low:+.1f}, {gain.high:+.1f}]",
+                f"{gain.p:.3f}",
+                f"{gain.holm_p:.3f}",
+                "yes" if gain.holds else "no",
+            )
+            for group, gain in compared
+        ),
+    )
+
+
+def _tried(choice: Choice) -> Sheet:
+    """Every value that was tried."""
+    over = choice.selection.over
+    return Sheet(
+        "What was tried",
+        f"Values of {', '.join(over)} by validation accuracy after the last round or epoch, mean ± standard deviation "
+        "over seeds. The best mean is chosen; test images have no part in it.",
+        ("runs", *over, "seeds", "validation %", "chosen"),
+        tuple(
+            (
+                trial.label,
+                *(f"{value:g}" if isinstance(value, float) else str(value) for value in trial.values),
+                str(len(trial.accuracies)),
+                _percent(estimate(trial.accuracies.values())),
+                "chosen" if trial.chosen else "",
+            )
+            for trial in choice.trials
+        ),
+    )
+
+
+def _how_chosen(choice: Choice | None) -> str:
+    if choice is None:
+        return ""
+    selection = choice.selection
+    by = f" of {'seeds' if len(selection.seeds) > 1 else 'seed'} {', '.join(map(str, selection.seeds))}"
+    return (
+        f" Each at its own {', '.join(selection.over)}, chosen by the validation accuracy"
+        f"{by if selection.seeds else ''} (see What was tried)."
+    )
+
+
+def _what_is_best(summary: Summary, unit: str) -> str:
+    texts = {
+        True: f"Best: that of the {unit} with the highest validation accuracy.",
+        False: f"Best: the highest of all {unit}s; without validation images that is a choice by the test images.",
+    }
+    return " ".join(
+        texts[known] for known in sorted({group.validation is not None for group in summary.groups})
+    )
+
+
+def _sheet(
+    summary: Summary, title: str, caption: str, cells: Cells, notes: Mapping[str, str] = MappingProxyType({})
+) -> Sheet:
+    """Columns without a value are left out, and with them the notes that explain them in the caption."""
+    columns = {"runs": [group.label for group in summary.groups]}
+    for name, cell in cells.items():
+        column = [cell(group) for group in summary.groups]
+        if set(column) != {NOTHING}:
+            columns[name] = column
+    explained = [note for name, note in notes.items() if name in columns]
+    return Sheet(
+        title,
+        " ".join([caption, *explained]),
+        tuple(columns),
+        tuple(zip(*columns.values(), strict=True)),
+    )
+
+
+def _cell(value: float) -> float | str:
+    """JSON has no infinity."""
+    return value if math.isfinite(value) else str(value)
+
+
+def _percent(value: Estimate | None) -> str:
+    return NOTHING if value is None else _spread(value, 1)
+
+
+def _amount(value: Estimate | None, missing: str = NOTHING) -> str:
+    """Three digits, or all those before the point."""
+    return missing if value is None else _spread(value, _decimals(value.mean, 3))
+
+
+def _spent(until_target: Estimate | None, whole: Estimate | None) -> str:
+    """What it took to reach the target; nothing if runs of this kind don't have such a cost at all."""
+    return _amount(until_target, "not reached" if whole else NOTHING)
+
+
+def _spread(value: Estimate, decimals: int) -> str:
+    """Mean ± standard deviation; one seed has none."""
+    mean = f"{value.mean:,.{decimals}f}"
+    return mean if value.count == 1 else f"{mean} ± {value.std:,.{decimals}f}"
+
+
+def _mean(value: Estimate | None) -> str:
+    """Four digits."""
+    if value is None:
+        return NOTHING
+    return f"{value.mean:,.{_decimals(value.mean, 4)}f}" if math.isfinite(value.mean) else "∞"
+
+
+def _decimals(value: float, digits: int) -> int:
+    """Places after the point that show so many digits."""
+    return max(0, digits - 1 - math.floor(math.log10(abs(value)))) if value else 0

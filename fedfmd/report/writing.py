@@ -1,0 +1,84 @@
+"""Comparing finished runs: tables over seeds as Markdown and CSV, a picture, and a page with all of it."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib import rc_context
+
+from fedfmd.report.comparison import read_comparison
+from fedfmd.report.packed import write_packed
+from fedfmd.report.page import render_page
+from fedfmd.report.plots import STYLE, make_facets, plot_curves
+from fedfmd.report.selection import Selection
+from fedfmd.report.sheets import flat_row, make_sheets, markdown
+from fedfmd.report.statistics import Summary, summarise
+from fedfmd.report.wording import WORDINGS
+from fedfmd.runs import atomic_write
+
+PAGE = "report.html"
+FILES = ("report.md", "report.csv", "curves.png", PAGE)
+
+
+def write_report(
+    folders: Sequence[Path],
+    out: Path,
+    target: float | None = None,
+    pack: Path | None = None,
+    selection: Selection | None = None,
+) -> tuple[Summary, Sequence[str]]:
+    """Write `FILES` into `out`; returns what they compare, and notes on runs that were left out.
+
+    `target` is the accuracy in percent whose cost is reported, by default the lowest final mean of the groups;
+    `selection` is what is chosen by validation, by default what the folders themselves say. All runs that were
+    read, those left out too, are packed into the folder `pack`, if there is one, with what is to be chosen.
+
+    Raises:
+        SettingsError: as in `read_comparison`, or `pack` is the folder of a run.
+    """
+    comparison = read_comparison(folders, selection)
+    summary = summarise(comparison.runs, target, comparison.choice)
+    sheets = make_sheets(summary)
+    notes = [f"**{note}**\n" for note in comparison.notes]
+    text = "\n".join(
+        [*notes, *map(markdown, sheets), f"![Accuracy over {WORDINGS[summary.kind].over}](curves.png)\n"]
+    )
+    picture = io.BytesIO()
+    with rc_context(STYLE):
+        plot_curves(make_facets(summary.groups)).savefig(picture, format="png")
+    page = render_page(summary, sheets, comparison.notes)
+    if pack:
+        write_packed(comparison.read, pack)
+        if comparison.choice:
+            comparison.choice.selection.write(pack)
+    out.mkdir(parents=True, exist_ok=True)
+    for name, content in zip(FILES, (text, _csv(summary), picture.getvalue(), page), strict=True):
+        atomic_write(out / name, content)
+    return summary, comparison.notes
+
+
+def write_page(folder: Path) -> None:
+    """Write the page of a single run into its folder.
+
+    Raises:
+        SettingsError: as in `read_comparison`.
+    """
+    comparison = read_comparison([folder])
+    summary = summarise(comparison.runs)
+    atomic_write(folder / PAGE, render_page(summary, make_sheets(summary), comparison.notes))
+
+
+def _csv(summary: Summary) -> str:
+    """A line per group, numbers with six digits."""
+    rows = [flat_row(group, summary.target) for group in summary.groups]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(
+        {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()}
+        for row in rows
+    )
+    return text.getvalue()

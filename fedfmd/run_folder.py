@@ -1,0 +1,129 @@
+"""Opens the folder of a run: a new one, or that of the same run and the same code, which then goes on."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fedfmd.errors import SettingsError
+from fedfmd.runs import RoundRow, RunFolder, code_digest, environment, read_environment, round_line
+from fedfmd.settings import Settings, read_yaml
+from strategies import own_sources
+
+logger = logging.getLogger("fedfmd")
+
+
+def open_run_folder(settings: Settings) -> RunFolder:
+    """Open the folder ``run-dir``, or a new one below ``runs/`` if that is empty.
+
+    Raises:
+        SettingsError: as `run_path`, or the folder can't be made.
+    """
+    try:
+        folder = RunFolder(run_path(settings))
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
+    folder.write_environment(*own_sources(settings))
+    folder.write_settings(settings.kept())  # last: where it stands, the other does too
+    return folder
+
+
+def run_path(settings: Settings) -> Path:
+    """The run's folder, once it is clear that no other run is kept there.
+
+    Raises:
+        SettingsError: the folder holds a run that has other settings or code, or that is not to be resumed.
+    """
+    path = Path(settings.run_dir).expanduser() if settings.run_dir else _new_path(settings)
+    known = path / "settings.yaml"
+    if known.exists():
+        _check_same(settings, Settings.from_mapping(read_yaml(known)), path)
+        _check_code(settings, path)
+    return path
+
+
+def _new_path(settings: Settings) -> Path:
+    name = f"{settings.data.dataset}-{settings.model.arch}-{settings.model.conv}-{settings.digest()}"
+    candidates = (Path("runs") / f"{name}{suffix}" for suffix in itertools.chain([""], _suffixes()))
+    return next(path for path in candidates if settings.resume or not path.exists())
+
+
+def _suffixes() -> Iterator[str]:
+    return (f"-{number}" for number in itertools.count(2))
+
+
+def _check_same(settings: Settings, earlier: Settings, path: Path) -> None:
+    if not settings.resume:
+        raise SettingsError(f"run-dir = {path} holds a run: set resume=true to go on, or name another folder")
+    if settings.digest() != earlier.digest():
+        now, before = settings.flat(), earlier.flat()
+        changed = ", ".join(
+            f"{key} was {before[key]!r}, is {value!r}"
+            for key, value in now.items()
+            if before[key] != value and key not in Settings.NEUTRAL
+        )
+        raise SettingsError(
+            f"run-dir = {path} holds a run with other settings ({changed}): name another folder"
+        )
+
+
+def _check_code(settings: Settings, path: Path) -> None:
+    own = own_sources(settings)
+    try:
+        earlier = read_environment(path)
+    except ValueError as error:
+        raise SettingsError(f"{path}: environment.json is damaged ({error}): name another folder") from None
+    if earlier.get("code") != code_digest(*own):
+        raise SettingsError(
+            f"run-dir = {path} holds a run of other code ({_code(earlier)}; now {_code(environment(*own))}): "
+            "name another folder, or delete this one to start again"
+        )
+
+
+def _code(facts: Mapping[str, Any]) -> str:
+    """The code that an environment.json tells of."""
+    version = facts.get("versions", {}).get("fedfmd", "unknown")
+    commit, code = facts.get("commit"), facts.get("code", "unknown")
+    return f"fedfmd {version}, {f'commit {commit[:12]}, ' if commit else ''}sources {code}"
+
+
+@contextmanager
+def logging_to(folder: RunFolder) -> Iterator[None]:
+    """Write the log to the folder, and to the console unless somebody shows it already.
+
+    Why a run ends early is for the folder's log alone: the engine tells the console.
+    """
+    handlers: list[logging.Handler] = [folder.log_handler()]
+    if not logger.handlers:
+        handlers.append(_ConsoleHandler(sys.stdout))
+    level = logger.level
+    logger.setLevel(min(level or logging.INFO, logging.INFO))
+    for handler in handlers:
+        handler.setLevel(logging.INFO)
+        logger.addHandler(handler)
+    try:
+        yield
+    except Exception as error:
+        why = (logger.name, logging.ERROR, __file__, 0, "the run ends: %s", (error,), None)
+        handlers[0].handle(logger.makeRecord(*why))
+        raise
+    finally:
+        for handler in handlers:
+            logger.removeHandler(handler)
+            handler.flush()
+        handlers[0].close()
+        logger.setLevel(level)
+
+
+class _ConsoleHandler(logging.StreamHandler):
+    """Lines for a person, and one that programs can read (``flwr log``) after each round."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        row = getattr(record, "round_row", None)
+        return f"{text}\n{round_line(row)}" if isinstance(row, RoundRow) else text

@@ -1,0 +1,129 @@
+"""Checkpoints: the arrays and the state that a run needs to go on as if it had never stopped.
+
+`round-00010.safetensors` holds the global model, `round-00010.state.safetensors` further arrays of the
+strategy, and `round-00010.json` the rest, written last: without it a checkpoint was never finished.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+
+from fedfmd.runs.files import atomic_write, save_tensors
+
+log = logging.getLogger(__name__)
+
+Arrays = Mapping[str, torch.Tensor | np.ndarray]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What `save_checkpoint` was given, arrays as tensors on the CPU, the rest as JSON keeps it."""
+
+    round: int
+    arrays: dict[str, torch.Tensor]
+    state: dict[str, Any]
+    settings: dict[str, Any]
+    extra_arrays: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def save_checkpoint(
+    folder: Path,
+    round: int,
+    arrays: Arrays,
+    state: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    extra_arrays: Arrays | None = None,
+    keep: int = 2,
+) -> None:
+    """Save the checkpoint of a round; of the folder's other ones only the newest `keep - 1` before it stay.
+
+    Args:
+        folder: a run's folder of checkpoints.
+        round: the round that has just been finished.
+        arrays: the global model by the names of its state dict, of any shape and dtype.
+        state: what else a resume needs, as JSON knows it; NaN and infinities are kept.
+        settings: what the run was started with, as JSON knows it; kept in the model's file, which can thus be
+            used on its own.
+        extra_arrays: arrays of the strategy, such as momentum.
+        keep: number of checkpoints to keep, this one included.
+
+    Raises:
+        OSError: the files can't be written, on a full disk for instance; earlier checkpoints stay usable.
+    """
+    mark = folder / f"round-{round:05d}.json"
+    mark.unlink(missing_ok=True)
+    _prune(folder, round - 1, max(1, keep - 1))  # first, so that the disk needs no room for one more
+    _save_arrays(mark.with_suffix(".safetensors"), arrays, settings)
+    if extra_arrays:
+        _save_arrays(mark.with_suffix(".state.safetensors"), extra_arrays, {})
+    content = {"round": round, "extra_arrays": bool(extra_arrays), "state": dict(state)}
+    atomic_write(mark, json.dumps(content, indent=1))
+    _prune(folder, round, keep)
+
+
+def latest_checkpoint(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint that can be read, or None; a broken one is skipped with a warning."""
+    for mark in sorted(folder.glob("round-*.json"), key=_round, reverse=True):
+        try:
+            content = json.loads(mark.read_text(encoding="utf-8"))
+            arrays, settings = load_model(mark.with_suffix(".safetensors"))
+            extra = load_model(mark.with_suffix(".state.safetensors"))[0] if content["extra_arrays"] else {}
+            return Checkpoint(content["round"], arrays, content["state"], settings, extra)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            log.warning("%s is broken and skipped: %s", mark, error)
+    return None
+
+
+def latest_round(folder: Path) -> int:
+    """The round of the newest checkpoint, which is not read; 0 if there is none."""
+    return max(map(_round, folder.glob("round-*.json")), default=0)
+
+
+def load_model(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The arrays of a checkpoint's .safetensors file, and the settings of its run ({} if it holds none).
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = file.keys()
+            return {name: file.get_tensor(name) for name in names}, json.loads(
+                (file.metadata() or {}).get("settings", "{}")
+            )
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def _save_arrays(path: Path, arrays: Arrays, settings: Mapping[str, Any]) -> None:
+    """Write a .safetensors file.
+
+    The header has a single text, because safetensors orders several at random: equal runs write equal files.
+    """
+    tensors = {name: torch.as_tensor(array) for name, array in arrays.items()}
+    save_tensors(path, tensors, {"settings": json.dumps(dict(settings))})
+
+
+def _prune(folder: Path, round: int, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints up to `round`: later ones belong to a course given up."""
+    rounds = sorted((r for r in map(_round, folder.glob("round-*.json")) if r <= round), reverse=True)
+    files = [path for path in folder.iterdir() if _round(path) not in {-1, *rounds[:keep]}]
+    for path in sorted(files, key=lambda path: path.suffix != ".json"):
+        path.unlink()
+
+
+def _round(path: Path) -> int:
+    """The round that a checkpoint's file belongs to, -1 for any other file."""
+    match = re.match(r"\.?round-(\d+)\.", path.name)
+    return int(match[1]) if match else -1

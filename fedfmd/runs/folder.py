@@ -1,0 +1,167 @@
+"""The folder that a run leaves behind: settings, environment, rows, checkpoints and log."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import subprocess
+from collections.abc import Iterable, Mapping
+from dataclasses import astuple
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+import fedfmd
+from fedfmd.runs.provenance import code_digest
+from fedfmd.runs.files import append, atomic_write
+from fedfmd.runs.rows import (
+    CLIENT_COLUMNS,
+    EPOCH_COLUMNS,
+    ROUND_COLUMNS,
+    ClientRow,
+    EpochRow,
+    RoundRow,
+    Row,
+    csv_text,
+    whole_lines,
+)
+
+_LIBRARIES = ("flwr", "numpy", "torch", "torchvision")
+
+
+class RunFolder:
+    """A run's folder, created if it isn't there.
+
+    `rounds.csv` is the record of what is finished: a round's clients are written before it, so that a crash
+    leaves at most a tail that `truncate_after` removes. Centralised training has `epochs.csv` instead.
+
+    Raises:
+        ValueError: the folder can't be made; the text names `run-dir`.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path).expanduser().absolute()
+        self.settings = self.path / "settings.yaml"
+        self.environment = self.path / "environment.json"
+        self.rounds = self.path / "rounds.csv"
+        self.clients = self.path / "clients.csv"
+        self.epochs = self.path / "epochs.csv"
+        self.checkpoints = self.path / "checkpoints"
+        self.log = self.path / "log.txt"
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"run-dir = {self.path} can't be made: {error.strerror}; give a folder that you may write to"
+            ) from error
+
+    def write_settings(self, settings: Mapping[str, Any]) -> None:
+        """Write the resolved settings, in their order."""
+        atomic_write(self.settings, yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True))
+
+    def write_environment(self, *own: Path) -> None:
+        """Write the versions, the machine and the code that the run uses, `own` files of the user included."""
+        atomic_write(self.environment, json.dumps(environment(*own), indent=2) + "\n")
+
+    def append_round(self, row: RoundRow, clients: Iterable[ClientRow]) -> None:
+        """Add a finished round and its clients.
+
+        Raises:
+            OSError: the disk is full, say; earlier rounds are intact.
+        """
+        _append(self.clients, CLIENT_COLUMNS, clients)
+        _append(self.rounds, ROUND_COLUMNS, [row])
+
+    def append_epoch(self, row: EpochRow) -> None:
+        """Add a finished epoch.
+
+        Raises:
+            OSError: as in `append_round`.
+        """
+        _append(self.epochs, EPOCH_COLUMNS, [row])
+
+    def truncate_after(self, round: int) -> None:
+        """Drop all rows after this round or epoch and an unfinished last line, before a run goes on from there."""
+        for path in (self.rounds, self.clients, self.epochs):
+            if path.exists():
+                header, *rows = whole_lines(path) or [""]
+                kept = [row for row in rows if int(row.partition(",")[0]) <= round]
+                atomic_write(path, "".join([header, *kept]))
+
+    def log_handler(self) -> logging.Handler:
+        """A handler that appends to `log.txt`, for the caller to add to its loggers and to close."""
+        handler = logging.FileHandler(self.log, encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        return handler
+
+
+def _append(path: Path, columns: Iterable[str], rows: Iterable[Row]) -> None:
+    empty = not path.exists() or path.stat().st_size == 0
+    table = [astuple(row) for row in rows]
+    append(path, csv_text([columns, *table] if empty else table))
+
+
+def read_environment(folder: Path) -> dict[str, Any]:
+    """The environment.json of a run folder; empty if there is none.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    path = folder / "environment.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def environment(*own: Path) -> dict[str, Any]:
+    """Versions, machine, commit and digest of the code; nothing that names a user, a host or a folder."""
+    return {
+        "versions": {
+            "fedfmd": fedfmd.__version__,
+            "python": platform.python_version(),
+            **{library: metadata.version(library) for library in _LIBRARIES},
+        },
+        "machine": {
+            "system": f"{platform.system()} {platform.release()}",
+            "architecture": platform.machine(),
+            "processor": _processor(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+        },
+        "commit": _commit(),
+        "code": code_digest(*own),
+    }
+
+
+def _processor() -> str:
+    """The board's or the processor's name, where Linux tells it."""
+    board, cpu = Path("/proc/device-tree/model"), Path("/proc/cpuinfo")
+    if board.exists():
+        return board.read_text().strip("\0\n")
+    lines = cpu.read_text().splitlines() if cpu.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that the package runs from, `-dirty` if it was changed; None without one.
+
+    The package may lie in an environment inside another project's repository, so git must know its files.
+    """
+    package = Path(fedfmd.__file__).parent
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(
+            ["git", "-C", str(package), *arguments], capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", "__init__.py")
+        return git("describe", "--always", "--exclude=*", "--abbrev=40", "--dirty")
+    except (OSError, subprocess.CalledProcessError):
+        return None

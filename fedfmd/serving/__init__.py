@@ -1,0 +1,1 @@
+"""Trained models at work: classifiers, exports, Grad-CAM++; no Flower."""

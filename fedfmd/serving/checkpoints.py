@@ -1,0 +1,72 @@
+"""The models in checkpoints: built again from the settings that lie beside their arrays."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from torch import nn
+
+from fedfmd.build import build_dataset, build_model
+from fedfmd.errors import SettingsError
+from fedfmd.runs import load_model
+from fedfmd.serving.classifier import Classifier
+from fedfmd.serving.export import export_onnx, export_program
+from fedfmd.settings import Settings
+
+ExportFormat = Literal["onnx", "torch-export", "safetensors"]
+
+EXPORTS = {"onnx": (export_onnx, ".onnx"), "torch-export": (export_program, ".pt2")}
+CLASSIFIER_ENDING = ".model.safetensors"
+
+
+def trained_model(checkpoint: Path) -> tuple[nn.Module, Settings]:
+    """The model of a run's ``checkpoints/round-….safetensors`` on the CPU, and the run's settings.
+
+    Raises:
+        SettingsError: no such file, or it holds no model of a run.
+    """
+    try:
+        arrays, values = load_model(checkpoint)
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"cannot read the checkpoint: {error}") from None
+    if not values or "fc.bias" not in arrays:
+        raise SettingsError(f"{checkpoint} holds no model of a run")
+    settings = Settings.from_mapping(values)
+    model = build_model(settings, classes=len(arrays["fc.bias"]))
+    try:
+        model.load_state_dict(arrays)
+    except RuntimeError as error:
+        raise SettingsError(f"{checkpoint} holds another model: {' '.join(str(error).split())}") from None
+    return model, settings
+
+
+def export_checkpoint(
+    checkpoint: Path, target: ExportFormat, out: Path | None, image_size: int | None
+) -> Path:
+    """Write a checkpoint's model for another runtime; returns the file.
+
+    Args:
+        checkpoint: as in `trained_model`.
+        target: what to write.
+        out: the file; by default the checkpoint's path with the format's ending.
+        image_size: height and width of the images; by default those that the run was trained on.
+
+    Raises:
+        SettingsError: the checkpoint can't be used, or the format's packages are missing.
+    """
+    model, settings = trained_model(checkpoint)
+    if target == "safetensors":
+        images = build_dataset(settings).format
+        classifier = Classifier(model, settings, replace(images, image_size=image_size or images.image_size))
+        write, ending = classifier.save, CLASSIFIER_ENDING
+    else:
+        size = image_size or settings.data.image_size or build_dataset(settings).image_size
+        export, ending = EXPORTS[target]
+        write = partial(export, model, size)
+    path = out or checkpoint.with_suffix(ending)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(path)
+    return path

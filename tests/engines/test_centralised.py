@@ -1,0 +1,188 @@
+import csv
+import logging
+
+import pytest
+import torch
+
+from fedfmd.cost import count
+from fedfmd.engines.centralised import prepare_centralised, run_centralised
+from fedfmd.errors import RunError, SettingsError
+from fedfmd.runs import RunFolder, load_model, read_epochs
+from fedfmd.serving.cam import write_cam
+from fedfmd.serving.checkpoints import trained_model
+from fedfmd.settings import Settings
+from fedfmd.training import evaluate
+
+MEASURED = ("wall_s", "latency_s", "ies_", "rcs_")
+TINY = {
+    "kind": "centralised",
+    "data.image-size": 8,
+    "data.augment": "none",
+    "model.width": 0.25,
+    "model.kernels": 2,
+    "train.batch-size": 128,
+    "train.epochs": 3,
+    "train.schedule": "step",
+    "temperature.rounds": 2,
+}
+
+
+def settings_in(folder, **changes):
+    return Settings.from_mapping(TINY | changes).in_folder(folder)
+
+
+def counted(folder):
+    """The rows of epochs.csv without the columns that depend on how fast this machine is."""
+    with (folder / "epochs.csv").open() as file:
+        return [
+            {name: cell for name, cell in row.items() if not any(part in name for part in MEASURED)}
+            for row in csv.DictReader(file)
+        ]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of three epochs."""
+    folder = tmp_path_factory.mktemp("centralised")
+    run_centralised(settings_in(folder), threads=1)
+    return folder
+
+
+def test_every_epoch_is_a_row(finished):
+    rows = read_epochs(finished / "epochs.csv")
+    assert [row.epoch for row in rows] == [1, 2, 3]
+    assert [row.lr for row in rows] == pytest.approx([0.05, 0.005, 0.0005])  # before 30, from 30 and 60 %
+    assert [row.temperature for row in rows] == [30, 15.5, 1]  # over two epochs
+    assert rows[-1].best_accuracy > 0.5
+    assert rows[-1].best_accuracy == max(row.accuracy for row in rows)
+    assert rows[-1].cum_wall_s == pytest.approx(sum(row.wall_s for row in rows))
+    assert {path.name for path in finished.iterdir()} == {
+        "checkpoints",
+        "environment.json",
+        "epochs.csv",
+        "log.txt",
+        "settings.yaml",
+    }
+
+
+def test_the_best_epoch_is_chosen_by_validation_and_told_by_its_test_accuracy(tmp_path):
+    run_centralised(settings_in(tmp_path, **{"data.validation": 0.1}), threads=1)
+    rows = read_epochs(tmp_path / "epochs.csv")
+    for number, row in enumerate(rows, start=1):
+        chosen = max(rows[:number], key=lambda earlier: earlier.validation_accuracy)
+        assert row.best_accuracy == chosen.accuracy
+        assert row.validation_loss > 0
+    assert rows[0].train_flops == (1437 - 144) * 6 * count(trained_model_of(tmp_path), 8).macs
+
+
+def trained_model_of(folder):
+    return trained_model(folder / "checkpoints" / "round-00003.safetensors")[0]
+
+
+def test_compute_is_that_of_every_image_once_per_epoch(finished):
+    model, _ = trained_model(finished / "checkpoints" / "round-00003.safetensors")
+    per_epoch = 1437 * 6 * count(model, 8).macs  # training images of digits; forward and backward
+    rows = read_epochs(finished / "epochs.csv")
+    assert [row.train_flops for row in rows] == [per_epoch] * 3
+    assert [row.cum_train_flops for row in rows] == [per_epoch, 2 * per_epoch, 3 * per_epoch]
+
+
+def test_scores_take_the_seconds_of_the_epoch_and_of_one_image(finished):
+    for row in read_epochs(finished / "epochs.csv"):
+        assert (row.ies_train, row.rcs_train) == pytest.approx(
+            (row.wall_s / row.accuracy, row.accuracy / row.wall_s)
+        )
+        assert (row.ies_infer, row.rcs_infer) == pytest.approx(
+            (row.latency_s / row.accuracy, row.accuracy / row.latency_s)
+        )
+
+
+def test_a_checkpoint_is_the_model_of_its_row(finished, tmp_path):
+    checkpoint = finished / "checkpoints" / "round-00003.safetensors"
+    model, settings = trained_model(checkpoint)
+    dataset = prepare_centralised(settings).dataset
+    tested = evaluate(model, dataset.test, dataset)
+    row = read_epochs(finished / "epochs.csv")[-1]
+    assert (tested.accuracy, tested.top5_accuracy) == pytest.approx((row.accuracy, row.top5_accuracy))
+    assert write_cam(checkpoint, ["test:0"], tmp_path / "cam.png").exists()
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"server.checkpoint-every": 2}, {"train.momentum": 0.0, "data.validation": 0.1}]
+)
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(changes, tmp_path, monkeypatch):
+    changes = {"train.nesterov": False} | changes
+    whole, stopped = settings_in(tmp_path / "whole", **changes), settings_in(tmp_path / "stopped", **changes)
+    run_centralised(whole, threads=1)
+    append = RunFolder.append_epoch
+
+    def stop_after_two(folder, row):
+        append(folder, row)
+        if row.epoch == 2:
+            raise KeyboardInterrupt  # before the checkpoint
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "append_epoch", stop_after_two)
+        with pytest.raises(KeyboardInterrupt):
+            run_centralised(stopped, threads=1)
+    run_centralised(stopped, threads=1)
+    assert counted(tmp_path / "stopped") == counted(tmp_path / "whole")
+    models = [
+        load_model(tmp_path / name / "checkpoints" / "round-00003.safetensors")[0]
+        for name in ("whole", "stopped")
+    ]
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+
+
+def test_a_finished_run_is_left_as_it_is(finished, caplog):
+    before = (finished / "epochs.csv").read_bytes()
+    with caplog.at_level(logging.INFO, "fedfmd"):
+        run_centralised(settings_in(finished), threads=1)
+    assert (finished / "epochs.csv").read_bytes() == before
+    assert "going on after epoch 3" in caplog.messages
+
+
+def test_an_epoch_is_logged_with_its_row(tmp_path, caplog):
+    with caplog.at_level(logging.INFO, "fedfmd"):
+        run_centralised(settings_in(tmp_path, **{"train.epochs": 1}), threads=1)
+    (row,) = [record.round_row for record in caplog.records if hasattr(record, "round_row")]
+    assert (row.round, row.epoch) == (1, 1)
+    assert caplog.messages[0].startswith("fedfmd ")
+    assert "resnet8 with fmdconv (K=2)" in caplog.messages[0]
+    assert caplog.messages[1] == (
+        "1 epochs over 1,437 images in batches of 128, learning rate 0.05 (step), float32 on cpu; seed 0"
+    )
+
+
+def test_a_static_network_has_neither_temperature_nor_entropy(tmp_path):
+    run_centralised(settings_in(tmp_path, **{"train.epochs": 1, "model.conv": "static"}), threads=1)
+    (row,) = read_epochs(tmp_path / "epochs.csv")
+    assert (row.temperature, row.kernel_entropy) == (None, None)
+
+
+def test_training_that_diverges_is_one_line_and_leaves_no_row(tmp_path):
+    settings = settings_in(tmp_path, **{"train.lr": 1e30, "model.conv": "static", "model.norm": "batch"})
+    with pytest.raises(
+        RunError, match=r"epoch 1: the training loss is nan, .* Choose train\.lr below 1e\+30"
+    ):
+        run_centralised(settings, threads=1)
+    assert not (tmp_path / "epochs.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"device": "tpu"}, "device = 'tpu': must be auto, cpu, cuda or cuda:N"),
+        ({"data.dataset": "npz"}, "data.train is not set"),
+        ({"data.image-size": 4}, "data.image-size = 4: digits need at least 8"),
+    ],
+)
+def test_nothing_is_written_before_the_checks(changes, message, tmp_path):
+    with pytest.raises(SettingsError, match=message):
+        run_centralised(settings_in(tmp_path / "run", **changes), threads=1)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_of_other_settings_is_refused(finished):
+    with pytest.raises(SettingsError, match=r"other settings \(train\.lr was 0\.05, is 0\.5\)"):
+        prepare_centralised(settings_in(finished, **{"train.lr": 0.5}))

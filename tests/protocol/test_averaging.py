@@ -1,0 +1,94 @@
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fedfmd.protocol.averaging import WeightedMean, effective_steps
+
+
+def mean_of(*states_and_weights):
+    mean = WeightedMean()
+    for state, weight in states_and_weights:
+        mean.add(state, weight)
+    return mean.arrays()
+
+
+def test_states_count_by_their_weight():
+    states = [np.array([0.0, 4.0]), np.array([3.0, 0.0]), np.array([6.0, 8.0])]
+    arrays = mean_of(*(({"w": state}, weight) for state, weight in zip(states, (1, 2, 3), strict=True)))
+    np.testing.assert_allclose(arrays["w"], [(0 + 6 + 18) / 6, (4 + 0 + 24) / 6])
+
+
+def test_batch_statistics_are_averaged():
+    clients = [nn.BatchNorm2d(2) for _ in range(2)]
+    for client, value, seen in zip(clients, (0.0, 10.0), (3, 5), strict=True):
+        client.running_mean.fill_(value)
+        client.num_batches_tracked.fill_(seen)
+    arrays = mean_of(*((client.state_dict(), 50) for client in clients))
+    assert arrays["running_mean"].tolist() == [5, 5]
+    assert arrays["num_batches_tracked"] == 4
+
+
+@pytest.mark.parametrize(
+    ("counters", "mean"), [((3, 3, 4), 3), ((3, 4, 4), 4), ((2**40, 2**40, 2**40), 2**40)]
+)
+def test_counters_stay_integers(counters, mean):
+    arrays = mean_of(*(({"n": torch.tensor(counter)}, 1) for counter in counters))
+    assert arrays["n"].dtype == np.int64
+    assert arrays["n"].shape == ()
+    assert arrays["n"] == mean
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_floats_keep_their_precision(dtype):
+    arrays = mean_of(({"w": torch.ones(2, dtype=dtype)}, 1), ({"w": torch.zeros(2, dtype=dtype)}, 3))
+    assert torch.as_tensor(arrays["w"]).dtype == dtype
+    assert arrays["w"].tolist() == [0.25, 0.25]
+
+
+def test_equal_states_are_kept_bit_for_bit():
+    state = {"w": torch.rand(100)}
+    arrays = mean_of((state, 3), (state, 7), (state, 11))
+    assert np.array_equal(arrays["w"], state["w"].numpy())
+
+
+def test_what_is_added_is_left_alone():
+    model = nn.Linear(2, 1)
+    mean = WeightedMean()
+    mean.add(model.state_dict(), 1)
+    first = model.weight.detach().clone()
+    nn.init.zeros_(model.weight)  # the next client trains in the same memory
+    mean.add(model.state_dict(), 1)
+    np.testing.assert_allclose(mean.arrays()["weight"], first / 2)
+    assert not model.weight.any()
+
+
+def test_an_array_counts_only_the_states_that_have_it():
+    mean = WeightedMean()
+    mean.add({"shared": np.array([0.0]), "own": np.array([7.0])}, 1)
+    mean.add({"shared": np.array([4.0])}, 3)
+    assert {name: array.tolist() for name, array in mean.arrays().items()} == {"shared": [3], "own": [7]}
+    assert mean.weights == {"shared": 4, "own": 1}
+
+
+def test_means_of_means_are_weighted_array_by_array():
+    mean = WeightedMean()
+    mean.add({"a": np.array([1.0]), "b": np.array([1.0])}, {"a": 1, "b": 3})
+    mean.add({"a": np.array([5.0]), "b": np.array([5.0])}, {"a": 3, "b": 1})
+    assert {name: array.tolist() for name, array in mean.arrays().items()} == {"a": [4], "b": [2]}
+    assert mean.weights == {"a": 4, "b": 4}
+
+
+def test_nothing_has_no_mean():
+    assert mean_of() == {}
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7])
+@pytest.mark.parametrize(("momentum", "nesterov"), [(0.0, False), (0.5, False), (0.9, False), (0.9, True)])
+def test_effective_steps_are_the_way_along_a_constant_gradient(steps, momentum, nesterov):
+    weight = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    optimiser = torch.optim.SGD([weight], lr=0.1, momentum=momentum, nesterov=nesterov)
+    for _ in range(steps):
+        weight.grad = torch.ones_like(weight)
+        optimiser.step()
+    assert effective_steps(steps, momentum, nesterov) == pytest.approx(-weight.item() / 0.1)

@@ -1,0 +1,156 @@
+import logging
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import fedfmd.runs.checkpoint
+from fedfmd.runs import latest_checkpoint, latest_round, load_model, save_checkpoint
+
+BANK = torch.randn(4, 3, 2, 2)
+ARRAYS = {
+    **{f"conv1.bank.{k}": BANK[k] for k in range(4)},
+    "conv1.weight": torch.randn(2, 3).T,  # not contiguous
+    "bn1.num_batches_tracked": torch.tensor(5),
+    "fc.bias": np.arange(3, dtype=np.float32),
+    "step": np.array(7),
+}
+SETTINGS = {
+    "model.conv": "fmdconv",
+    "model.kernels": 4,
+    "train.lr": 0.1,
+    "budget.deadline-s": None,
+    "seed": 0,
+}
+
+
+def save(folder, round, keep=3, **arguments):
+    save_checkpoint(folder, round, ARRAYS, {"virtual_s": round / 3}, SETTINGS, keep=keep, **arguments)
+
+
+def names(folder) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def same(loaded, saved) -> bool:
+    return loaded.keys() == saved.keys() and all(
+        torch.equal(loaded[name], torch.as_tensor(array))
+        and loaded[name].dtype == torch.as_tensor(array).dtype
+        for name, array in saved.items()
+    )
+
+
+def test_a_checkpoint_holds_what_it_was_given(tmp_path):
+    state = {"virtual_s": 0.1 + 0.2, "best_accuracy": -math.inf, "cum_train_flops": [2**60, 0]}
+    save_checkpoint(tmp_path, 10, ARRAYS, state, SETTINGS, extra_arrays={"momentum.fc.bias": torch.ones(3)})
+    assert names(tmp_path) == {
+        "round-00010.json",
+        "round-00010.safetensors",
+        "round-00010.state.safetensors",
+    }
+    checkpoint = latest_checkpoint(tmp_path)
+    assert checkpoint.round == 10
+    assert checkpoint.state == state
+    assert checkpoint.settings == SETTINGS
+    assert same(checkpoint.arrays, ARRAYS)
+    assert same(checkpoint.extra_arrays, {"momentum.fc.bias": torch.ones(3)})
+
+
+def test_the_models_file_can_be_used_on_its_own(tmp_path):
+    save(tmp_path, 10)
+    (tmp_path / "round-00010.safetensors").rename(tmp_path / "mine.safetensors")
+    arrays, settings = load_model(tmp_path / "mine.safetensors")
+    assert same(arrays, ARRAYS)
+    assert settings == SETTINGS
+
+
+def test_equal_runs_write_equal_files(tmp_path):
+    for run in ("a", "b"):
+        (tmp_path / run).mkdir()
+        save(tmp_path / run, 10)
+    for name in names(tmp_path / "a"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_a_folder_without_checkpoints_has_no_latest(tmp_path):
+    assert latest_checkpoint(tmp_path) is None
+    assert latest_round(tmp_path) == latest_round(tmp_path / "none") == 0
+
+
+def test_the_newest_checkpoints_are_kept(tmp_path):
+    (tmp_path / "notes.txt").touch()
+    (tmp_path / ".round-00010.safetensors.partial").touch()  # a process was killed while it wrote
+    for round in (10, 20, 30):
+        save(tmp_path, round, keep=2, extra_arrays={"momentum": torch.ones(1)})
+    kept = {
+        f"round-{round}.{end}"
+        for round in ("00020", "00030")
+        for end in ("json", "safetensors", "state.safetensors")
+    }
+    assert names(tmp_path) == {"notes.txt", *kept}
+
+
+@pytest.mark.parametrize(("keep", "there"), [(1, {15}), (2, {15}), (3, {10, 15})])
+def test_room_is_made_before_a_checkpoint_is_written(tmp_path, monkeypatch, keep, there):
+    """But never without another one to go back to."""
+    for round in (5, 10, 15):
+        save(tmp_path, round, keep=keep)
+    found = []
+
+    def full(*_arguments: object) -> None:
+        found.extend(int(path.stem[-5:]) for path in tmp_path.glob("*.json"))
+        raise OSError("disk full")
+
+    monkeypatch.setattr(fedfmd.runs.checkpoint, "save_tensors", full)
+    with pytest.raises(OSError, match="disk full"):
+        save(tmp_path, 20, keep=keep)
+    assert set(found) == there
+    assert latest_checkpoint(tmp_path).round == max(there)
+
+
+def test_checkpoints_beyond_the_resumed_round_are_given_up(tmp_path):
+    for round in (10, 20, 30, 15):
+        save(tmp_path, round)
+    assert latest_checkpoint(tmp_path).round == 15
+    assert {name[:11] for name in names(tmp_path)} == {"round-00010", "round-00015"}
+
+
+def test_a_checkpoint_that_is_saved_again_forgets_the_first(tmp_path):
+    save(tmp_path, 10, extra_arrays={"momentum": torch.ones(1)})
+    save(tmp_path, 10)
+    assert latest_checkpoint(tmp_path).extra_arrays == {}
+
+
+def test_rounds_are_ordered_as_numbers(tmp_path):
+    for round in (99_999, 100_000):
+        save(tmp_path, round)
+    assert latest_checkpoint(tmp_path).round == latest_round(tmp_path) == 100_000
+
+
+@pytest.mark.parametrize("end", ["json", "safetensors", "state.safetensors"])
+@pytest.mark.parametrize("damage", ["missing", "empty", "cut", "garbage"])
+def test_a_broken_checkpoint_is_skipped_with_a_warning(tmp_path, caplog, end, damage):
+    for round in (10, 20):
+        save(tmp_path, round, extra_arrays={"momentum": torch.ones(3)})
+    file = tmp_path / f"round-00020.{end}"
+    whole = file.read_bytes()
+    file.unlink()
+    if damage != "missing":
+        file.write_bytes({"empty": b"", "cut": whole[:-1], "garbage": b"\xff" * len(whole)}[damage])
+    with caplog.at_level(logging.WARNING):
+        assert latest_checkpoint(tmp_path).round == 10
+    never_finished = (end, damage) == ("json", "missing")
+    assert ("round-00020.json is broken" in caplog.text) != never_finished
+
+
+def test_on_a_full_disk_the_checkpoint_before_stays(tmp_path, monkeypatch):
+    save(tmp_path, 10, keep=1)
+
+    def full(_handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match=r"round-00020\.safetensors: No space left on device"):
+        save(tmp_path, 20, keep=1)
+    assert latest_checkpoint(tmp_path).round == 10

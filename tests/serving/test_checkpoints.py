@@ -1,0 +1,76 @@
+import pytest
+import torch
+
+from fedfmd.build import build_model
+from fedfmd.errors import SettingsError
+from fedfmd.experiment import export_checkpoint, trained_model
+from fedfmd.runs import save_checkpoint
+from fedfmd.serving.classifier import load_classifier
+
+
+@pytest.fixture
+def checkpoint(tiny_settings, tmp_path):
+    """The file of a model that differs from the initial one of its settings."""
+    settings = tiny_settings()
+    model = build_model(settings, classes=10)
+    with torch.no_grad():
+        model.fc.bias.fill_(3.0)
+    save_checkpoint(tmp_path, 7, model.state_dict(), {}, settings.flat())
+    return tmp_path / "round-00007.safetensors"
+
+
+def test_a_checkpoint_is_the_model_and_its_settings(checkpoint, tiny_settings):
+    model, settings = trained_model(checkpoint)
+    assert settings == tiny_settings()
+    assert model.fc.bias.tolist() == [3.0] * 10
+
+
+def test_an_export_lies_beside_the_checkpoint_and_gives_the_same_logits(checkpoint):
+    path = export_checkpoint(checkpoint, "torch-export", None, None)
+    assert path == checkpoint.with_suffix(".pt2")
+    model, _ = trained_model(checkpoint)
+    images = torch.rand(5, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(torch.export.load(path).module()(images), model.eval()(images))
+
+
+def test_a_classifier_is_a_file_of_its_own_beside_the_checkpoint(checkpoint):
+    path = export_checkpoint(checkpoint, "safetensors", None, None)
+    assert path.name == "round-00007.model.safetensors"
+    classifier = load_classifier(path)
+    assert classifier.images.class_names == tuple("0123456789")
+    assert classifier.images.image_size == 8
+    assert classifier.model.fc.bias.tolist() == [3.0] * 10
+    trained_model(checkpoint)
+
+
+@pytest.mark.parametrize(("image_size", "expected"), [(None, 8), (12, 12)])
+def test_an_export_is_for_the_runs_images_or_another_size(
+    image_size, expected, checkpoint, tmp_path, monkeypatch
+):
+    sizes = []
+    monkeypatch.setitem(
+        export_checkpoint.__globals__["EXPORTS"],
+        "onnx",
+        (lambda model, size, path: sizes.append((size, path)), ".onnx"),
+    )
+    out = tmp_path / "new" / "model.onnx"
+    assert export_checkpoint(checkpoint, "onnx", out, image_size) == out
+    assert sizes == [(expected, out)]
+    assert out.parent.is_dir()
+
+
+def test_what_is_no_checkpoint_is_one_line(checkpoint, tmp_path, tiny_settings):
+    def refused(path, message):
+        with pytest.raises(SettingsError, match=message) as error:
+            trained_model(path)
+        assert "\n" not in str(error.value)
+
+    refused(tmp_path / "none.safetensors", r"cannot read the checkpoint: .*none\.safetensors")
+    refused(tmp_path, "cannot read the checkpoint")
+    checkpoint.write_bytes(checkpoint.read_bytes()[:100])
+    refused(checkpoint, "is damaged")
+    save_checkpoint(tmp_path, 8, {"mean": torch.zeros(1)}, {}, tiny_settings().flat())
+    refused(tmp_path / "round-00008.safetensors", "holds no model of a run")
+    state = build_model(tiny_settings(), classes=10).state_dict()
+    save_checkpoint(tmp_path, 9, state, {}, tiny_settings(**{"model.kernels": 3}).flat())
+    refused(tmp_path / "round-00009.safetensors", "holds another model: .*size mismatch")
