@@ -35,8 +35,8 @@ def draw_augmentation(
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """Draw how each image (N x 3 x S x S) is varied in one pass.
 
-    The result maps a batch of images B x 3 x S x S, with its indices B on the CPU, to their variations. All are
-    drawn at once and on the CPU, so that every device and batch size sees the same ones.
+    The result maps a batch of images B x 3 x S x S, with its indices B, to their variations. All are drawn at once
+    and on the CPU, so that every device and batch size sees the same ones; they lie where the images do.
 
     Raises:
         ValueError: an unknown augmentation, or no generator to draw it.
@@ -49,10 +49,10 @@ def draw_augmentation(
         raise ValueError(f"augment = {augment!r} is drawn at random: it needs a generator")
     count, size = len(images), images.shape[-1]
     padding = size // 8
-    top, left = torch.randint(2 * padding + 1, (2, count), generator=generator)
-    mirror = (
-        torch.randint(2, (count, 1, 1, 1), generator=generator).bool() if augment == "crop+flip" else None
-    )
+    top, left = torch.randint(2 * padding + 1, (2, count), generator=generator).to(images.device)
+    mirror = None
+    if augment == "crop+flip":
+        mirror = torch.randint(2, (count, 1, 1, 1), generator=generator).bool().to(images.device)
 
     def vary(batch: Tensor, chosen: Tensor) -> Tensor:
         row, column = (draw[chosen].to(batch.device) for draw in (top, left))

@@ -30,7 +30,7 @@ def batches(
     The last batch may be shorter. Training passes a generator, evaluation passes None and `augment="none"`.
 
     Args:
-        images: the images to pass over.
+        images: the images to pass over; on the device already, they are gathered there, and no batch waits.
         batch_size: images per batch.
         generator: a CPU generator that draws the order and the augmentation; None keeps the order.
         augment: how the images are varied at random.
@@ -45,7 +45,7 @@ def batches(
     mean_255 = torch.tensor(mean, device=device).view(-1, 1, 1) * 255
     order = (
         torch.arange(len(images)) if generator is None else torch.randperm(len(images), generator=generator)
-    )
+    ).to(images.images.device)
     vary = draw_augmentation(augment, images.images, generator)
     for chosen in order.split(batch_size):
         # only a batch at a time: the images may need more memory than the device has

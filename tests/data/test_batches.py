@@ -1,5 +1,7 @@
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fedfmd.data import ImageSet, batches
 
@@ -70,3 +72,27 @@ def test_the_same_seed_gives_the_same_augmented_pass_for_any_batch_size(images, 
 def test_augmentation_without_a_generator_is_refused(images, augment):
     with pytest.raises(ValueError, match="needs a generator"):
         pixels_and_labels(images, 4, augment=augment)
+
+
+def test_images_on_the_device_are_gathered_and_cropped_there():
+    """The meta device has shapes only: an index or a draw left on the CPU would have to be copied to it."""
+    images = ImageSet(
+        torch.empty(11, 3, 16, 16, dtype=torch.uint8, device="meta"), torch.arange(11, device="meta")
+    )
+    options = {"generator": seeded(), "augment": "crop+flip", "device": "meta"} | PLAIN
+    passed = batches(images, 4, **options)
+    next(passed)  # what is done once a pass
+    with NoCopies():
+        (inputs, labels), _ = passed
+    assert inputs.shape == (4, 3, 16, 16)
+    assert labels.device.type == "meta"
+
+
+class NoCopies(TorchDispatchMode):
+    """Refuses operations with tensors of several devices, and results on another one."""
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        tensors = [t for t in tree_leaves((args, kwargs, result)) if isinstance(t, torch.Tensor)]
+        assert len({t.device for t in tensors}) <= 1, operation
+        return result
