@@ -44,7 +44,8 @@ BASE = "static"
 
 ROUND_S = 1.0
 """Seconds, about, that a round of several steps lasts, within these numbers of steps."""
-FEWEST_STEPS, MOST_STEPS = 2, 30
+FEWEST_STEPS, MOST_STEPS = 3, 30
+GLANCES = 9  # turns of inference, which is short and thus noisy
 
 FASTEST_GFLOPS = 1e6
 LEARNING_RATE = 1e-3  # random labels teach nothing: all that matters is that the weights stay finite
@@ -75,8 +76,8 @@ class Timing:
 class Measurement:
     """What a model was measured to need, in order of the batch sizes, and the speed that predicts it.
 
-    `factors` are its rates relative to those of the static network, which took turns with it: in training with the
-    largest batch, fixed seconds included, and in inference of one image.
+    `factors` are its rates relative to those of the static network, which took turns with it: in steps of the
+    largest batch, what a round needs beside them aside, and in inference of one image.
     """
 
     timings: tuple[Timing, ...]
@@ -146,12 +147,12 @@ def measure(
         kinds = _kinds(own, sizes)
         for base in others:
             base.train(*kinds[-1])  # to warm up
-        jobs = [(own, kind) for kind in kinds] + [(base, kinds[-1]) for base in others]
+        jobs = [(bench, kind) for bench in (own, *others) for kind in (kinds if bench is own else kinds[-2:])]
         trained = [[bench.train(*kind) for bench, kind in jobs] for _ in range(repeats)]
         infer_s = {size: latency(own.model, image_size, batch=size, repeats=repeats) for size in sizes}
         inferred = [
             [latency(bench.model, image_size, repeats=repeats) for bench in (own, *others)]
-            for _ in range(repeats)
+            for _ in range(GLANCES)
         ]
     seconds = list(map(median, zip(*trained, strict=True)))
     rounds = [Round(*kind, taken) for kind, taken in zip(kinds, seconds[: len(kinds)], strict=True)]
@@ -164,7 +165,7 @@ def measure(
     factors = Factors(1, 1)
     for base in others:
         factors = Factors(
-            cost.train_flops / base.cost.train_flops * _speed_up([turn[-2:] for turn in trained]),
+            cost.train_flops / base.cost.train_flops * _speed_up(map(_steps_alone, trained)),
             cost.flops / base.cost.flops * _speed_up(inferred),
         )
     return Measurement(timings, cost, speed, factors)
@@ -323,6 +324,15 @@ def _kinds(bench: _Bench, batch_sizes: Iterable[int]) -> list[tuple[int, int]]:
         steps = min(MOST_STEPS, max(FEWEST_STEPS, round(ROUND_S / bench.train(1, size))))
         kinds += [(1, size), (steps, size)]
     return kinds
+
+
+def _steps_alone(turn: Sequence[float]) -> tuple[float, float]:
+    """The seconds by which the long round of each network exceeds its short one, what both need aside.
+
+    A turn ends with the two rounds of largest batches of a network, and the same of the static one.
+    """
+    *_, short, long, base_short, base_long = turn
+    return long - short, base_long - base_short
 
 
 def _speed_up(turns: Iterable[Sequence[float]]) -> float:

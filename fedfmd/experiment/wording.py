@@ -61,7 +61,8 @@ WORDINGS = {
             "rcs_train": "RCS, training round (1/s) – higher is better",
         },
         over="rounds, time and compute",
-        seconds="Seconds are those that the modelled devices and links would need.",
+        seconds="Seconds are those that the modelled devices and links would need: computing takes its multiply-"
+        "accumulates at the rate that a device reaches with the convolution and its kernels (fleet.efficiency).",
         latency="modelled latency (mean over the fleet)",
         response="The response time is the latency per image, or in training the virtual seconds of the last round.",
     ),

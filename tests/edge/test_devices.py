@@ -158,7 +158,7 @@ def test_built_in_devices_run_dynamic_convolutions_slower_by_an_estimate(device)
     assert device.running("resnet8", "static", 4).train_gflops == device.train_gflops
     for conv in set(CONVS) - {"static"}:
         few, many = (device.running("resnet8", conv, kernels) for kernels in (1, 4))
-        assert many.train_gflops < few.train_gflops < device.train_gflops
+        assert many.train_gflops <= few.train_gflops < device.train_gflops
         assert many.infer_gflops < device.infer_gflops
 
 
