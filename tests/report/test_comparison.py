@@ -17,7 +17,7 @@ def test_a_run_is_read_with_all_its_files(runs):
     ]
     assert static.label_counts.tolist() == [[5, 0, 2], [1, 7, 0]]
     assert static.environment["versions"]
-    assert static.cost == count(make_model("resnet8", "static", 10, norm="group"), 32)
+    assert static.cost == count(make_model("resnet8", "static", 10, norm="group"), 16)
 
 
 def test_optional_files_may_be_missing(write_run):

@@ -2,7 +2,7 @@ from importlib.util import spec_from_file_location
 
 import pytest
 
-from fedfmd.runs import code, code_digest
+from fedfmd.runs import code_digest, provenance
 
 
 @pytest.fixture
@@ -10,13 +10,13 @@ def digest(tmp_path, monkeypatch):
     """Takes the digest of packages with these files below a folder of this name."""
 
     def digest(files, root="site", own=()):
-        for package in code.PACKAGES:
+        for package in provenance.PACKAGES:
             for name, content in ({"__init__.py": ""} | files).items():
                 path = tmp_path / root / package / name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(content)
         monkeypatch.setattr(
-            code,
+            provenance,
             "find_spec",
             lambda name: spec_from_file_location(name, tmp_path / root / name / "__init__.py"),
         )
