@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from flwr.app import Message
+from flwr.common.constant import ErrorCode
 
 from fedfmd.protocol.compression import Upload
 from fedfmd.protocol.messages import BY_ATTENTION, Assignment, ClientResult, Reply, read_reply
 from fedfmd.protocol.state import Arrays, bank_of, check_layout, first_non_finite
 from fedfmd.training.partial import rotation
+
+RAY_FAULT = re.compile(r"<class 'ray\.exceptions\.(\w+)'>")
+WORKER_FAULTS = (
+    "ActorDiedError",
+    "ActorUnavailableError",
+    "OutOfMemoryError",
+    "RayActorError",
+    "WorkerCrashedError",
+)
 
 Asked = Mapping[str, Sequence[Assignment]]
 """What each message asked its node to do, by the message's id."""
@@ -124,6 +135,20 @@ def _named(assignment: Assignment, kernels: int) -> tuple[int, ...]:
     if assignment.first_kernel == BY_ATTENTION and assignment.kernels < kernels:
         return ()
     return rotation(assignment.first_kernel, assignment.kernels, kernels)
+
+
+def dead_worker(messages: Iterable[Message]) -> str:
+    """Return Ray's name of the fault if a worker of Flower's simulation died, "" if none did.
+
+    Flower keeps a dead actor in its pool, where it fails every job that it is handed. The error's reason starts with
+    the type of the exception that reached Flower (`flwr.server.superlink.fleet.vce.vce_api`), its code is "unknown".
+    """
+    for message in messages:
+        if message.has_error() and message.error.code == ErrorCode.UNKNOWN:
+            found = RAY_FAULT.match(message.error.reason)
+            if found and found[1] in WORKER_FAULTS:
+                return found[1]
+    return ""
 
 
 def error_text(message: Message) -> str:

@@ -49,7 +49,7 @@ from strategies.nodes import (
     reachable,
 )
 from strategies.optimiser import optimiser_arrays, restore_optimiser
-from strategies.replies import client_results, read_replies
+from strategies.replies import client_results, dead_worker, read_replies
 from strategies.rows import client_rows, round_row
 
 logger = logging.getLogger("fedfmd")
@@ -184,10 +184,19 @@ class TrackedStrategy(Strategy):
         return to_record(arrays), MetricRecord({WEIGHT: images})
 
     def combine(self, server_round: int, replies: Sequence[Message]) -> Arrays | None:
-        """Check the replies and combine what is usable; None if too few clients succeeded."""
+        """Check the replies and combine what is usable; None if too few clients succeeded.
+
+        Raises:
+            RunError: a worker of Flower's simulation died.
+        """
         asked = {request.id: request.assignments for request in self._round.requests}
         current = shared_arrays(self.federation.model)
         received = {request: self._start_of(work, current) for request, work in asked.items()}
+        if fault := dead_worker(replies):
+            raise RunError(
+                f"round {server_round}: a Ray worker died ({fault}), and Flower does not replace it. Give the workers "
+                "more memory or start fewer, then run the same command again: it does this round anew"
+            )
         answers = read_replies(replies, asked, received)
         self.results = client_results(answers, asked)
         if sum(result.ok for result in self.results.values()) < max(1, self._round.needed):
@@ -410,11 +419,6 @@ class TrackedStrategy(Strategy):
     def _stop_if_hopeless(self, server_round: int, clients: Sequence[ClientRow]) -> None:
         limit = self.federation.settings.server.max_failed_share
         reasons = [client.reason for client in clients if client.status in ("failed", "unfit")]
-        if any("ActorDiedError" in reason for reason in reasons):
-            raise RunError(
-                f"round {server_round}: a Ray worker died and Flower does not replace it; the run stops here. "
-                "Give the workers more memory or start fewer, then run again to go on after this round"
-            )
         if len(reasons) > limit * len(clients):
             raise RunError(
                 f"round {server_round}: {len(reasons)} of {len(clients)} clients failed, more than "

@@ -103,3 +103,37 @@ def test_interrupt_leaves_no_process(tmp_path):
         process for process in started if process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     ]
     assert len(read_rounds(next(tmp_path.glob("runs/*/rounds.csv")))) >= 1
+
+
+@pytest.mark.slow
+def test_a_killed_worker_ends_the_run_and_the_same_command_goes_on(tmp_path):
+    file = tmp_path / "killed.yaml"
+    file.write_text(yaml.safe_dump({"base": TINY | {"server.rounds": 40}}))
+    fedfmd = Path(sys.executable).with_name("fedfmd")
+    command = [fedfmd, "run", file, "--engine", "flwr", "--workers", "2", "--out", tmp_path / "run"]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert run.stdout is not None
+    assert any(re.match(r"round +1/", line) for line in run.stdout), "it ended before its first round"
+    workers = [p for p in psutil.Process(run.pid).children(recursive=True) if "ClientAppActor" in _name(p)]
+    assert len(workers) == 2
+    workers[0].kill()
+    told = run.stdout.read()
+    assert run.wait(timeout=120) == 1
+    assert "a Ray worker died (ActorDiedError)" in told
+    done = read_rounds(tmp_path / "run" / "rounds.csv")
+    assert {row.clients_failed for row in done} == {0}, "the round of the fault was counted"
+
+    again = subprocess.run(
+        [*command, "--set", "server.rounds=40"], capture_output=True, text=True, timeout=300
+    )
+    assert again.returncode == 0, again.stdout + again.stderr
+    rounds = read_rounds(tmp_path / "run" / "rounds.csv")
+    assert [row.round for row in rounds] == list(range(1, 41))
+    assert {row.clients_failed for row in rounds} == {0}
+
+
+def _name(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""
