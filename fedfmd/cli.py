@@ -157,7 +157,7 @@ def cost(
     classes: Annotated[int, typer.Option(min=2, help="Number of classes.")] = 10,
     kernels: Annotated[int, typer.Option(min=1, help="Kernels per bank.")] = 4,
     stem: Annotated[str, typer.Option(help="cifar or imagenet.")] = "cifar",
-    norm: Annotated[str, typer.Option(help="batch or group.")] = "batch",
+    norm: Annotated[str, typer.Option(help="group, as in a run, or batch.")] = "group",
     width: Annotated[float, typer.Option(help="Factor on every channel count.")] = 1.0,
     measure: Annotated[
         bool, typer.Option("--measure", help="Time inference of one image on this machine.")

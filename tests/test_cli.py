@@ -10,6 +10,7 @@ from fedfmd import cli
 from fedfmd.conv import CONVS
 from fedfmd.edge import DEVICES, device_text, read_devices
 from fedfmd.errors import RunError
+from fedfmd.settings import Settings
 
 COMMANDS = sorted(command.name or command.callback.__name__ for command in cli.cli.registered_commands)
 
@@ -203,6 +204,15 @@ def test_cost_prints_a_table_or_json(fedfmd):
     status, out, _ = fedfmd(*options, "--json")
     assert status == 0
     assert [row["conv"] for row in json.loads(out)] == list(CONVS)
+
+
+def test_cost_counts_the_network_that_a_run_trains(fedfmd):
+    from fedfmd.build import build_model
+    from fedfmd.cost import count
+
+    rows = json.loads(fedfmd("cost", "--model", Settings().model.arch, "--json")[1])
+    counted = {row["conv"]: row["params"] for row in rows}
+    assert counted["fmdconv"] == count(build_model(Settings(), classes=10), 32).params
 
 
 def test_cost_of_an_unknown_model_suggests_the_nearest(fedfmd):
