@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 def test_the_quickstart_is_the_defaults_with_a_deadline():
     (cell,) = load_experiment(ROOT / "experiments" / "quickstart.yaml").cells
-    deadline = {"budget.deadline-s": 4.0, "budget.policy": "partial"}
+    deadline = {"budget.deadline-s": 5.0, "budget.policy": "partial"}
     assert cell.settings.kept() == Settings().kept() | deadline
 
 
