@@ -7,9 +7,9 @@ from fedfmd.runs.checkpoint import (
     load_model,
     save_checkpoint,
 )
-from fedfmd.runs.provenance import code_digest
 from fedfmd.runs.files import atomic_write, save_tensors
 from fedfmd.runs.folder import RunFolder, environment, read_environment
+from fedfmd.runs.provenance import code_digest
 from fedfmd.runs.rows import (
     CLIENT_COLUMNS,
     EPOCH_COLUMNS,

@@ -17,8 +17,8 @@ import torch
 import yaml
 
 import fedfmd
-from fedfmd.runs.provenance import code_digest
 from fedfmd.runs.files import append, atomic_write
+from fedfmd.runs.provenance import code_digest
 from fedfmd.runs.rows import (
     CLIENT_COLUMNS,
     EPOCH_COLUMNS,
