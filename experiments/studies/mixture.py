@@ -18,7 +18,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import lru_cache
 from itertools import product
@@ -290,19 +290,7 @@ def load(data: Data) -> tuple[Dataset, ImageSet]:
     order = torch.randperm(len(dataset.train), generator=torch.Generator().manual_seed(0))
     held_out, rest = order[: data.validation], order[data.validation :]
     chosen = dataset.train.subset(rest[: data.images or None])
-    return (
-        Dataset(
-            dataset.name,
-            chosen,
-            dataset.test,
-            dataset.classes,
-            dataset.class_names,
-            dataset.mean,
-            dataset.std,
-            dataset.augment,
-        ),
-        dataset.train.subset(held_out),
-    )
+    return replace(dataset, train=chosen), dataset.train.subset(held_out)
 
 
 def run(name: str, seed: int, epochs: int, data: Data) -> dict[str, float]:
