@@ -13,7 +13,6 @@ from typing import Any
 from fedfmd.errors import SettingsError
 from fedfmd.runs import RoundRow, RunFolder, code_digest, environment, read_environment, round_line
 from fedfmd.settings import Settings, read_yaml
-from strategies import own_sources
 
 logger = logging.getLogger("fedfmd")
 
@@ -28,7 +27,7 @@ def open_run_folder(settings: Settings) -> RunFolder:
         folder = RunFolder(run_path(settings))
     except ValueError as error:
         raise SettingsError(str(error)) from error
-    folder.write_environment(*own_sources(settings))
+    folder.write_environment(*_own_sources(settings))
     folder.write_settings(settings.kept())  # last: where it stands, the other does too
     return folder
 
@@ -73,7 +72,7 @@ def _check_same(settings: Settings, earlier: Settings, path: Path) -> None:
 
 
 def _check_code(settings: Settings, path: Path) -> None:
-    own = own_sources(settings)
+    own = _own_sources(settings)
     try:
         earlier = read_environment(path)
     except ValueError as error:
@@ -83,6 +82,15 @@ def _check_code(settings: Settings, path: Path) -> None:
             f"run-dir = {path} holds a run of other code ({_code(earlier)}; now {_code(environment(*own))}): "
             "name another folder, or delete this one to start again"
         )
+
+
+def _own_sources(settings: Settings) -> tuple[Path, ...]:
+    """The user's own code that a run depends on."""
+    if settings.kind == "centralised":  # which has no strategy, and needs no Flower
+        return ()
+    from strategies import own_sources
+
+    return own_sources(settings)
 
 
 def _code(facts: Mapping[str, Any]) -> str:

@@ -26,7 +26,7 @@ from rich.table import Table
 from fedfmd import calibration
 from fedfmd.client_app import app as client_app
 from fedfmd.conv import CONVS
-from fedfmd.engines import run_inline
+from fedfmd.engines.inline import run_inline
 from fedfmd.models import MODELS
 from fedfmd.runs import RunFolder, read_clients
 from fedfmd.runs.folder import environment

@@ -1,4 +1,7 @@
-"""Runs the cells of an experiment, one folder each, side by side where there are several."""
+"""Runs the cells of an experiment, one folder each, side by side where there are several.
+
+What needs Flower is imported where it is used: centralised training does without it.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,6 @@ import torch
 from rich.console import Console
 
 from fedfmd.build import Federation
-from fedfmd.client_app import app as client_app
-from fedfmd.engines import run_flower, run_inline
 from fedfmd.engines.centralised import Training, prepare_centralised, run_centralised
 from fedfmd.errors import RunError, SettingsError, one_line
 from fedfmd.experiment.display import CellDisplay, ExperimentDisplay
@@ -28,8 +29,6 @@ from fedfmd.report.selection import Selection
 from fedfmd.report.wording import WORDINGS
 from fedfmd.run_folder import run_path
 from fedfmd.runs import latest_round
-from fedfmd.server_app import app as server_app
-from fedfmd.server_app import prepare
 from fedfmd.settings import Settings
 
 Engine = Literal["inline", "flwr"]
@@ -161,6 +160,8 @@ def assemble(settings: Settings, engine: Engine) -> Federation | Training:
         SettingsError: a setting can't be used, or the folder holds another run.
     """
     if settings.kind == "federated":
+        from fedfmd.server_app import prepare
+
         return prepare(settings)
     if engine == "flwr":
         raise SettingsError("kind = centralised needs no Flower: leave out --engine flwr")
@@ -219,6 +220,8 @@ def _run_here(task: Task, engine: Engine, layout: Layout, display: ExperimentDis
     """Run a cell from this process."""
     with _shown(task, display) as shown:
         if engine == "flwr":
+            from fedfmd.engines.flower import run_flower
+
             trim()  # checking the settings built the model
             run_flower(task.settings.flat(), layout.nodes, task.folder, shown.line)
         else:
@@ -254,9 +257,13 @@ def _run_alone(layout: Layout, task: Task) -> None:
 
 def _train(settings: Settings, layout: Layout) -> None:
     """Do a run in this process, as its kind wants it."""
-    logging.getLogger("flwr").setLevel(logging.WARNING)  # here, as importing flwr sets its own
     threads = settings.threads or layout.threads
     if settings.kind == "federated":
+        from fedfmd.client_app import app as client_app
+        from fedfmd.engines.inline import run_inline
+        from fedfmd.server_app import app as server_app
+
+        logging.getLogger("flwr").setLevel(logging.WARNING)  # here, as importing flwr sets its own
         run_inline(server_app, client_app, settings.flat(), layout.nodes, threads)
     else:
         run_centralised(settings, layout.nodes * threads)

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console, RenderableType
 from rich.table import Table
 
 from fedfmd.build import build_model
-from fedfmd.calibration import Timing
 from fedfmd.conv import CONVS
 from fedfmd.cost import count, latency
 from fedfmd.data import Dataset, Partition
 from fedfmd.settings import Settings
+
+if TYPE_CHECKING:
+    from fedfmd.calibration import Timing
 
 MAX_CLASS_COLUMNS = 20
 PREFIXES = {"G": 1e9, "M": 1e6, "k": 1e3}

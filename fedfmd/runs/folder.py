@@ -122,7 +122,7 @@ def environment(*own: Path) -> dict[str, Any]:
         "versions": {
             "fedfmd": fedfmd.__version__,
             "python": platform.python_version(),
-            **{library: metadata.version(library) for library in _LIBRARIES},
+            **{library: version for library in _LIBRARIES if (version := _version(library))},
         },
         "machine": {
             "system": f"{platform.system()} {platform.release()}",
@@ -135,6 +135,14 @@ def environment(*own: Path) -> dict[str, Any]:
         "commit": _commit(),
         "code": code_digest(*own),
     }
+
+
+def _version(library: str) -> str | None:
+    """The installed version; none where it is missing: centralised training does without Flower."""
+    try:
+        return metadata.version(library)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _processor() -> str:

@@ -13,7 +13,8 @@ import psutil
 import pytest
 import yaml
 
-from fedfmd.engines import run_flower, run_inline
+from fedfmd.engines.flower import run_flower
+from fedfmd.engines.inline import run_inline
 from fedfmd.errors import RunError, SettingsError
 from fedfmd.runs import read_clients, read_rounds
 from fedfmd.settings import Settings

@@ -87,7 +87,7 @@ def test_what_is_finished_is_neither_assembled_nor_trained_again(
     folders, _ = run(file)
     before = [(folder / "log.txt").read_bytes() for folder in folders]
     (folders[0] / "report.html").unlink()  # it was stopped just before its page
-    monkeypatch.setattr("fedfmd.experiment.run.prepare", None)
+    monkeypatch.setattr("fedfmd.server_app.prepare", None)
     again, text = run(file)
     assert again == folders
     assert [(folder / "log.txt").read_bytes() for folder in folders] == before
@@ -136,11 +136,11 @@ def started(monkeypatch):
     """Runs that would have been started: the engine and the run folder of each."""
     runs = []
     monkeypatch.setattr(
-        "fedfmd.experiment.run.run_inline",
+        "fedfmd.engines.inline.run_inline",
         lambda server, client, config, workers, threads: runs.append(("inline", config["run-dir"])),
     )
     monkeypatch.setattr(
-        "fedfmd.experiment.run.run_flower",
+        "fedfmd.engines.flower.run_flower",
         lambda config, workers, folder, on_line: runs.append(("flwr", config["run-dir"])),
     )
     return runs
@@ -177,8 +177,8 @@ def test_a_cell_that_fails_does_not_stop_the_others(engine, run, pools, started,
             raise RunError("round 3: all clients failed")
         started.append(config["model.conv"])
 
-    for name in ("run_inline", "run_flower"):
-        monkeypatch.setattr(f"fedfmd.experiment.run.{name}", fail_static)
+    for name in ("inline.run_inline", "flower.run_flower"):
+        monkeypatch.setattr(f"fedfmd.engines.{name}", fail_static)
     with pytest.raises(
         RunError, match=r"^1 of 2 cells failed; finished rounds are kept, run the same command"
     ):
@@ -221,7 +221,7 @@ def test_a_trial_that_fails_leaves_the_choice_open(run, pools, no_plots, started
         if config["train.lr"] < 1e-3:
             raise RunError("round 1: all clients failed")
 
-    monkeypatch.setattr("fedfmd.experiment.run.run_inline", fail_slow)
+    monkeypatch.setattr("fedfmd.engines.inline.run_inline", fail_slow)
     with pytest.raises(RunError, match=r"^1 of 2 cells failed"):
         run(write_yaml(matrix=RATES, select=SELECT, **{"data.validation": 0.1}))
     assert pools == [2]
