@@ -62,9 +62,9 @@ def unmixed(x: Tensor, bank: Tensor, _pi: Tensor, _spatial: None, geometry: Geom
 def choose_mixing(x: Tensor, bank: Tensor, geometry: Geometry) -> str:
     """The way for "auto", by device, batch and layer shape.
 
-    The CPU's rule is fitted to `experiments/benchmarks/mixing.py`. On other devices the many small operations
-    of the fused ways and grouped convolutions are slow, while K times as many outputs keep matrix units busy:
-    that rule comes from reasoning, not from measurements.
+    The CPU's rule is fitted to `experiments/benchmarks/mixing.py`, that of other devices to an H100
+    (`experiments/results/gpu/layers.csv`): there the fused ways take 4 to 7 times as long, being many small
+    operations, and no other way is faster throughout.
     """
     if torch.compiler.is_exporting() or torch.jit.is_tracing():
         return "outputs"  # leaves the batch size free
