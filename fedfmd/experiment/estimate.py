@@ -16,7 +16,7 @@ from fedfmd.build import Federation, build_sgd
 from fedfmd.edge import plan_work
 from fedfmd.engines.centralised import Training
 from fedfmd.experiment.files import Cell, Experiment
-from fedfmd.experiment.run import Engine, Layout, Task, assemble, lay_out, place_cells
+from fedfmd.experiment.run import Engine, Layout, Task, assemble, by_data, lay_out, place_cells
 from fedfmd.settings import Settings
 from fedfmd.training import evaluate, train
 
@@ -94,13 +94,14 @@ def estimate_experiment(experiment: Experiment, out: Path | None, engine: Engine
     tasks = place_cells(replace(experiment, cells=(*experiment.trials, *_to_follow(experiment))), out)
     layout = lay_out(len(tasks), engine, workers)
     speeds: dict[tuple, Speed] = {}
-    cells = []
-    for task in tasks:
+    estimates: dict[Task, CellEstimate] = {}
+    for task in by_data(tasks):
         assembled = assemble(task.settings, engine)
         key = _what_sets_the_speed(task.settings)
         if key not in speeds:
             speeds[key] = measure_speed(assembled, task.settings.threads or layout.threads)
-        cells.append(estimate_cell(task, assembled, speeds[key], layout))
+        estimates[task] = estimate_cell(task, assembled, speeds[key], layout)
+    cells = [estimates[task] for task in tasks]
     if trials:
         cells[trials:] = [replace(cell, cell=f"{cell.cell} or as chosen") for cell in cells[trials:]]
     return Estimate(tuple(cells), layout.cells)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -84,7 +84,7 @@ def run_experiment(
     """
     trials = place_cells(replace(experiment, cells=experiment.trials), out)
     tasks = place_cells(experiment, out)
-    for task in [*trials, *tasks]:
+    for task in by_data([*trials, *tasks]):
         if task.finished:
             run_path(task.settings)
         else:
@@ -151,6 +151,11 @@ def place_cells(experiment: Experiment, out: Path | None) -> list[Task]:
         done = latest_round(folder / "checkpoints")
         tasks[folder] = Task(cell.name, cell.settings.in_folder(folder), done)
     return list(tasks.values())
+
+
+def by_data(tasks: Iterable[Task]) -> list[Task]:
+    """The tasks in an order in which those with the same images follow each other, as these stay loaded."""
+    return sorted(tasks, key=lambda task: (task.settings.data.model_dump_json(), task.settings.seed))
 
 
 def assemble(settings: Settings, engine: Engine) -> Federation | Training:

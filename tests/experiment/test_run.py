@@ -12,6 +12,7 @@ import psutil
 import pytest
 from rich.console import Console
 
+from fedfmd import build
 from fedfmd.errors import RunError, SettingsError
 from fedfmd.experiment import available_cores, load_experiment, run_experiment
 from fedfmd.experiment.pool import Started, attempt
@@ -77,6 +78,15 @@ def test_a_run_prints_a_line_per_round_and_leaves_its_files(run, write_yaml, tmp
     ]
     for line in ("resnet8 with fmdconv (K=2)", "round 1/2", "round 2/2", f"results: {folder}"):
         assert line in text
+
+
+def test_a_matrix_loads_the_images_of_a_seed_once(run, pools, started, write_yaml, monkeypatch):
+    loads = []
+    hold_out = build.hold_out
+    monkeypatch.setattr(build, "hold_out", lambda *args: loads.append(args[2]) or hold_out(*args))
+    build._with_validation.cache_clear()
+    run(write_yaml(matrix=CONVS | {"seed": [0, 1]}, **{"data.validation": 0.2}))
+    assert len(loads) == 2
 
 
 @pytest.mark.parametrize("matrix", [None, CONVS])
