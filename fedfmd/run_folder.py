@@ -6,7 +6,7 @@ import itertools
 import logging
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +17,26 @@ from fedfmd.settings import Settings, read_yaml
 logger = logging.getLogger("fedfmd")
 
 
-def open_run_folder(settings: Settings) -> RunFolder:
-    """Open the folder ``run-dir``, or a new one below ``runs/`` if that is empty.
+@contextmanager
+def open_run_folder(settings: Settings) -> Iterator[RunFolder]:
+    """Open the folder ``run-dir``, or a new one below ``runs/`` if that is empty, and log to it.
+
+    No other process can open it meanwhile.
 
     Raises:
-        SettingsError: as `run_path`, or the folder can't be made.
+        SettingsError: as `run_path`, or the folder can't be made, or another process holds it.
     """
-    try:
-        folder = RunFolder(run_path(settings))
-    except ValueError as error:
-        raise SettingsError(str(error)) from error
-    folder.write_environment(*_own_sources(settings))
-    folder.write_settings(settings.kept())  # last: where it stands, the other does too
-    return folder
+    with ExitStack() as stack:
+        try:
+            folder = RunFolder(run_path(settings))
+            stack.enter_context(folder.held())
+            _check(settings, folder.path)  # again: a run may have begun and ended here meanwhile
+        except ValueError as error:
+            raise SettingsError(str(error)) from error
+        folder.write_environment(*_own_sources(settings))
+        folder.write_settings(settings.kept())  # last: where it stands, the other does too
+        stack.enter_context(_logging_to(folder))
+        yield folder
 
 
 def run_path(settings: Settings) -> Path:
@@ -39,11 +46,15 @@ def run_path(settings: Settings) -> Path:
         SettingsError: the folder holds a run that has other settings or code, or that is not to be resumed.
     """
     path = Path(settings.run_dir).expanduser() if settings.run_dir else _new_path(settings)
+    _check(settings, path)
+    return path
+
+
+def _check(settings: Settings, path: Path) -> None:
     known = path / "settings.yaml"
     if known.exists():
         _check_same(settings, Settings.from_mapping(read_yaml(known)), path)
         _check_code(settings, path)
-    return path
 
 
 def _new_path(settings: Settings) -> Path:
@@ -101,7 +112,7 @@ def _code(facts: Mapping[str, Any]) -> str:
 
 
 @contextmanager
-def logging_to(folder: RunFolder) -> Iterator[None]:
+def _logging_to(folder: RunFolder) -> Iterator[None]:
     """Write the log to the folder, and to the console unless somebody shows it already.
 
     Why a run ends early is for the folder's log alone: the engine tells the console.

@@ -11,7 +11,7 @@ from flwr.serverapp import Grid, ServerApp
 from fedfmd.build import Federation, build_federation
 from fedfmd.data import save_partition
 from fedfmd.errors import SettingsError
-from fedfmd.run_folder import logging_to, open_run_folder, run_path
+from fedfmd.run_folder import open_run_folder, run_path
 from fedfmd.settings import Settings
 from strategies import find_strategy, make_strategy
 
@@ -31,8 +31,7 @@ def main(grid: Grid, context: Context) -> None:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     federation = prepare(settings)
-    folder = open_run_folder(settings)
-    with logging_to(folder):
+    with open_run_folder(settings) as folder:
         strategy = make_strategy(federation, folder)
         dataset = federation.dataset
         save_partition(

@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -8,13 +10,19 @@ from fedfmd.run_folder import open_run_folder
 from fedfmd.server_app import prepare
 
 
+def opened(settings):
+    """The run folder, opened and left."""
+    with open_run_folder(settings) as folder:
+        return folder
+
+
 def kept(folder):
     return yaml.safe_load((folder / "settings.yaml").read_text())
 
 
 def test_a_run_folder_holds_the_resolved_settings_and_may_be_moved(tiny_settings, tmp_path):
     settings = tiny_settings(**{"run-dir": str(tmp_path / "deep" / "run")})
-    folder = open_run_folder(settings)
+    folder = opened(settings)
     assert folder.path == tmp_path / "deep" / "run"
     heeded = {key: value for key, value in tiny_settings().flat().items() if key != "train.epochs"}
     assert kept(folder.path) == heeded  # without the folder's own name
@@ -23,22 +31,22 @@ def test_a_run_folder_holds_the_resolved_settings_and_may_be_moved(tiny_settings
 
 def test_a_run_goes_on_where_its_settings_are_kept(tiny_settings, tmp_path):
     settings = tiny_settings().in_folder(tmp_path)
-    open_run_folder(settings)
+    opened(settings)
     again = tiny_settings(threads=1).in_folder(tmp_path)  # threads don't change the results
-    assert open_run_folder(again).path == tmp_path
+    assert opened(again).path == tmp_path
     assert kept(tmp_path)["threads"] == 1
 
 
 def test_a_folder_of_a_run_is_not_taken_unasked(tiny_settings, tmp_path):
     settings = tiny_settings(**{"run-dir": str(tmp_path)})
-    open_run_folder(settings)
+    opened(settings)
     with pytest.raises(SettingsError, match=r"run-dir = .* holds a run: set resume=true to go on"):
-        open_run_folder(settings)
+        opened(settings)
 
 
-@pytest.mark.parametrize("check", [prepare, open_run_folder])
+@pytest.mark.parametrize("check", [prepare, opened])
 def test_a_run_with_other_settings_is_told_which(check, tiny_settings, tmp_path):
-    open_run_folder(tiny_settings().in_folder(tmp_path))
+    opened(tiny_settings().in_folder(tmp_path))
     before = kept(tmp_path)
     other = tiny_settings(**{"seed": 1, "train.lr": 0.5, "threads": 1}).in_folder(tmp_path)
     with pytest.raises(
@@ -48,7 +56,7 @@ def test_a_run_with_other_settings_is_told_which(check, tiny_settings, tmp_path)
     assert kept(tmp_path) == before
 
 
-@pytest.mark.parametrize("check", [prepare, open_run_folder])
+@pytest.mark.parametrize("check", [prepare, opened])
 @pytest.mark.parametrize(
     ("environment", "known"),
     [
@@ -62,7 +70,7 @@ def test_a_run_with_other_settings_is_told_which(check, tiny_settings, tmp_path)
 )
 def test_a_run_of_other_code_does_not_go_on(check, environment, known, tiny_settings, tmp_path):
     settings = tiny_settings().in_folder(tmp_path)
-    open_run_folder(settings).environment.write_text(json.dumps(environment))
+    opened(settings).environment.write_text(json.dumps(environment))
     with pytest.raises(
         SettingsError,
         match=rf"holds a run of other code \(fedfmd {known}; now fedfmd .*\): name another folder, or delete this",
@@ -71,9 +79,27 @@ def test_a_run_of_other_code_does_not_go_on(check, environment, known, tiny_sett
     assert json.loads((tmp_path / "environment.json").read_text()) == environment
 
 
+def test_a_folder_in_use_is_refused_until_its_process_dies(tiny_settings, tmp_path):
+    settings = tiny_settings().in_folder(tmp_path)
+    hold = "with RunFolder(sys.argv[1]).held(): print(flush=True); input()"
+    code = f"import sys\nfrom fedfmd.runs import RunFolder\n{hold}"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    holder.stdout.readline()
+    with pytest.raises(
+        SettingsError, match=rf"run-dir = .* is in use: process {holder.pid} writes to it; wait"
+    ):
+        opened(settings)
+    assert not (tmp_path / "settings.yaml").exists()
+    holder.kill()
+    holder.communicate()
+    assert opened(settings).path == tmp_path
+
+
 def test_a_damaged_environment_is_one_line(tiny_settings, tmp_path):
     settings = tiny_settings().in_folder(tmp_path)
-    open_run_folder(settings).environment.write_text("{")
+    opened(settings).environment.write_text("{")
     with pytest.raises(SettingsError, match=r"environment\.json is damaged \(.*\): name another folder$"):
         prepare(settings)
 
@@ -82,28 +108,28 @@ def test_without_a_name_every_run_gets_a_folder_of_its_own(tiny_settings, tmp_pa
     monkeypatch.chdir(tmp_path)
     settings = tiny_settings()
     name = f"digits-resnet8-fmdconv-{settings.digest()}"
-    assert [open_run_folder(settings).path.name for _ in range(3)] == [name, f"{name}-2", f"{name}-3"]
+    assert [opened(settings).path.name for _ in range(3)] == [name, f"{name}-2", f"{name}-3"]
 
 
 def test_without_a_name_a_resume_finds_the_run_of_its_settings(tiny_settings, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    first = open_run_folder(tiny_settings())
-    assert open_run_folder(tiny_settings(resume=True)).path == first.path
-    assert open_run_folder(tiny_settings(resume=True, seed=1)).path != first.path
+    first = opened(tiny_settings())
+    assert opened(tiny_settings(resume=True)).path == first.path
+    assert opened(tiny_settings(resume=True, seed=1)).path != first.path
 
 
 @pytest.mark.parametrize("content", ["model: [", "- a list", "model.cnv: static"])
 def test_a_folder_with_foreign_settings_is_refused(content, tiny_settings, tmp_path):
     (tmp_path / "settings.yaml").write_text(content)
     with pytest.raises(SettingsError):
-        open_run_folder(tiny_settings().in_folder(tmp_path))
+        opened(tiny_settings().in_folder(tmp_path))
     assert (tmp_path / "settings.yaml").read_text() == content
 
 
 def test_a_folder_that_cannot_be_made_names_the_setting(tiny_settings, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(SettingsError, match=r"run-dir = .*file/run can't be made"):
-        open_run_folder(tiny_settings().in_folder(tmp_path / "file" / "run"))
+        opened(tiny_settings().in_folder(tmp_path / "file" / "run"))
 
 
 @pytest.mark.parametrize(

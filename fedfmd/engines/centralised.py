@@ -24,7 +24,7 @@ from fedfmd.cost import Cost, count, ies, latency, rcs
 from fedfmd.data import Dataset
 from fedfmd.errors import RunError
 from fedfmd.memory import keep_freed
-from fedfmd.run_folder import logging_to, open_run_folder, run_path
+from fedfmd.run_folder import open_run_folder, run_path
 from fedfmd.runs import EpochRow, RunFolder, known, latest_checkpoint, save_checkpoint
 from fedfmd.seeds import derive_seed
 from fedfmd.settings import Settings
@@ -73,8 +73,7 @@ def run_centralised(settings: Settings, threads: int) -> None:
     torch.set_num_threads(settings.threads or threads)
     keep_freed()
     training = prepare_centralised(settings)
-    folder = open_run_folder(settings)
-    with logging_to(folder):
+    with open_run_folder(settings) as folder:
         optimiser = training.sgd.optimiser(training.model.parameters())
         progress = _resume(training, optimiser, folder)
         for line in _header(training):

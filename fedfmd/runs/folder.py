@@ -7,7 +7,8 @@ import logging
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import astuple
 from importlib import metadata
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 import yaml
+from filelock import FileLock, Timeout
 
 import fedfmd
 from fedfmd.runs.files import append, atomic_write
@@ -53,12 +55,35 @@ class RunFolder:
         self.epochs = self.path / "epochs.csv"
         self.checkpoints = self.path / "checkpoints"
         self.log = self.path / "log.txt"
+        self.lock = self.path / ".lock"
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(
                 f"run-dir = {self.path} can't be made: {error.strerror}; give a folder that you may write to"
             ) from error
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other processes out, as two would write every row twice; one that dies lets go.
+
+        Raises:
+            ValueError: another process holds it; the text names `run-dir` and that process.
+        """
+        lock = FileLock(self.lock)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            holder = self.lock.read_text(encoding="utf-8").strip() or "unknown"
+            raise ValueError(
+                f"run-dir = {self.path} is in use: process {holder} writes to it; wait until it ends, or name "
+                "another folder"
+            ) from None
+        try:
+            self.lock.write_text(f"{os.getpid()}\n", encoding="utf-8")
+            yield
+        finally:
+            lock.release()
 
     def write_settings(self, settings: Mapping[str, Any]) -> None:
         """Write the resolved settings, in their order."""

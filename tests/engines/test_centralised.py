@@ -57,6 +57,7 @@ def test_every_epoch_is_a_row(finished):
     assert rows[-1].best_accuracy == max(row.accuracy for row in rows)
     assert rows[-1].cum_wall_s == pytest.approx(sum(row.wall_s for row in rows))
     assert {path.name for path in finished.iterdir()} == {
+        ".lock",
         "checkpoints",
         "environment.json",
         "epochs.csv",

@@ -62,6 +62,7 @@ def test_a_run_prints_a_line_per_round_and_leaves_its_files(run, write_yaml, tmp
     (folder,), text = run(write_yaml(**{"server.rounds": 2}), out=Path("results"))
     assert folder == tmp_path / "results"
     assert {path.name for path in folder.iterdir()} == {
+        ".lock",
         "checkpoints",
         "clients.csv",
         "environment.json",
