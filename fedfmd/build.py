@@ -136,6 +136,7 @@ def _load(data: DataSettings) -> Dataset:
         download=data.download,
         image_size=data.image_size or None,
         augment=data.augment,
+        classes=data.classes or None,
     )
 
 

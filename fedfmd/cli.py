@@ -307,6 +307,7 @@ def export(
     """Write a trained model for other runtimes, for batches of any size, or for fedfmd.serving.classifier."""
     from fedfmd.experiment import export_checkpoint
 
+    _keep(checkpoint, out)
     typer.echo(export_checkpoint(checkpoint, target.value, out, image_size))
 
 
@@ -330,6 +331,8 @@ def cam(
     """Draw where a trained model looks (Grad-CAM++), with each of its attentions alone and with all."""
     from fedfmd.serving.cam import write_cam
 
+    for source in (checkpoint, *map(Path, images)):
+        _keep(source, out)
     typer.echo(write_cam(checkpoint, images, out, layer, class_index))
 
 
@@ -343,6 +346,16 @@ def main() -> None:
         _fail(str(error), 2)
     except (FedfmdError, OSError) as error:
         _fail(str(error), 1)
+
+
+def _keep(source: Path, out: Path | None) -> None:
+    """See to it that a command does not overwrite what it reads.
+
+    Raises:
+        SettingsError: both are the same file.
+    """
+    if out is not None and out.exists() and source.exists() and out.samefile(source):
+        raise SettingsError(f"--out = {out}: would overwrite {source}, which is read; name another file")
 
 
 def _fail(message: str, status: int) -> NoReturn:

@@ -32,6 +32,7 @@ from fedfmd.edge.devices import MAX_JITTER
 from fedfmd.errors import SettingsError, nearest_of, not_one_of
 from fedfmd.models import MODELS
 from fedfmd.protocol.compression import UPLOADS
+from fedfmd.strict_yaml import load_yaml
 
 Scalar = bool | int | float | str
 
@@ -132,6 +133,7 @@ class DataSettings(_Section):
 
     `augment` is how training images are varied at random, "auto" being what suits the source.
     `validation` is the share (below 1) or the number of training images held out to choose by; 0 is none.
+    `classes` is how many classes the labels of npz files stand for; 0: as many as there are labels.
     """
 
     dataset: Annotated[str, _one_of(DATASETS)] = "digits"
@@ -142,6 +144,7 @@ class DataSettings(_Section):
     image_size: Annotated[int, Field(ge=0)] = 0
     augment: Annotated[str, _one_of(AUGMENT_CHOICES)] = "auto"
     validation: Annotated[NonNegative, AfterValidator(_share_or_number)] = 0.0
+    classes: Annotated[int, Field(ge=0)] = 0
 
 
 class PartitionSettings(_Section):
@@ -393,7 +396,7 @@ def read_yaml(path: Path) -> Mapping[str, Any]:
         SettingsError: no such file, no YAML, or something else in it.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = load_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise SettingsError(f"cannot read {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -132,6 +132,7 @@ def test_a_bad_setting_is_one_line_and_nothing_is_written(
     [
         (None, "cannot read file.yaml: No such file or directory"),
         ("base: {seed: [", "file.yaml is not YAML: "),
+        ("matrix: []", "file.yaml: `matrix: []` describes no run: "),
         ("seed: 1", "file.yaml must hold `base:` and may hold `matrix:`, `kind:` and `select:`, found seed"),
         ("base: {sede: 1}", "unknown setting sede = 1; the nearest one is seed"),
     ],
@@ -305,6 +306,20 @@ def test_export_of_a_missing_checkpoint_is_one_line(fedfmd):
     assert status == 2
     assert err.startswith("fedfmd: cannot read the checkpoint: ")
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", [("export",), ("cam", "test:3")], ids=["export", "cam"])
+def test_no_command_overwrites_what_it_reads(command, fedfmd, write_checkpoint):
+    checkpoint = write_checkpoint()
+    before = checkpoint.read_bytes()
+    name, *others = command
+    status, _, err = fedfmd(name, checkpoint, *others, "--out", checkpoint)
+    assert status == 2
+    assert (
+        err
+        == f"fedfmd: --out = {checkpoint}: would overwrite {checkpoint}, which is read; name another file\n"
+    )
+    assert checkpoint.read_bytes() == before
 
 
 def wide_runs(row):

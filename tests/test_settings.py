@@ -203,6 +203,7 @@ def test_neutral_settings_exist():
     [
         (None, r"cannot read .*file\.yaml: No such file"),
         (b"base: [", r"file\.yaml is not YAML: .*line 1"),
+        (b"base: {seed: 1, seed: 2}", r"file\.yaml is not YAML: the key 'seed' is given twice .*line 1"),
         (b"\xff\xfe\xfa", r"file\.yaml is not YAML: "),
         (b"- base", r"file\.yaml must hold `key: value` pairs, not \['base'\]"),
         (b"", r"file\.yaml must hold `key: value` pairs, not None"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from fedfmd.data.augmentation import Augmentation, read_augmentation
 from fedfmd.data.files import read_npz
 
 FOLDER_IMAGE_SIZE = 64
+MAX_PIXELS = 64_000_000  # of an image file: a tiny one can claim any number
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,13 +178,22 @@ def read_image(path: Path, size: int) -> Tensor:
     Raises:
         ValueError: one line that starts with the path.
     """
-    from torchvision.datasets.folder import default_loader
+    from PIL import Image
     from torchvision.transforms.functional import pil_to_tensor
 
     try:
-        image = default_loader(path)
-    except OSError as error:
+        with Image.open(path) as file:
+            pixels = math.prod(file.size)
+            image = file.convert("RGB") if pixels <= MAX_PIXELS else None
+    except Image.DecompressionBombError:
+        image = None
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow's plugins raise all of them
         raise ValueError(f"{path}: not a readable image ({error}); replace or remove it") from None
+    if image is None:
+        raise ValueError(
+            f"{path}: has more than {MAX_PIXELS / 1e6:.0f} million pixels, and would need gigabytes; shrink or "
+            "remove it"
+        )
     return fit(pil_to_tensor(image)[None], size)[0]
 
 
@@ -238,11 +249,25 @@ def _read_npz(path: Path, image_size: int | None, class_names: Sequence[str] | N
     return ImageSet(images, torch.from_numpy(labels.astype(np.int64)))
 
 
+def class_folders(path: Path) -> list[str]:
+    """The names of a folder's sub-folders, sorted; not hidden ones, such as .ipynb_checkpoints."""
+    return sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+
+
 def _read_folder(path: Path, image_size: int, class_names: Sequence[str] | None) -> ImageSet:
-    from torchvision.datasets import ImageFolder
+    from torchvision.datasets.folder import ImageFolder, is_image_file
+
+    class Shown(ImageFolder):
+        """Without hidden folders and files, such as macOS's ._x.png."""
+
+        def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
+            names = class_folders(Path(directory))
+            if not names:
+                raise FileNotFoundError("has no class folders")
+            return names, {name: label for label, name in enumerate(names)}
 
     try:
-        folder = ImageFolder(path)
+        folder = Shown(path, is_valid_file=lambda f: not Path(f).name.startswith(".") and is_image_file(f))
     except FileNotFoundError as error:  # no sub-folders, or one of them without images
         raise ValueError(f"{path}: {error}") from None
     names = folder.classes if class_names is None else list(class_names)

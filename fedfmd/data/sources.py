@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from fedfmd.data.augmentation import AUGMENTATIONS, Augmentation
-from fedfmd.data.images import Dataset, ImageSet, channel_statistics, fit, load_image_set
+from fedfmd.data.images import Dataset, ImageSet, channel_statistics, class_folders, fit, load_image_set
 from fedfmd.errors import not_one_of
 
 AUTO = "auto"
 AUGMENT_CHOICES = (AUTO, *AUGMENTATIONS)
 
 DIGITS_SIZE = 16
+MAX_LISTED = 20  # labels in a message
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Source:
     test: Path | None
     download: bool
     image_size: int | None
+    classes: int | None
 
 
 def load_dataset(
@@ -40,6 +43,7 @@ def load_dataset(
     download: bool = False,
     image_size: int | None = None,
     augment: Augmentation | Literal["auto"] = AUTO,
+    classes: int | None = None,
 ) -> Dataset:
     """Load a dataset of the registry `DATASETS` into memory.
 
@@ -51,6 +55,7 @@ def load_dataset(
         download: fetch missing or damaged CIFAR files into `dir`.
         image_size: height and width in pixels; by default digits have 16, image folders 64, others their own.
         augment: how training images are varied at random; `auto`: by `crop` for digits, else by `crop+flip`.
+        classes: how many classes the labels of npz files stand for, if some of them have no training images.
 
     Raises:
         ValueError: one line that names the setting, its value and the fix.
@@ -59,7 +64,9 @@ def load_dataset(
         raise ValueError(f"data.dataset = '{name}' is unknown: choose one of {', '.join(DATASETS)}")
     if augment not in AUGMENT_CHOICES:
         raise ValueError(f"data.augment = {augment!r}: {not_one_of(augment, AUGMENT_CHOICES)}")
-    dataset = DATASETS[name](Source(dir, train, test, download, image_size))
+    if classes is not None and name != "npz":
+        raise ValueError(f"data.classes = {classes} is for data.dataset = 'npz' alone; leave it out")
+    dataset = DATASETS[name](Source(dir, train, test, download, image_size, classes))
     return dataset if augment == AUTO else replace(dataset, augment=augment)
 
 
@@ -140,21 +147,40 @@ def _cifar_fault(kind: type, folder: Path) -> str:
 
 
 def _npz(source: Source) -> Dataset:
-    """Two npz files (see `load_image_set`); the training set's labels tell how many classes there are."""
+    """Two npz files (see `load_image_set`); unless it is told, the training labels tell how many classes there are."""
     for setting, path in (("data.train", source.train), ("data.test", source.test)):
         if path is None:
             raise ValueError(f"{setting} is not set: data.dataset = 'npz' needs data.train and data.test")
     train = _load("data.train", source.train, source.image_size, None)
-    names = [str(label) for label in range(int(train.labels.max()) + 1)]
+    names = [str(label) for label in range(_classes(train.labels, source))]
     test = _load("data.test", source.test, source.image_size, names)
     return _dataset("npz", train, test, names, augment="crop+flip")
+
+
+def _classes(labels: Tensor, source: Source) -> int:
+    """How many classes training labels stand for; a wrong label must not make thousands of classes."""
+    found = labels.unique()
+    classes = source.classes or len(found)
+    if int(found[-1]) < classes:
+        return classes
+    if source.classes:
+        raise ValueError(
+            f"data.train = {source.train}: label {int(found[-1])} is outside the classes 0..{classes - 1} of "
+            f"data.classes = {classes}; relabel or remove those images"
+        )
+    listed = ", ".join(map(str, found[:MAX_LISTED].tolist())) + (", …" if len(found) > MAX_LISTED else "")
+    missing = next(label for label, known in enumerate(found.tolist()) if label != known)
+    raise ValueError(
+        f"data.train = {source.train}: labels must be 0, 1, 2, … without gaps, but {missing} has no image and the "
+        f"largest is {int(found[-1])} (found {listed}); relabel them, or set data.classes if the others are to come"
+    )
 
 
 def _imagefolder(source: Source) -> Dataset:
     """Folders with one sub-folder of images per class (see `load_image_set`)."""
     train_path = _folder("data.train", source.train, source.dir, ("train",))
     test_path = _folder("data.test", source.test, source.dir, ("val", "test"))
-    names, test_names = (sorted(e.name for e in p.iterdir() if e.is_dir()) for p in (train_path, test_path))
+    names, test_names = map(class_folders, (train_path, test_path))
     if names != test_names:
         differing = ", ".join(sorted(set(names) ^ set(test_names)))
         raise ValueError(f"data.test = {test_path}: must have data.train's classes, but {differing} differ")

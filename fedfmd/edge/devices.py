@@ -24,6 +24,7 @@ from pydantic_core import ErrorDetails
 from fedfmd.conv import CONVS
 from fedfmd.errors import not_one_of
 from fedfmd.models import MODELS
+from fedfmd.strict_yaml import load_yaml
 
 MAX_JITTER = 2.0
 Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
@@ -237,7 +238,7 @@ def _text(path: Path) -> str:
 
 def _parse(text: str, origin: str, row_type: type[Row]) -> dict[str, Row]:
     try:
-        table = yaml.safe_load(text)
+        table = load_yaml(text)
     except yaml.YAMLError as error:
         raise ValueError(f"{origin}: cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(table, dict):

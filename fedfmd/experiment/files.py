@@ -16,6 +16,7 @@ import yaml
 from fedfmd.errors import SettingsError
 from fedfmd.report.selection import Selection
 from fedfmd.settings import Settings, flatten, read_yaml
+from fedfmd.strict_yaml import load_yaml
 
 PARTS = ("kind", "base", "matrix", "select")
 
@@ -147,7 +148,7 @@ def _override(text: str) -> tuple[str, Any]:
     if not equals or not key.strip():
         raise SettingsError(f"--set {text!r}: write key=value, for instance --set train.lr=0.05")
     try:
-        parsed = yaml.safe_load(value) if value.strip() else ""
+        parsed = load_yaml(value) if value.strip() else ""
     except yaml.YAMLError:
         parsed = value
     return key.strip(), parsed
@@ -158,6 +159,10 @@ def _matrices(path: Path, content: Mapping[str, Any]) -> list[dict[str, Any]]:
     matrices = content.get("matrix")
     if not isinstance(matrices, list):
         matrices = [matrices]
+    if not matrices:
+        raise SettingsError(
+            f"{path}: `matrix: []` describes no run: list at least one, or leave `matrix:` out"
+        )
     return [flatten(_mapping(path, {"matrix": matrix}, "matrix")) for matrix in matrices]
 
 

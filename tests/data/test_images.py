@@ -1,4 +1,5 @@
 import dataclasses
+import zlib
 
 import numpy as np
 import psutil
@@ -208,6 +209,22 @@ def test_an_image_of_any_mode_is_read_in_rgb_and_its_centre_cut(tmp_path):
     grey = Image.fromarray(np.array([[9, 50, 50, 9]] * 2, np.uint8))
     grey.save(tmp_path / "wide.png")
     assert torch.equal(read_image(tmp_path / "wide.png", 2), torch.full((3, 2, 2), 50, dtype=torch.uint8))
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("side", [8001, 10_000, 30_000])
+def test_an_image_of_too_many_pixels_is_not_decoded(side, tmp_path, monkeypatch):
+    path = tmp_path / "bomb.png"
+    Image.new("1", (2, 2)).save(path)
+    header = bytearray(path.read_bytes())
+    header[16:24] = side.to_bytes(4) * 2  # the width and height that its header claims
+    header[29:33] = zlib.crc32(header[12:29]).to_bytes(4)
+    path.write_bytes(header)
+    monkeypatch.setattr(Image.Image, "convert", None)
+    with pytest.raises(
+        ValueError, match=r"bomb\.png: has more than 64 million pixels, .*; shrink or remove it"
+    ):
+        read_image(path, 8)
 
 
 def test_damaged_image_is_named(folder):

@@ -192,6 +192,30 @@ def test_npz_test_labels_must_be_among_the_training_classes(write_npz):
         load_dataset("npz", train=write_npz("train", [0, 1, 2]), test=write_npz("test", [0, 3]))
 
 
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([0, 7, 500], r"without gaps, but 1 has no image and the largest is 500 .found 0, 7, 500.; relabel"),
+        ([0, 1, 3_000_000_000], r"without gaps, but 2 has no image and the largest is 3000000000 "),
+        ([1, 2], r"without gaps, but 0 has no image"),
+    ],
+)
+def test_a_wrong_label_of_npz_makes_no_classes(labels, message, write_npz):
+    with pytest.raises(ValueError, match=rf"^data.train = .*: labels must be 0, 1, 2, … {message}"):
+        load_dataset("npz", train=write_npz("train", labels), test=write_npz("test", [0]))
+
+
+def test_npz_may_have_classes_without_training_images_if_told(write_npz):
+    files = {"train": write_npz("train", [0, 2]), "test": write_npz("test", [3])}
+    assert load_dataset("npz", **files, classes=4).classes == 4
+    with pytest.raises(
+        ValueError, match=r"data.train = .*: label 2 is outside the classes 0..1 of data.classes"
+    ):
+        load_dataset("npz", **files, classes=2)
+    with pytest.raises(ValueError, match=r"data.classes = 3 is for data.dataset = 'npz' alone"):
+        load_dataset("digits", classes=3)
+
+
 def test_npz_images_must_have_one_size(write_npz):
     other = write_npz("test", [0], images=np.zeros((1, 16, 16, 3), np.uint8))
     with pytest.raises(ValueError, match=r"8 pixels but data.test of 16; set data.image-size"):
@@ -207,6 +231,15 @@ def test_imagefolder_finds_its_parts(tmp_path, test_name):
     assert dataset.class_names == ("cat", "dog")
     assert dataset.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
     assert dataset.test.labels.tolist() == [0, 0, 1, 1]
+
+
+def test_imagefolder_passes_over_what_is_hidden(tmp_path):
+    for part in ("train", "val"):
+        make_folder(tmp_path / part, [".ipynb_checkpoints", "cat", "dog"])
+        (tmp_path / part / "cat" / "._0.png").write_bytes(b"of macOS")
+    dataset = load_dataset("imagefolder", dir=tmp_path, image_size=4)
+    assert dataset.class_names == ("cat", "dog")
+    assert len(dataset.train) == 4
 
 
 def test_imagefolder_takes_explicit_parts(tmp_path):
