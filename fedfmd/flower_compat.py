@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from pickle import PickleBuffer
-from typing import Any, SupportsIndex
+from typing import Any, SupportsIndex, cast
 
 import numpy as np
-from flwr.app import Array, Context, Error, Message
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message
 from flwr.clientapp import ClientApp
 from flwr.common.constant import (
     NUM_PARTITIONS_KEY,
@@ -32,6 +32,7 @@ from flwr.common.constant import (
     SubStatus,
 )
 from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import FedAvg
 from flwr.supercore.run import Run as Run
 from flwr.supercore.task_identity import TaskIdentity
 from numpy.lib.format import (
@@ -217,6 +218,33 @@ class _Content(bytes):
 
 def _unpickled(content: Any) -> bytes | memoryview:
     return content if isinstance(content, bytes) else memoryview(content)
+
+
+# --- Flower's strategies ---------------------------------------------------------------------------------------
+
+_STEP_START = "current_arrays"
+
+
+def start_step(strategy: FedAvg, server_round: int, parameters: ArrayRecord) -> None:
+    """Tell a strategy the parameters that its next step starts from.
+
+    Server optimisers note them in `configure_train`, as `current_arrays`; FedAvgM only where nothing is noted, as it
+    goes on from the result of its own last step. With a share of 0 of the nodes `configure_train` asks nobody, and
+    uses no grid (`flwr.serverapp.strategy.fedopt`, `fedavgm`, `fedavg`).
+    """
+    if getattr(strategy, _STEP_START, None) is not None:
+        strategy.current_arrays = None  # type: ignore[attr-defined]
+    strategy.fraction_train = 0.0
+    strategy.configure_train(server_round, parameters, ConfigRecord(), cast("Grid", None))
+
+
+def kept_between_rounds(strategy: FedAvg) -> dict[str, Any]:
+    """Return what a strategy keeps from round to round, by the name of its attribute.
+
+    Moments and momentum are attributes, mappings or lists of NumPy arrays (``m_t``, ``v_t`` in
+    `flwr.serverapp.strategy.fedadam`, ``momentum_vector`` in `fedavgm`); `start_step` sets the start anew.
+    """
+    return {name: value for name, value in vars(strategy).items() if name != _STEP_START}
 
 
 # --- Logs ------------------------------------------------------------------------------------------------------

@@ -12,7 +12,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import typer
-from flwr.app import Array, ConfigRecord, Context, Error, Message, MessageType, RecordDict
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Error,
+    Message,
+    MessageType,
+    MetricRecord,
+    RecordDict,
+)
 from flwr.cli import ls
 from flwr.cli.app import app as flwr_app
 from flwr.cli.flower_config import read_superlink_connection
@@ -20,6 +30,7 @@ from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 from flwr.server.superlink.linkstate.utils import create_message_error_unavailable_res_message
 from flwr.serverapp import ServerApp
+from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvgM, FedYogi
 from flwr.supercore.logger import print_json_error
 from flwr.supercore.routers.health.router import router as health
 from flwr.superlink.cli.flower_superlink import _parse_args_run_superlink
@@ -272,6 +283,55 @@ def test_a_received_array_may_hold_a_memoryview():
     received = pickle.loads(text, buffers=[bytearray(buffers[0].raw())])
     assert isinstance(received.data, memoryview)
     same(compat.to_numpy(received), ARRAYS[0])
+
+
+# --- Flower's strategies
+
+
+def step(strategy, number, start, goal, reply):
+    """What a strategy makes of a client's update."""
+    compat.start_step(strategy, number, ArrayRecord({"w": compat.to_array(np.array([start]))}))
+    content = {"arrays": ArrayRecord({"w": compat.to_array(np.array([goal]))})}
+    reply.content = RecordDict(content | {"metrics": MetricRecord({"num-examples": 1})})
+    arrays, _ = strategy.aggregate_train(number, [reply])
+    return float(arrays["w"].numpy()[0])
+
+
+def strategies_with_optimiser():
+    return [
+        FedAvgM(server_learning_rate=0.5, server_momentum=0.5),
+        FedAdam(eta=0.1),
+        FedYogi(eta=0.1),
+        FedAdagrad(eta=0.1),
+    ]
+
+
+@pytest.mark.parametrize(
+    "strategy", strategies_with_optimiser(), ids=lambda strategy: type(strategy).__name__
+)
+def test_a_strategys_step_starts_where_it_is_told(strategy, make_message):
+    reply = Message(RecordDict(), reply_to=make_message())
+    for number, start in enumerate((10.0, -10.0), start=1):
+        moved = step(strategy, number, start, start + 1.0, reply) - start
+        assert 0 < moved < 1, "it took its own last state for the start"
+
+
+@pytest.mark.parametrize(
+    "strategy", strategies_with_optimiser(), ids=lambda strategy: type(strategy).__name__
+)
+def test_a_strategy_keeps_arrays_in_mappings_or_lists_and_its_start_apart(strategy, make_message):
+    reply = Message(RecordDict(), reply_to=make_message())
+    for number in (1, 2):
+        step(strategy, number, 0.0, 1.0, reply)
+    kept = compat.kept_between_rounds(strategy)
+    arrays = {
+        name
+        for name, value in kept.items()
+        if isinstance(value, dict | list)
+        and any(isinstance(v, np.ndarray) for v in (value.values() if isinstance(value, dict) else value))
+    }
+    assert arrays == ({"momentum_vector"} if isinstance(strategy, FedAvgM) else {"m_t", "v_t"})
+    assert "current_arrays" in vars(strategy).keys() - kept.keys()
 
 
 # --- Logs
