@@ -384,6 +384,7 @@ class TrackedStrategy(Strategy):
             settings.kept(),
             self._arrays(),
             keep=settings.server.keep_checkpoints,
+            class_names=self.federation.dataset.class_names,
         )
 
     def _resume(self) -> Progress:
