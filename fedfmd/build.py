@@ -14,7 +14,7 @@ from statistics import fmean
 import torch
 from torch import nn
 
-from fedfmd.conv import TemperatureSchedule
+from fedfmd.conv import TemperatureSchedule, is_dynamic
 from fedfmd.cost import Cost, count
 from fedfmd.data import Dataset, Partition, cached_partition, hold_out, load_dataset
 from fedfmd.edge import (
@@ -221,22 +221,17 @@ def build_model(settings: Settings, classes: int) -> nn.Module:
             model.arch,
             model.conv,
             classes,
-            kernels=model.kernels,
-            attentions=model.attentions,
-            attention_init=model.attention_init,
             stem=model.stem,
-            norm=model.norm,
             width=model.width,
-            reduction=model.reduction,
-            mixing=model.mixing,
             temperature=settings.temperature.initial,
+            **model.options(),
         )
 
 
 def describe_network(settings: Settings, cost: Cost, dataset: Dataset) -> str:
     """Network, its size, data set and augmentation in a line for the log."""
     model = settings.model
-    kernels = "" if model.conv == "static" else f" (K={model.kernels})"
+    kernels = f" (K={model.kernels})" if is_dynamic(model.conv) else ""
     return (
         f"{model.arch} with {model.conv}{kernels}, {cost.params:,} parameters, {cost.macs / 1e6:.1f} M MACs per image, "
         f"on {dataset.name} at {dataset.image_size}×{dataset.image_size}, augmentation {dataset.augment}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -24,8 +24,16 @@ from pydantic import (
     model_validator,
 )
 
-from fedfmd.conv import ATTENTION_INITS, CONVS, MIXINGS
-from fedfmd.conv.layers import ATTENTIONS
+from fedfmd.conv import (
+    ATTENTION_INITS,
+    ATTENTIONS,
+    CONVS,
+    MIXINGS,
+    OPTIONS,
+    has_kernel_attention,
+    is_dynamic,
+    options_of,
+)
 from fedfmd.data import AUGMENT_CHOICES, DATASETS, PARTITIONS
 from fedfmd.edge import ASSIGNMENTS, KERNEL_CHOICES, LINKS, POLICIES
 from fedfmd.edge.devices import MAX_JITTER
@@ -47,7 +55,7 @@ FEDERATED = (
 CHECKPOINTS = frozenset({"server.checkpoint-every", "server.keep-checkpoints"})
 """Those of them that centralised training heeds too."""
 
-PAIRS = frozenset({"fleet.devices"})
+PAIRS = frozenset({"fleet.devices", "model.conv-options"})
 """Settings whose text, `name:amount, …`, may also be given as a mapping."""
 
 
@@ -114,7 +122,10 @@ Attentions = Annotated[
 
 
 class ModelSettings(_Section):
-    """Which network is trained."""
+    """Which network is trained.
+
+    `conv_options` are options that only some convolutions have, and no setting of their own: `name:value, …`.
+    """
 
     arch: Annotated[str, _one_of(MODELS)] = "resnet8"
     conv: Annotated[str, _one_of(CONVS)] = "fmdconv"
@@ -126,6 +137,37 @@ class ModelSettings(_Section):
     width: Positive = 1.0
     reduction: Positive = 0.0625
     mixing: Annotated[str, _one_of(("auto", *MIXINGS))] = "auto"
+    conv_options: str = ""
+
+    def options(self) -> dict[str, Any]:
+        """Return the options of the convolution, by the names that `make_conv` has for them.
+
+        Raises:
+            SettingsError: `conv_options` has one that the convolution doesn't have, or a value of another type.
+        """
+        own = {name: getattr(self, name) for name in type(self).model_fields if name in OPTIONS}
+        return own | dict(self._conv_options(own))
+
+    def _conv_options(self, own: Collection[str]) -> Iterable[tuple[str, Scalar]]:
+        free = {
+            _kebab(name): (name, default)
+            for name, default in options_of(self.conv).items()
+            if name not in own and name != "temperature"
+        }
+        for part in filter(None, (part.strip() for part in self.conv_options.split(","))):
+            key, _, text = (word.strip() for word in part.partition(":"))
+            if key not in free:
+                known = f"those of {self.conv} are {', '.join(free)}" if free else f"{self.conv} has none"
+                raise SettingsError(f"model.conv-options = {self.conv_options!r}: no option {key!r}; {known}")
+            name, default = free[key]
+            value = yaml.safe_load(text)
+            if isinstance(default, float) and type(value) is int:
+                value = float(value)
+            if type(value) is not type(default):
+                raise SettingsError(
+                    f"model.conv-options = {self.conv_options!r}: {key} must be like its default, {default!r}"
+                )
+            yield name, value
 
 
 class DataSettings(_Section):
@@ -305,6 +347,7 @@ class Settings(_Section):
                 f"server.clients-per-round = {self.server.clients_per_round} but partition.clients = "
                 f"{self.partition.clients}: ask for at most that many, or 0 for all"
             )
+        self.model.options()
         self._check_budget()
         return self
 
@@ -328,9 +371,9 @@ class Settings(_Section):
             )
         if not POLICIES[budget.policy].fewer_kernels:
             return
-        if model.conv == "static":
+        if not is_dynamic(model.conv):
             raise SettingsError(
-                f"budget.policy = {budget.policy!r} trains some kernels of each bank, and model.conv = 'static' "
+                f"budget.policy = {budget.policy!r} trains some kernels of each bank, and model.conv = {model.conv!r} "
                 "has no banks: take a dynamic convolution, or budget.policy=partial"
             )
         if budget.kernels > model.kernels:
@@ -340,12 +383,15 @@ class Settings(_Section):
             )
         if (
             budget.kernel_choice == "attention"
-            and model.conv == "fmdconv"
-            and "kernel" not in model.attentions
+            and model.kernels > 1
+            and not has_kernel_attention(model.conv, **model.options())
         ):
+            without = f"model.conv = {model.conv!r} has none: "
+            if "attentions" in options_of(model.conv):
+                without = f"model.attentions = {','.join(model.attentions)!r} has none: add kernel, or "
             raise SettingsError(
-                f"budget.kernel-choice = 'attention' needs kernel attention, and model.attentions = "
-                f"{','.join(model.attentions)!r} has none: add kernel, or set budget.kernel-choice=rotation"
+                f"budget.kernel-choice = 'attention' needs kernel attention, and {without}"
+                "set budget.kernel-choice=rotation"
             )
 
     @classmethod

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import cast
 
 import numpy as np
-from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
-from flwr.serverapp import Grid
+from flwr.app import Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg
 
+from fedfmd.flower_compat import start_step
 from fedfmd.protocol.averaging import WeightedMean
 from fedfmd.protocol.messages import ARRAYS, METRICS, WEIGHT, Reply, from_record, to_record
 from fedfmd.protocol.state import Arrays
@@ -49,7 +48,7 @@ def aggregate(
     def of_parameters(state: Mapping[str, np.ndarray]) -> Arrays:
         return {name: array for name, array in (current | state).items() if name in parameters}
 
-    _start_from(inner, server_round, of_parameters({}))
+    start_step(inner, server_round, to_record(of_parameters({})))
     for message, state, weight in states:
         message.content = RecordDict(
             {ARRAYS: to_record(of_parameters(state)), METRICS: MetricRecord({WEIGHT: weight})}
@@ -97,11 +96,3 @@ def transplant(
         whole = np.issubdtype(array.dtype, np.integer)
         arrays[name] = np.asarray(np.rint(moved) if whole else moved, array.dtype)
     return replace(reply, arrays=arrays)
-
-
-def _start_from(inner: FedAvg, server_round: int, arrays: Arrays) -> None:
-    """Tell `inner` the parameters that its step starts from: server optimisers note them in `configure_train`."""
-    if getattr(inner, "current_arrays", None) is not None:
-        inner.current_arrays = None  # FedAvgM takes over only what it is told first
-    inner.fraction_train = 0.0  # it is to pick no nodes, and needs no grid to pick them from
-    inner.configure_train(server_round, to_record(arrays), ConfigRecord(), cast("Grid", None))

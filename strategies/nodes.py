@@ -7,18 +7,16 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from flwr.app import Message, RecordDict
-from flwr.app.message_type import MessageType
-from flwr.common.constant import ErrorCode
+from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from fedfmd.build import Federation, device_in_run, known_devices
 from fedfmd.data import ImageFormat
 from fedfmd.edge import Device, WorkPlan, deal_out, parse_device
 from fedfmd.errors import RunError
+from fedfmd.flower_compat import answered_id, error_text, is_gone, message_id
 from fedfmd.protocol.messages import CONFIG, write_question
 from fedfmd.settings import Settings
-from strategies.replies import error_text
 
 POLL_S = 0.2
 QUICK_POLL_S = 0.01
@@ -189,13 +187,13 @@ def exchange(
     """
     started = time.monotonic()
     passed = 0.0
-    waiting = {message_id for message_id in grid.push_messages(messages) if message_id}
+    waiting = {pushed for pushed in grid.push_messages(messages) if pushed}
     replies: list[Message] = []
     seconds: dict[str, float] = {}
     while waiting and passed < timeout_s:
         came = list(grid.pull_messages(waiting))
         replies += came
-        answered = {message.metadata.reply_to_message_id for message in came}
+        answered = {answered_id(message) for message in came}
         passed = time.monotonic() - started
         seconds |= dict.fromkeys(answered, passed)
         waiting -= answered
@@ -228,12 +226,8 @@ def _query(grid: Grid, node_ids: Sequence[int], images: ImageFormat, timeout_s: 
     if not messages:
         return []
     replies = grid.send_and_receive(messages, timeout=timeout_s)
-    asked = {message.metadata.message_id: message.metadata.dst_node_id for message in messages}
-    return [
-        _answer(asked[reply.metadata.reply_to_message_id], reply)
-        for reply in replies
-        if not (reply.has_error() and reply.error.code == ErrorCode.NODE_UNAVAILABLE)
-    ]
+    asked = {message_id(message): message.metadata.dst_node_id for message in messages}
+    return [_answer(asked[answered_id(reply)], reply) for reply in replies if not is_gone(reply)]
 
 
 def _answer(node_id: int, reply: Message) -> Answer:

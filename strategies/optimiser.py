@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 from flwr.serverapp.strategy import FedAvg
 
+from fedfmd.flower_compat import kept_between_rounds
 from fedfmd.protocol.state import Arrays
-
-STEP_START = "current_arrays"  # told anew before every step
 
 
 def optimiser_arrays(inner: FedAvg) -> Arrays:
@@ -16,9 +15,7 @@ def optimiser_arrays(inner: FedAvg) -> Arrays:
     `m_t/fc.bias` is an entry of a mapping, `momentum_vector/#3` of a list.
     """
     arrays = {}
-    for attribute, value in vars(inner).items():
-        if attribute == STEP_START:
-            continue
+    for attribute, value in kept_between_rounds(inner).items():
         if isinstance(value, dict):
             entries = value.items()
         elif isinstance(value, list):

@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from flwr.app import Message
-from flwr.common.constant import ErrorCode
 
+from fedfmd.flower_compat import answered_id, error_text
 from fedfmd.protocol.compression import Upload
 from fedfmd.protocol.messages import BY_ATTENTION, Assignment, ClientResult, Reply, read_reply
 from fedfmd.protocol.state import Arrays, bank_of, check_layout, first_non_finite
 from fedfmd.training.partial import rotation
-
-RAY_FAULT = re.compile(r"<class 'ray\.exceptions\.(\w+)'>")
-WORKER_FAULTS = (
-    "ActorDiedError",
-    "ActorUnavailableError",
-    "OutOfMemoryError",
-    "RayActorError",
-    "WorkerCrashedError",
-)
 
 Asked = Mapping[str, Sequence[Assignment]]
 """What each message asked its node to do, by the message's id."""
@@ -47,8 +37,7 @@ def read_replies(
     `received` holds the arrays that each message carried. They tell the model's layout on the wire, and rounded
     updates are added to them. A reply that is missing, broken or not finite fails all clients of its node.
     """
-    # Flower answers for a vanished node in its own name: only the message's id tells whose error it is.
-    answers = {message.metadata.reply_to_message_id: message for message in messages}
+    answers = {answered_id(message): message for message in messages}
     unheard = "no reply within server.round-timeout-s"
     return [
         _read(request, answers[request], work, received[request])
@@ -135,23 +124,3 @@ def _named(assignment: Assignment, kernels: int) -> tuple[int, ...]:
     if assignment.first_kernel == BY_ATTENTION and assignment.kernels < kernels:
         return ()
     return rotation(assignment.first_kernel, assignment.kernels, kernels)
-
-
-def dead_worker(messages: Iterable[Message]) -> str:
-    """Return Ray's name of the fault if a worker of Flower's simulation died, "" if none did.
-
-    Flower keeps a dead actor in its pool, where it fails every job that it is handed. The error's reason starts with
-    the type of the exception that reached Flower (`flwr.server.superlink.fleet.vce.vce_api`), its code is "unknown".
-    """
-    for message in messages:
-        if message.has_error() and message.error.code == ErrorCode.UNKNOWN:
-            found = RAY_FAULT.match(message.error.reason)
-            if found and found[1] in WORKER_FAULTS:
-                return found[1]
-    return ""
-
-
-def error_text(message: Message) -> str:
-    """The last line of an error's reason: Ray and Flower put whole tracebacks there."""
-    lines = message.error.reason.strip().splitlines()
-    return lines[-1].strip() if lines else f"error code {message.error.code}"

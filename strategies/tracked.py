@@ -12,8 +12,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
-from flwr.app.message_type import MessageType
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Strategy
 
@@ -21,6 +20,7 @@ from fedfmd.build import Federation
 from fedfmd.conv import has_temperature, set_temperature
 from fedfmd.edge import WorkPlan, keep_first, plan_work, round_seconds
 from fedfmd.errors import RunError
+from fedfmd.flower_compat import answered_id, dead_worker, message_id
 from fedfmd.protocol.averaging import effective_steps
 from fedfmd.protocol.messages import (
     BY_ATTENTION,
@@ -49,7 +49,7 @@ from strategies.nodes import (
     reachable,
 )
 from strategies.optimiser import optimiser_arrays, restore_optimiser
-from strategies.replies import client_results, dead_worker, read_replies
+from strategies.replies import client_results, read_replies
 from strategies.rows import client_rows, round_row
 
 logger = logging.getLogger("fedfmd")
@@ -96,7 +96,7 @@ class Request:
     @property
     def id(self) -> str:
         """The message's id, which Flower gives it when it is sent."""
-        return self.message.metadata.message_id
+        return message_id(self.message)
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ class TrackedStrategy(Strategy):
         self.results = client_results(answers, asked)
         if sum(result.ok for result in self.results.values()) < max(1, self._round.needed):
             return None
-        messages = {message.metadata.reply_to_message_id: message for message in replies}
+        messages = {answered_id(message): message for message in replies}
         usable = [
             (messages[answer.request], answer.reply)
             for answer in answers
@@ -384,6 +384,7 @@ class TrackedStrategy(Strategy):
             settings.kept(),
             self._arrays(),
             keep=settings.server.keep_checkpoints,
+            class_names=self.federation.dataset.class_names,
         )
 
     def _resume(self) -> Progress:

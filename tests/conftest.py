@@ -78,7 +78,9 @@ def write_checkpoint(tiny_settings, tmp_path):
     def write(**changes):
         settings = tiny_settings(**changes)
         state = build_model(settings, classes=10).state_dict()
-        save_checkpoint(tmp_path, 7, state, {}, settings.flat())
+        save_checkpoint(
+            tmp_path, 7, state, {}, settings.flat(), class_names=[str(digit) for digit in range(10)]
+        )
         return tmp_path / "round-00007.safetensors"
 
     return write

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from fedfmd.conv import make_conv
 from fedfmd.errors import SettingsError
 from fedfmd.experiment import load_experiment
 from fedfmd.settings import Settings, flatten, read_yaml
@@ -216,3 +217,37 @@ def test_a_yaml_file_that_holds_no_settings_is_one_line(content, message, tmp_pa
     with pytest.raises(SettingsError, match=message) as error:
         read_yaml(path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "given", ["kernel-reduction:0.5", {"kernel-reduction": 0.5}, " kernel-reduction: 0.5 "], ids=repr
+)
+def test_an_option_of_the_convolution_alone_reaches_it(given):
+    model = Settings.from_mapping({"model.conv-options": given, "model.kernels": 2}).model
+    assert model.options()["kernel_reduction"] == 0.5
+    layer = make_conv(model.conv, 8, 8, 3, **model.options())
+    assert (layer.kernels, layer.attention["kernel"].squeeze.out_features) == (2, 5)
+
+
+@pytest.mark.parametrize(
+    ("conv", "options", "message"),
+    [
+        (
+            "fmdconv",
+            "kernel-redction:0.5",
+            "no option 'kernel-redction'; those of fmdconv are kernel-reduction",
+        ),
+        ("fmdconv", "kernels:2", "no option 'kernels'; those of fmdconv are kernel-reduction"),
+        ("fmdconv", "kernel-reduction:much", r"kernel-reduction must be like its default, 0\.25"),
+        ("static", "kernel-reduction:0.5", "no option 'kernel-reduction'; static has none"),
+    ],
+)
+def test_an_option_that_the_convolution_does_not_have_is_refused(conv, options, message):
+    with pytest.raises(SettingsError, match=f"^model.conv-options = '{options}': {message}"):
+        Settings.from_mapping({"model.conv": conv, "model.conv-options": options})
+
+
+def test_kernels_can_be_chosen_by_attention_only_where_images_weigh_them():
+    choice = {"budget.policy": "kernels", "budget.deadline-s": 9, "budget.kernel-choice": "attention"}
+    for conv in ("condconv", "dyconv", "odconv", "fmdconv"):
+        Settings.from_mapping(choice | {"model.conv": conv})

@@ -12,11 +12,12 @@ import fedfmd
 from fedfmd.data import Dataset, ImageFormat, load_image_set
 from fedfmd.edge import device_text, read_box
 from fedfmd.errors import SettingsError, nearest_of
+from fedfmd.flower_compat import NODES, RANK
 
 PROFILES = (".yaml", ".yml")
 """How the name of a box's own device file ends."""
 
-KEYS = ("client", "data", "device", "device-backend", "partition-id", "num-partitions")
+KEYS = ("client", "data", "device", "device-backend", RANK, NODES)
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,8 @@ class NodeConfig:
             data=Path(str(config["data"])).expanduser() if "data" in config else None,
             device=str(config.get("device", "")),
             backend=str(config.get("device-backend", "")),
-            rank=int(config.get("partition-id", client or 0)),
-            nodes=int(config.get("num-partitions", 0)),
+            rank=int(config.get(RANK, client or 0)),
+            nodes=int(config.get(NODES, 0)),
         )
 
     def profile(self) -> str:

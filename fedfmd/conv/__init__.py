@@ -3,16 +3,22 @@
 from fedfmd.conv.ablation import only_attentions, recorded_attentions
 from fedfmd.conv.attention import ATTENTION_INITS
 from fedfmd.conv.diagnostics import AttentionRecord, record_attention
-from fedfmd.conv.factory import CONVS, make_conv
-from fedfmd.conv.layers import CondConv2d, DyConv2d, DynamicConv2d, FMDConv2d, ODConv2d
+from fedfmd.conv.factory import CONVS, OPTIONS, has_kernel_attention, is_dynamic, make_conv, options_of
+from fedfmd.conv.layers import DynamicConv2d, dynamic_layers, has_temperature, set_temperature
 from fedfmd.conv.mixing import MIXINGS
+from fedfmd.conv.operators.condconv import CondConv2d
+from fedfmd.conv.operators.dyconv import DyConv2d
+from fedfmd.conv.operators.fmdconv import ATTENTIONS, FMDConv2d
+from fedfmd.conv.operators.odconv import ODConv2d
 from fedfmd.conv.reference import load_reference_state_dict
-from fedfmd.conv.temperature import TemperatureSchedule, has_temperature, set_temperature
+from fedfmd.conv.temperature import TemperatureSchedule
 
 __all__ = [
+    "ATTENTIONS",
     "ATTENTION_INITS",
     "CONVS",
     "MIXINGS",
+    "OPTIONS",
     "AttentionRecord",
     "CondConv2d",
     "DyConv2d",
@@ -20,10 +26,14 @@ __all__ = [
     "FMDConv2d",
     "ODConv2d",
     "TemperatureSchedule",
+    "dynamic_layers",
+    "has_kernel_attention",
     "has_temperature",
+    "is_dynamic",
     "load_reference_state_dict",
     "make_conv",
     "only_attentions",
+    "options_of",
     "record_attention",
     "recorded_attentions",
     "set_temperature",

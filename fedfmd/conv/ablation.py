@@ -11,7 +11,7 @@ from torch import nn
 
 from fedfmd.conv.attention import AttentionValues
 from fedfmd.conv.diagnostics import AttentionRecord
-from fedfmd.conv.layers import DynamicConv2d
+from fedfmd.conv.layers import dynamic_layers
 
 
 def recorded_attentions(record: AttentionRecord) -> tuple[str, ...]:
@@ -42,7 +42,7 @@ def only_attentions(model: nn.Module, kept: Collection[str], usual: AttentionRec
         raise ValueError(
             f"kept = {', '.join(unknown)}: use any of {', '.join(sorted(AttentionValues._fields))}"
         )
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, DynamicConv2d)}
+    layers = dynamic_layers(model)
     if missing := sorted(set(layers) - set(usual.values)):
         raise ValueError(f"usual has no values of {', '.join(missing)}: record a forward pass of this model")
     handles = [

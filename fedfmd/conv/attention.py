@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +45,26 @@ def squeeze_norm(norm: str, channels: int) -> nn.Module:
     return SqueezeBatchNorm(channels) if norm == "batch" else nn.GroupNorm(1, channels)
 
 
-class SharedAttention(nn.Module):
+class Branch(nn.Module):
+    """From the B × C averages, some of a layer's attentions by name."""
+
+    @property
+    def attentions(self) -> tuple[str, ...]:
+        """Which ones, as in `AttentionValues`."""
+        raise NotImplementedError
+
+    @property
+    def last_layers(self) -> tuple[nn.Module, ...]:
+        """The layers that give the logits."""
+        raise NotImplementedError
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates for one image: those of the linear layers, each of which is used once."""
+        return sum(layer.weight.numel() for layer in self.modules() if isinstance(layer, nn.Linear))
+
+
+class SharedAttention(Branch):
     """ODConv's squeeze: one hidden vector z = ReLU(norm(Linear(GAP(x)))) from which every head is computed.
 
     `heads` maps the name of an attention to its size. Kernel attention is softmax(head(z)/τ); the others are
@@ -61,6 +80,11 @@ class SharedAttention(nn.Module):
         self.squeeze = nn.Linear(channels, hidden, bias=False)
         self.norm = squeeze_norm(norm, hidden)
         self.heads = nn.ModuleDict({name: nn.Linear(hidden, size) for name, size in heads.items()})
+
+    @property
+    def attentions(self) -> tuple[str, ...]:
+        """Those that have a head."""
+        return tuple(self.heads)
 
     @property
     def last_layers(self) -> tuple[nn.Module, ...]:
@@ -81,7 +105,7 @@ class SharedAttention(nn.Module):
         }
 
 
-class KernelAttention(nn.Module):
+class KernelAttention(Branch):
     """DyConv's squeeze: π = softmax(Linear(ReLU(Linear(GAP(x)))) / τ).
 
     hidden = ⌊C · reduction⌋ + 1, or K when C = 3 (the published rule). With one kernel π is 1 and nothing is
@@ -95,6 +119,11 @@ class KernelAttention(nn.Module):
         self.head = nn.Linear(hidden, kernels)
 
     @property
+    def attentions(self) -> tuple[str, ...]:
+        """That of the kernels."""
+        return ("kernel",)
+
+    @property
     def last_layers(self) -> tuple[nn.Module, ...]:
         """The layer that gives the logits."""
         return (self.head,)
@@ -106,12 +135,17 @@ class KernelAttention(nn.Module):
         return {"kernel": F.softmax(self.head(F.relu(self.squeeze(pooled))) / temperature, dim=1)}
 
 
-class Routing(nn.Module):
+class Routing(Branch):
     """CondConv's routing: r = sigmoid(Linear(GAP(x))), an independent weight per kernel; no temperature."""
 
     def __init__(self, channels: int, kernels: int) -> None:
         super().__init__()
         self.head = nn.Linear(channels, kernels)
+
+    @property
+    def attentions(self) -> tuple[str, ...]:
+        """That of the kernels."""
+        return ("kernel",)
 
     @property
     def last_layers(self) -> tuple[nn.Module, ...]:
@@ -125,6 +159,21 @@ class Routing(nn.Module):
 
 class Attention(nn.ModuleDict):
     """The branches of one layer, evaluated together on the average over the pixels."""
+
+    @property
+    def branches(self) -> tuple[Branch, ...]:
+        """All that it holds."""
+        return tuple(cast("Branch", branch) for branch in self.values())
+
+    @property
+    def attentions(self) -> frozenset[str]:
+        """Those of all branches."""
+        return frozenset(name for branch in self.branches for name in branch.attentions)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of all branches for one image."""
+        return sum(branch.macs for branch in self.branches)
 
     def forward(self, x: Tensor, temperature: Tensor | None) -> AttentionValues:
         """From x: B × C × H × W, pooled in the precision of the parameters."""
@@ -153,6 +202,6 @@ def init_attention(attention: Attention, start: str) -> None:
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
     if start == "neutral":
-        for branch in attention.values():
+        for branch in attention.branches:
             for layer in branch.last_layers:
                 nn.init.zeros_(layer.weight)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fedfmd.conv.attention import AttentionValues
-from fedfmd.conv.layers import DynamicConv2d
+from fedfmd.conv.layers import dynamic_layers
 
 
 @dataclass
@@ -62,14 +62,13 @@ def record_attention(model: nn.Module, last: int | None = None) -> Iterator[Atte
     """Record the attention values of the (`last`) forward passes made inside the `with` block."""
     record = AttentionRecord()
     handles = []
-    for name, module in model.named_modules():
-        if isinstance(module, DynamicConv2d):
+    for name, layer in dynamic_layers(model).items():
 
-            def keep(_module: nn.Module, _inputs: object, out: AttentionValues, name: str = name) -> None:
-                kept = (value if value is None else value.detach() for value in out)
-                record.values.setdefault(name, deque(maxlen=last)).append(AttentionValues(*kept))
+        def keep(_module: nn.Module, _inputs: object, out: AttentionValues, name: str = name) -> None:
+            kept = (value if value is None else value.detach() for value in out)
+            record.values.setdefault(name, deque(maxlen=last)).append(AttentionValues(*kept))
 
-            handles.append(module.attention.register_forward_hook(keep))
+        handles.append(layer.attention.register_forward_hook(keep))
     try:
         yield record
     finally:

@@ -2,23 +2,49 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from pkgutil import iter_modules
+from types import MappingProxyType
+from typing import Any
 
+import torch
 from torch import nn
 
-from fedfmd.conv.layers import ATTENTIONS, CondConv2d, DyConv2d, FMDConv2d, IntPair, ODConv2d
-from fedfmd.conv.mixing import AUTO
+from fedfmd.conv import operators
+from fedfmd.conv.layers import DynamicConv2d, IntPair
+from fedfmd.errors import nearest_of
+
+
+def _operators() -> Iterator[type[DynamicConv2d]]:
+    """All classes of dynamic convolutions in the files of `fedfmd.conv.operators`."""
+    for found in iter_modules(operators.__path__, f"{operators.__name__}."):
+        for kind in vars(import_module(found.name)).values():
+            if inspect.isclass(kind) and issubclass(kind, DynamicConv2d) and kind.__module__ == found.name:
+                yield kind
+
 
 CONVS: dict[str, type[nn.Module]] = {
     "static": nn.Conv2d,
-    "condconv": CondConv2d,
-    "dyconv": DyConv2d,
-    "odconv": ODConv2d,
-    "fmdconv": FMDConv2d,
+    **{kind.name: kind for kind in sorted(_operators(), key=lambda kind: (kind.year, kind.name))},
 }
-PUBLISHED_WITH_BIAS = ("dyconv", "fmdconv")
+"""The convolutions by name, in the order of their publication."""
+
+
+def is_dynamic(name: str) -> bool:
+    """Whether the convolution of this name has a bank of kernels."""
+    return issubclass(CONVS[name], DynamicConv2d)
+
+
+def options_of(name: str) -> Mapping[str, Any]:
+    """Return the options of a convolution with their defaults: the keyword arguments of its class."""
+    parameters = inspect.signature(CONVS[name]).parameters.values()
+    return {option.name: option.default for option in parameters if option.kind is option.KEYWORD_ONLY}
+
+
+OPTIONS: Mapping[str, Any] = MappingProxyType({k: v for name in CONVS for k, v in options_of(name).items()})
+"""All options that any convolution has, with a default."""
 
 
 def make_conv(
@@ -31,44 +57,31 @@ def make_conv(
     dilation: IntPair = 1,
     groups: int = 1,
     bias: bool | None = None,
-    *,
-    kernels: int = 4,
-    reduction: float = 1 / 16,
-    kernel_reduction: float = 1 / 4,
-    temperature: float = 30.0,
-    attentions: Iterable[str] = ATTENTIONS,
-    attention_init: str = "neutral",
-    mixing: str = AUTO,
-    norm: str = "batch",
+    **options: Any,
 ) -> nn.Module:
-    """The convolution `name` of `CONVS`, given those of the options that it has (static has none).
+    """Return the convolution `name` of `CONVS`, given those of the `options` that it has (static has none).
 
-    `bias=None` takes the published form: a bias bank for dyconv and fmdconv, no bias for the others.
+    `bias=None` takes the published form: a bias bank for dyconv and fmdconv, no bias for condconv and odconv.
+
+    Raises:
+        ValueError: an unknown name, an option that no convolution has, or a value that can't be used.
     """
     if name not in CONVS:
-        nearest = difflib.get_close_matches(name, CONVS, n=1, cutoff=0)[0]
         raise ValueError(
-            f"conv = {name!r} is unknown; did you mean {nearest!r}? Use one of {', '.join(CONVS)}"
+            f"conv = {name!r} is unknown; did you mean {nearest_of(name, CONVS)!r}? Use one of {', '.join(CONVS)}"
         )
-    options = {
-        "kernels": kernels,
-        "reduction": reduction,
-        "kernel_reduction": kernel_reduction,
-        "temperature": temperature,
-        "attentions": attentions,
-        "attention_init": attention_init,
-        "mixing": mixing,
-        "norm": norm,
-    }
-    accepted = inspect.signature(CONVS[name]).parameters
-    return CONVS[name](
-        in_channels,
-        out_channels,
-        kernel_size,
-        stride,
-        padding,
-        dilation,
-        groups,
-        name in PUBLISHED_WITH_BIAS if bias is None else bias,
-        **{option: value for option, value in options.items() if option in accepted},
-    )
+    for option, value in options.items():
+        if option not in OPTIONS:
+            raise ValueError(f"{option} = {value!r}: no convolution has it; use any of {', '.join(OPTIONS)}")
+    kind, accepted = CONVS[name], options_of(name)
+    if bias is None:
+        bias = issubclass(kind, DynamicConv2d) and kind.published_bias
+    geometry = (in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
+    return kind(*geometry, **{option: value for option, value in options.items() if option in accepted})
+
+
+def has_kernel_attention(name: str, **options: Any) -> bool:
+    """Whether layers of the convolution `name` with these options weigh their kernels by the image."""
+    with torch.device("meta"):  # draws no numbers
+        layer = make_conv(name, 8, 8, 3, **options)
+    return isinstance(layer, DynamicConv2d) and layer.has_kernel_attention

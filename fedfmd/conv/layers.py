@@ -1,21 +1,21 @@
-"""The dynamic convolutions: a bank of K kernels, mixed per sample by attention, over one base class."""
+"""What all dynamic convolutions have in common: a bank of K kernels, mixed per sample by attention."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
-from fedfmd.conv.attention import Attention, KernelAttention, Routing, SharedAttention, init_attention
+from fedfmd.conv.attention import Attention, init_attention
 from fedfmd.conv.mixing import AUTO, MIXINGS, convolve
 from fedfmd.conv.plain import Geometry
 from fedfmd.conv.temperature import check_temperature
 
 IntPair = int | tuple[int, int]
-ATTENTIONS = ("input", "kernel", "output")
+BANKS = ("bank", "bias_bank")
+"""The parameters of a layer that hold one entry per kernel."""
 
 
 class DynamicConv2d(nn.Module):
@@ -24,9 +24,18 @@ class DynamicConv2d(nn.Module):
     Parameters: `bank` K × O × C/groups × kh × kw and `bias_bank` K × O (`None` without bias).
     `mixing` names the way the mixture is computed, one of `fedfmd.conv.mixing.MIXINGS` or "auto"; all give
     the same numbers. `attention_init` is how the attentions start, "neutral" or "kaiming" (see `init_attention`).
-    Subclasses add the `attention` module and call `reset_parameters`.
+    Subclasses add the `attention` module and call `reset_parameters`. Those in `fedfmd.conv.operators` are known
+    everywhere by their name; their keyword arguments are options of the models (see `fedfmd.conv.options_of`).
+
+    Attributes:
+        name: what settings and files call the operator.
+        year: when it was published; operators are listed in this order.
+        published_bias: whether the published form has a bias bank.
     """
 
+    name: ClassVar[str]
+    year: ClassVar[int]
+    published_bias: ClassVar[bool] = False
     attention: Attention
     temperature: Tensor | None
 
@@ -99,6 +108,40 @@ class DynamicConv2d(nn.Module):
         """Whether every input channel has its own output channel."""
         return self.groups == self.in_channels == self.out_channels
 
+    @property
+    def attentions(self) -> frozenset[str]:
+        """The attentions that it has: "input", "output", "spatial" and "kernel", as in `AttentionValues`."""
+        return self.attention.attentions
+
+    @property
+    def has_kernel_attention(self) -> bool:
+        """Whether each sample weighs the kernels itself; they are averaged if not."""
+        return "kernel" in self.attentions
+
+    @property
+    def has_temperature(self) -> bool:
+        """Whether its attentions have a τ."""
+        return self.temperature is not None
+
+    @property
+    def attention_macs(self) -> int:
+        """Multiply-accumulates of its attentions for one image."""
+        return self.attention.macs
+
+    @property
+    def aggregation_macs(self) -> int:
+        """Multiply-accumulates of mixing the kernels for one image, as the equation is written.
+
+        K·O·C/groups·kh·kw for each attention that weighs the bank's entries: one in Σ_k π_k W_k, two in ODConv's
+        Σ_k π_k (s ⊙ W_k).
+        """
+        return self.bank.numel() * len(self.attentions & {"kernel", "spatial"})
+
+    @property
+    def kernel_params(self) -> int:
+        """Parameters in one kernel, its bias included."""
+        return self.bank[0].numel() + (0 if self.bias_bank is None else self.bias_bank[0].numel())
+
     def reset_parameters(self) -> None:
         """Draw Kaiming-normal kernels (fan_out, ReLU) and the attentions' start; biases are zero."""
         for kernel in self.bank:
@@ -133,157 +176,24 @@ class DynamicConv2d(nn.Module):
         return super()._apply(lambda t: fn(t.reshape(-1)).view(t.shape) if t.dim() == 5 else fn(t), recurse)
 
 
-class CondConv2d(DynamicConv2d):
-    """CondConv (Yang et al., NeurIPS 2019): Σ_k r_k W_k with r = sigmoid(Linear(GAP(x)))."""
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: IntPair,
-        stride: IntPair = 1,
-        padding: IntPair = 0,
-        dilation: IntPair = 1,
-        groups: int = 1,
-        bias: bool = True,
-        *,
-        kernels: int = 4,
-        attention_init: str = "neutral",
-        mixing: str = AUTO,
-    ) -> None:
-        super().__init__(
-            *(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias),
-            kernels=kernels,
-            mixing=mixing,
-            temperature=None,
-            attention_init=attention_init,
-        )
-        self.attention = Attention({"kernel": Routing(in_channels, kernels)})
-        self.reset_parameters()
+def dynamic_layers(model: nn.Module) -> dict[str, DynamicConv2d]:
+    """Return the dynamic convolutions of a model, or of one that is the model, by name."""
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, DynamicConv2d)}
 
 
-class DyConv2d(DynamicConv2d):
-    """DyConv (Chen et al., CVPR 2020): Σ_k π_k W_k with π = softmax(Linear(ReLU(Linear(GAP(x)))) / τ)."""
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: IntPair,
-        stride: IntPair = 1,
-        padding: IntPair = 0,
-        dilation: IntPair = 1,
-        groups: int = 1,
-        bias: bool = True,
-        *,
-        kernels: int = 4,
-        kernel_reduction: float = 1 / 4,
-        temperature: float = 30.0,
-        attention_init: str = "neutral",
-        mixing: str = AUTO,
-    ) -> None:
-        super().__init__(
-            *(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias),
-            kernels=kernels,
-            mixing=mixing,
-            temperature=temperature,
-            attention_init=attention_init,
-        )
-        self.attention = Attention({"kernel": KernelAttention(in_channels, kernels, kernel_reduction)})
-        self.reset_parameters()
+def bank_names(model: nn.Module) -> frozenset[str]:
+    """Return the names of the banks in the model's state dict."""
+    return frozenset(f"{name}.{bank}".removeprefix(".") for name in dynamic_layers(model) for bank in BANKS)
 
 
-class ODConv2d(DynamicConv2d):
-    """ODConv (Li et al., ICLR 2022): y = a_out ⊙ ((Σ_k π_k (s ⊙ W_k)) ∗ (a_in ⊙ x) + Σ_k π_k b_k).
-
-    All attentions come from one squeeze, sigmoids as σ(·/τ), the softmax as softmax(·/τ). Spatial attention
-    is left out for 1 × 1 kernels, output attention for depthwise convolutions, kernel attention at K = 1.
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: IntPair,
-        stride: IntPair = 1,
-        padding: IntPair = 0,
-        dilation: IntPair = 1,
-        groups: int = 1,
-        bias: bool = True,
-        *,
-        kernels: int = 4,
-        reduction: float = 1 / 16,
-        temperature: float = 30.0,
-        attention_init: str = "neutral",
-        mixing: str = AUTO,
-        norm: str = "batch",
-    ) -> None:
-        super().__init__(
-            *(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias),
-            kernels=kernels,
-            mixing=mixing,
-            temperature=temperature,
-            attention_init=attention_init,
-        )
-        heads = {"input": in_channels}
-        if not self.depthwise:
-            heads["output"] = out_channels
-        if (taps := math.prod(self.kernel_size)) > 1:
-            heads["spatial"] = taps
-        if kernels > 1:
-            heads["kernel"] = kernels
-        shared = SharedAttention(in_channels, heads, reduction, norm, annealed=True)
-        self.attention = Attention({"shared": shared})
-        self.reset_parameters()
+def has_temperature(model: nn.Module) -> bool:
+    """Whether any layer of the model has a τ."""
+    return any(layer.has_temperature for layer in dynamic_layers(model).values())
 
 
-class FMDConv2d(DynamicConv2d):
-    """FMDConv (Zhang et al., KBS 2025): y = a_out ⊙ ((Σ_k π_k W_k) ∗ (a_in ⊙ x) + Σ_k π_k b_k).
-
-    a_in and a_out are sigmoids from ODConv's squeeze, π is a softmax with temperature τ from DyConv's.
-    `attentions` is any non-empty subset of "input", "kernel", "output" (the paper's ablation). Without
-    "kernel" the kernels are averaged (π = 1/K). Output attention is left out for depthwise convolutions.
-    At K = 1 there is no mixture and no per-sample kernel.
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: IntPair,
-        stride: IntPair = 1,
-        padding: IntPair = 0,
-        dilation: IntPair = 1,
-        groups: int = 1,
-        bias: bool = True,
-        *,
-        kernels: int = 4,
-        reduction: float = 1 / 16,
-        kernel_reduction: float = 1 / 4,
-        temperature: float = 30.0,
-        attentions: Iterable[str] = ATTENTIONS,
-        attention_init: str = "neutral",
-        mixing: str = AUTO,
-        norm: str = "batch",
-    ) -> None:
-        chosen = tuple(attentions)
-        if not chosen or not set(chosen) <= set(ATTENTIONS):
-            raise ValueError(f"attentions = {chosen!r} must be a non-empty subset of {', '.join(ATTENTIONS)}")
-        super().__init__(
-            *(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias),
-            kernels=kernels,
-            mixing=mixing,
-            temperature=temperature,
-            attention_init=attention_init,
-        )
-        heads = {}
-        if "input" in chosen:
-            heads["input"] = in_channels
-        if "output" in chosen and not self.depthwise:
-            heads["output"] = out_channels
-        self.attention = Attention()
-        if heads:
-            self.attention["shared"] = SharedAttention(in_channels, heads, reduction, norm)
-        if "kernel" in chosen:
-            self.attention["kernel"] = KernelAttention(in_channels, kernels, kernel_reduction)
-        self.reset_parameters()
+def set_temperature(model: nn.Module, temperature: float) -> None:
+    """Set τ in every layer of the model that has one (a model of static convolutions has none)."""
+    value = check_temperature(temperature)
+    for layer in dynamic_layers(model).values():
+        if layer.temperature is not None:
+            layer.temperature.fill_(value)

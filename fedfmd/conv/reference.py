@@ -8,7 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
-from fedfmd.conv.layers import DyConv2d, DynamicConv2d, FMDConv2d, ODConv2d
+from fedfmd.conv.layers import DynamicConv2d
+from fedfmd.conv.operators.dyconv import DyConv2d
+from fedfmd.conv.operators.fmdconv import FMDConv2d
+from fedfmd.conv.operators.odconv import ODConv2d
 
 _BANK = {"bank": "weight", "bias_bank": "bias"}
 _SHARED = {

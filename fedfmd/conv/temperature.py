@@ -1,12 +1,9 @@
-"""The temperature τ of the attentions: a buffer of the layers, set from outside by a schedule."""
+"""The temperature τ of the attentions as a function of progress."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-
-from torch import Tensor, nn
 
 SHAPES = ("linear", "cosine", "geometric", "constant")
 
@@ -16,22 +13,6 @@ def check_temperature(temperature: float) -> float:
     if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"temperature = {temperature} must be a positive finite number")
     return float(temperature)
-
-
-def has_temperature(model: nn.Module) -> bool:
-    """Whether any layer of the model has a τ."""
-    return any(True for _ in _temperatures(model))
-
-
-def set_temperature(model: nn.Module, temperature: float) -> None:
-    """Set τ in every layer of the model that has one (a model of static convolutions has none)."""
-    value = check_temperature(temperature)
-    for buffer in _temperatures(model):
-        buffer.fill_(value)
-
-
-def _temperatures(model: nn.Module) -> Iterator[Tensor]:
-    return (buffer for name, buffer in model.named_buffers() if name.rpartition(".")[2] == "temperature")
 
 
 @dataclass(frozen=True)

@@ -102,12 +102,12 @@ def count(model: nn.Module, image_size: int) -> Cost:
         macs_by_kind={
             "convolution": sum(convolution_macs(c) for c in calls if isinstance(c.layer, CONVOLUTIONS)),
             "linear": sum(linear_macs(c.layer) for c in calls if isinstance(c.layer, nn.Linear)),
-            "attention": sum(attention_macs(layer) for layer in dynamic),
-            "aggregation": sum(aggregation_macs(layer) for layer in dynamic),
+            "attention": sum(layer.attention_macs for layer in dynamic),
+            "aggregation": sum(layer.aggregation_macs for layer in dynamic),
         },
         activation_bytes=BYTES_PER_NUMBER * sum(stored_numbers(call) for call in calls),
         kernels=max((layer.kernels for layer in dynamic), default=1),
-        kernel_params=sum(kernel_params(layer) for layer in dynamic),
+        kernel_params=sum(layer.kernel_params for layer in dynamic),
         kernel_gradient_macs=sum(kernel_gradient_macs(layer) for layer in dynamic),
     )
 
@@ -169,31 +169,12 @@ def linear_macs(layer: nn.Linear) -> int:
     return layer.in_features * layer.out_features
 
 
-def attention_macs(layer: DynamicConv2d) -> int:
-    """The linear layers of all branches, each used once per image."""
-    return sum(linear_macs(part) for part in layer.attention.modules() if isinstance(part, nn.Linear))
-
-
-def aggregation_macs(layer: DynamicConv2d) -> int:
-    """K·O·C/groups·kh·kw products for each attention that weights the kernels.
-
-    One in Σ_k π_k W_k, two in ODConv's Σ_k π_k (s ⊙ W_k).
-    """
-    return layer.bank.numel() * len(attentions(layer) & {"kernel", "spatial"})
-
-
-def kernel_params(layer: DynamicConv2d) -> int:
-    """Numbers in one kernel of the bank, with its biases."""
-    biases = 0 if layer.bias_bank is None else layer.bias_bank[0].numel()
-    return layer.bank[0].numel() + biases
-
-
 def kernel_gradient_macs(layer: DynamicConv2d) -> int:
     """One product per number of a kernel: π_k times the mixed kernel's gradient.
 
     Without kernel attention the kernels are averaged once for all images, which is not counted.
     """
-    return layer.bank[0].numel() if "kernel" in attentions(layer) else 0
+    return layer.bank[0].numel() if layer.has_kernel_attention else 0
 
 
 def stored_numbers(call: Call) -> int:
@@ -204,11 +185,6 @@ def stored_numbers(call: Call) -> int:
     """
     numbers = prod(call.output[1:])
     if isinstance(call.layer, DynamicConv2d):
-        scaled = attentions(call.layer)
+        scaled = call.layer.attentions
         numbers += prod(call.input[1:]) * ("input" in scaled) + prod(call.output[1:]) * ("output" in scaled)
     return numbers
-
-
-def attentions(layer: DynamicConv2d) -> set[str]:
-    """The names of the branches in the layer's attention: among others input, output, spatial and kernel."""
-    return {name.rpartition(".")[2] for name, _ in layer.attention.named_modules()}

@@ -170,6 +170,7 @@ def _save(
         settings.kept(),
         _momentum(training.model, optimiser),
         keep=settings.server.keep_checkpoints,
+        class_names=training.dataset.class_names,
     )
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
-import os
 import shutil
 import socket
 import subprocess
@@ -22,12 +21,24 @@ import urllib.request
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import psutil
 import tomli_w
 
 import fedfmd
 from fedfmd.errors import RunError, SettingsError
+from fedfmd.flower_compat import (
+    connection_config,
+    flower_environment,
+    health_url,
+    log_command,
+    run_command,
+    run_state,
+    state_command,
+    submitted_run,
+    superlink_command,
+)
 
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 STARTUP_S = 60.0
@@ -73,25 +84,9 @@ def run_flower(
             end_processes(before)
 
 
-def flower_environment(home: Path) -> dict[str, str]:
-    """Environment of every process of the run; Flower's programs are looked up next to this Python."""
-    return os.environ | {
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
-        "FLWR_HOME": str(home),
-        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "RAY_DEDUP_LOGS": "0",
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-        "PYTHONUNBUFFERED": "1",
-    }
-
-
 def _write_connection(home: Path, port: int) -> None:
     home.mkdir(parents=True)
-    connection = {"address": f"127.0.0.1:{port}", "insecure": True}
-    config = {"superlink": {"default": "fedfmd", "fedfmd": connection}}
-    (home / "config.toml").write_text(tomli_w.dumps(config))
+    (home / "config.toml").write_text(tomli_w.dumps(connection_config(port)))
 
 
 def _stage_app(app: Path, run_config: Mapping[str, bool | int | float | str]) -> None:
@@ -121,11 +116,10 @@ def _stage_app(app: Path, run_config: Mapping[str, bool | int | float | str]) ->
 
 
 def _start_superlink(port: int, log: Path, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    command = ["flower-superlink", "--insecure", "--simulation", "--host", "127.0.0.1", "--port", str(port)]
     with log.open("wb") as stream:
         # A session of its own: Ctrl-C reaches us alone, and we end the rest in order.
         return subprocess.Popen(
-            [*command, "--disable-runtime-dependency-installation"],
+            superlink_command(port),
             env=dict(environment),
             stdin=subprocess.DEVNULL,
             stdout=stream,
@@ -140,7 +134,7 @@ def _wait_until_healthy(superlink: subprocess.Popen[bytes], port: int, log: Path
         if superlink.poll() is not None:
             raise RunError(f"the SuperLink ended at once: {_tail(log.read_text(errors='replace'))}")
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1):
+            with urllib.request.urlopen(health_url(port), timeout=1):
                 return
         except (urllib.error.URLError, OSError):
             time.sleep(POLL_S)
@@ -148,18 +142,16 @@ def _wait_until_healthy(superlink: subprocess.Popen[bytes], port: int, log: Path
 
 
 def _submit(app: Path, workers: int, environment: Mapping[str, str]) -> str:
-    simulation = f"num-supernodes={workers} client-resources-num-cpus=1 init-args-num-cpus={workers}"
-    command = ["flwr", "run", str(app), "fedfmd", "--format", "json", "--federation-config", simulation]
-    answer = flwr_json(command, environment)
-    if not answer.get("success"):
-        raise RunError(f"flwr run was refused: {answer.get('error-message', answer)}")
-    return str(answer["run-id"])
+    run_id, refusal = submitted_run(flwr_json(run_command(app, workers), environment))
+    if not run_id:
+        raise RunError(f"flwr run was refused: {refusal}")
+    return run_id
 
 
 def _stream(run_id: str, environment: Mapping[str, str], on_line: Callable[[str], None]) -> None:
     """Pass the run's log on until the run has ended."""
     process = subprocess.Popen(
-        ["flwr", "log", run_id, "fedfmd", "--stream"],
+        log_command(run_id),
         env=dict(environment),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -176,17 +168,13 @@ def _stream(run_id: str, environment: Mapping[str, str], on_line: Callable[[str]
 
 def _check_status(run_id: str, environment: Mapping[str, str]) -> None:
     """Raise unless the run finished; Flower's own exit status doesn't tell."""
-    while True:
-        answer = flwr_json(["flwr", "ls", "fedfmd", "--run-id", run_id, "--format", "json"], environment)
-        run = answer["runs"][0]
-        if run["status"].startswith("finished"):
-            break
+    while not (state := run_state(flwr_json(state_command(run_id), environment))).ended:
         time.sleep(POLL_S)
-    if run["status"] != "finished:completed":
-        raise RunError(f"Flower says {run['status']}: {run.get('status-details') or 'see the log above'}")
+    if not state.completed:
+        raise RunError(f"Flower says {state.text}")
 
 
-def flwr_json(command: list[str], environment: Mapping[str, str]) -> dict:
+def flwr_json(command: list[str], environment: Mapping[str, str]) -> dict[str, Any]:
     """What a ``flwr`` command with ``--format json`` answers.
 
     Raises:

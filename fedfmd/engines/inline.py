@@ -6,21 +6,27 @@ two cores busy, which two OpenMP threads on one small model do not.
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
-from flwr.supercore.run import Run
-from flwr.supercore.task_identity import TaskIdentity
+
+from fedfmd.flower_compat import (
+    SERVER_ID,
+    Run,
+    answer,
+    empty_run,
+    node_config,
+    serve,
+    set_identity,
+    set_message_id,
+)
 
 RUN_ID = 1
-SERVER_ID = 1
 FIRST_NODE_ID = 1000
-RAISED = 2  # Flower's error code for a ClientApp that raised
 
 
 class InlineGrid(Grid):
@@ -37,13 +43,12 @@ class InlineGrid(Grid):
         node_configs: Sequence[Mapping[str, bool | int | float | str]],
         threads: int = 1,
     ) -> None:
-        # A Message reads its sender from this process-wide identity, which Flower's own engines set too.
-        TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = RUN_ID, 1, SERVER_ID
+        set_identity(RUN_ID, SERVER_ID)
         self._client_app = client_app
-        self._run = Run.create_empty(RUN_ID)
+        self._run = empty_run(RUN_ID)
         self._contexts = {
-            node_id: Context(RUN_ID, node_id, dict(node_config), RecordDict(), dict(run_config))
-            for node_id, node_config in enumerate(node_configs, FIRST_NODE_ID)
+            node_id: Context(RUN_ID, node_id, dict(config), RecordDict(), dict(run_config))
+            for node_id, config in enumerate(node_configs, FIRST_NODE_ID)
         }
         self._replies: dict[str, Message] = {}
         self._pushed = 0
@@ -94,7 +99,7 @@ class InlineGrid(Grid):
         for message in messages:
             self._pushed += 1
             message_id = f"message-{self._pushed}"
-            message.metadata.__dict__["_message_id"] = message_id
+            set_message_id(message, message_id)
             pending[message_id] = self._threads[message.metadata.dst_node_id].submit(self._answer, message)
         self._replies |= {message_id: future.result() for message_id, future in pending.items()}
         return list(pending)
@@ -109,10 +114,7 @@ class InlineGrid(Grid):
         return self.pull_messages(self.push_messages(messages))
 
     def _answer(self, message: Message) -> Message:
-        try:
-            return self._client_app(message, self._contexts[message.metadata.dst_node_id])
-        except Exception:  # as Flower does: a node's fault is a reply, not the end of the run
-            return Message(Error(RAISED, traceback.format_exc()), reply_to=message)
+        return answer(self._client_app, message, self._contexts[message.metadata.dst_node_id])
 
 
 def run_inline(
@@ -123,6 +125,6 @@ def run_inline(
     threads: int = 1,
 ) -> None:
     """Run the apps in this process, on `workers` nodes of `threads` cores each that host any client."""
-    node_configs = [{"partition-id": rank, "num-partitions": workers} for rank in range(workers)]
+    node_configs = [node_config(rank, workers) for rank in range(workers)]
     with InlineGrid(client_app, run_config, node_configs, threads) as grid:
-        server_app(grid, Context(RUN_ID, SERVER_ID, {}, RecordDict(), dict(run_config)))
+        serve(server_app, grid, Context(RUN_ID, SERVER_ID, {}, RecordDict(), dict(run_config)))

@@ -266,9 +266,10 @@ def _train(settings: Settings, layout: Layout) -> None:
     if settings.kind == "federated":
         from fedfmd.client_app import app as client_app
         from fedfmd.engines.inline import run_inline
+        from fedfmd.flower_compat import quiet_logs
         from fedfmd.server_app import app as server_app
 
-        logging.getLogger("flwr").setLevel(logging.WARNING)  # here, as importing flwr sets its own
+        quiet_logs()
         run_inline(server_app, client_app, settings.flat(), layout.nodes, threads)
     else:
         run_centralised(settings, layout.nodes * threads)

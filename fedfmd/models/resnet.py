@@ -31,6 +31,20 @@ NORMS: dict[str, NormFactory] = {
 }
 
 
+class Stage(nn.Sequential):
+    """The residual blocks of one resolution, one after another."""
+
+
+def feature_layers(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of a network's stages and of their blocks, `layer1`, `layer1.0`, …, in order."""
+    return tuple(
+        name
+        for stage_name, stage in model.named_modules()
+        if isinstance(stage, Stage)
+        for name in (stage_name, *(f"{stage_name}.{block}" for block, _ in stage.named_children()))
+    )
+
+
 @dataclass(frozen=True)
 class Architecture:
     """One residual network: its block, and for each stage the number of blocks and of channels."""
@@ -105,7 +119,7 @@ def resnet(
                 _residual_block(architecture.block, in_channels, planes, stride, conv, norm_layer)
             )
             in_channels = planes * architecture.block.expansion
-        layers[f"layer{stage}"] = nn.Sequential(*residual_blocks)
+        layers[f"layer{stage}"] = Stage(*residual_blocks)
     layers |= {
         "avgpool": nn.AdaptiveAvgPool2d(1),
         "flatten": nn.Flatten(),

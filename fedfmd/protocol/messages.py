@@ -10,30 +10,19 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from io import BytesIO
-from pickle import PickleBuffer
-from typing import Any, SupportsIndex
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
-from flwr.common.constant import SType
-from numpy.lib.format import (
-    header_data_from_array_1_0,
-    read_array_header_1_0,
-    read_magic,
-    write_array_header_1_0,
-)
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 import fedfmd
 from fedfmd.data import ImageFormat
+from fedfmd.flower_compat import to_array, to_numpy
 from fedfmd.protocol.state import Arrays
 
 ARRAYS, CONFIG, METRICS, WEIGHTS, SCALES = "arrays", "config", "metrics", "weights", "scales"
 IMAGES, VERSION = "images", "version"
 WEIGHT = "num-examples"
 BY_ATTENTION = -1
-NPY_VERSION = (1, 0)
-MOST_HEADER_BYTES = 1024
 
 # Tensors made of received arrays share the message's memory as well; nothing here writes to them.
 warnings.filterwarnings("ignore", "The given NumPy array is not writable")
@@ -136,30 +125,7 @@ class Reply:
 
 def to_record(arrays: Mapping[str, np.ndarray]) -> ArrayRecord:
     """Wrap arrays for Flower, keeping 0-dim shapes and dtypes."""
-    return ArrayRecord({name: _flower_array(np.asarray(array, order="C")) for name, array in arrays.items()})
-
-
-def _flower_array(array: np.ndarray) -> Array:
-    """As Flower's own `Array(array)`, but with fewer copies on its way."""
-    header = BytesIO()
-    write_array_header_1_0(header, header_data_from_array_1_0(array))
-    data = b"".join([header.getvalue(), array.reshape(-1).view(np.uint8).data])
-    return Array(str(array.dtype), array.shape, SType.NUMPY, _Content(data))
-
-
-class _Content(bytes):
-    """An array's content; pickled out of band (PEP 574), so that Ray moves it by shared memory alone.
-
-    Who receives it so has a memoryview in its place.
-    """
-
-    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple:
-        """How it is pickled; before protocol 5 as other bytes are."""
-        return _unpickled, (PickleBuffer(self) if protocol >= 5 else bytes(self),)
-
-
-def _unpickled(content: Any) -> bytes | memoryview:
-    return content if isinstance(content, bytes) else memoryview(content)
+    return ArrayRecord({name: to_array(np.asarray(array, order="C")) for name, array in arrays.items()})
 
 
 def from_record(record: ArrayRecord) -> Arrays:
@@ -168,19 +134,7 @@ def from_record(record: ArrayRecord) -> Arrays:
     Raises:
         ValueError: an array's content is damaged.
     """
-    return {name: _numbers(array) for name, array in record.items()}
-
-
-def _numbers(array: Array) -> np.ndarray:
-    """Flower's array without a copy of its numbers, where it is in the format that `to_record` writes."""
-    header = BytesIO(array.data[:MOST_HEADER_BYTES])
-    if read_magic(header) != NPY_VERSION:
-        return array.numpy()
-    shape, in_columns, dtype = read_array_header_1_0(header)
-    if dtype.hasobject:
-        raise ValueError("it has an array of Python objects")
-    order = "F" if in_columns else "C"
-    return np.ndarray(shape, dtype, array.data, header.tell(), order=order)
+    return {name: to_numpy(array) for name, array in record.items()}
 
 
 def write_question(images: ImageFormat) -> RecordDict:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-BANKS = ("bank", "bias_bank")
+from fedfmd.conv.layers import BANKS, bank_names
 
 Arrays = dict[str, np.ndarray]
 
@@ -37,8 +37,9 @@ def trained_views(module: nn.Module, kernels: Mapping[str, Collection[int]]) -> 
 def wire_views(module: nn.Module) -> dict[str, Tensor]:
     """Return the module's state under its names on the wire, as tensors that share its memory."""
     views: dict[str, Tensor] = {}
+    banks = bank_names(module)
     for name, tensor in module.state_dict().items():
-        if name.rpartition(".")[2] in BANKS:
+        if name in banks:
             views |= {f"{name}.{k}": kernel for k, kernel in enumerate(tensor.unbind())}
         else:
             views[name] = tensor

@@ -294,7 +294,7 @@ def _apart_from_mixture(settings: Settings, chosen: Collection[str]) -> tuple[tu
     """All settings that a static network heeds but those `chosen` for each: runs that have them in common are pairs."""
     mixture = {
         *("model.conv", "model.kernels", "model.attentions", "model.attention-init"),
-        *("model.reduction", "model.mixing"),
+        *("model.reduction", "model.mixing", "model.conv-options"),
     }
     return tuple(
         (key, value)

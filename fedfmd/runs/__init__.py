@@ -1,10 +1,13 @@
 """What a run leaves behind, safe against crashes: its folder, rows, checkpoints and log lines."""
 
 from fedfmd.runs.checkpoint import (
+    FORMAT_VERSION,
     Checkpoint,
+    check_format,
     latest_checkpoint,
     latest_round,
     load_model,
+    read_header,
     save_checkpoint,
 )
 from fedfmd.runs.files import atomic_write, save_tensors
@@ -32,6 +35,7 @@ from fedfmd.runs.rows import (
 __all__ = [
     "CLIENT_COLUMNS",
     "EPOCH_COLUMNS",
+    "FORMAT_VERSION",
     "ROUND_COLUMNS",
     "RUN_COLUMN",
     "WALL_COLUMNS",
@@ -41,6 +45,7 @@ __all__ = [
     "RoundRow",
     "RunFolder",
     "atomic_write",
+    "check_format",
     "code_digest",
     "csv_text",
     "environment",
@@ -52,6 +57,7 @@ __all__ = [
     "read_clients",
     "read_environment",
     "read_epochs",
+    "read_header",
     "read_rounds",
     "read_table",
     "round_line",

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,31 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
+from fedfmd.errors import SettingsError
 from fedfmd.runs.files import atomic_write, save_tensors
+
+FORMAT_VERSION = 1
+"""Of the files of models; to be raised when an older fedfmd would misread a new file."""
+
+HEADER = "checkpoint"
 
 log = logging.getLogger(__name__)
 
 Arrays = Mapping[str, torch.Tensor | np.ndarray]
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a model's file says of itself.
+
+    Attributes:
+        settings: those of its run, {} if it holds none.
+        class_names: the classes in the order of the model's logits; () where the file doesn't tell, as those made
+            before they had a version.
+    """
+
+    settings: dict[str, Any]
+    class_names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -44,6 +65,7 @@ def save_checkpoint(
     settings: Mapping[str, Any],
     extra_arrays: Arrays | None = None,
     keep: int = 2,
+    class_names: Sequence[str] = (),
 ) -> None:
     """Save the checkpoint of a round; of the folder's other ones only the newest `keep - 1` before it stay.
 
@@ -56,6 +78,7 @@ def save_checkpoint(
             used on its own.
         extra_arrays: arrays of the strategy, such as momentum.
         keep: number of checkpoints to keep, this one included.
+        class_names: the classes in the order of the model's logits; kept in the model's file.
 
     Raises:
         OSError: the files can't be written, on a full disk for instance; earlier checkpoints stay usable.
@@ -63,7 +86,7 @@ def save_checkpoint(
     mark = folder / f"round-{round:05d}.json"
     mark.unlink(missing_ok=True)
     _prune(folder, round - 1, max(1, keep - 1))  # first, so that the disk needs no room for one more
-    _save_arrays(mark.with_suffix(".safetensors"), arrays, settings)
+    _save_arrays(mark.with_suffix(".safetensors"), arrays, settings, class_names)
     if extra_arrays:
         _save_arrays(mark.with_suffix(".state.safetensors"), extra_arrays, {})
     content = {"round": round, "extra_arrays": bool(extra_arrays), "state": dict(state)}
@@ -72,13 +95,19 @@ def save_checkpoint(
 
 
 def latest_checkpoint(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint that can be read, or None; a broken one is skipped with a warning."""
+    """The newest checkpoint that can be read, or None; a broken one is skipped with a warning.
+
+    Raises:
+        SettingsError: a newer version of fedfmd wrote it.
+    """
     for mark in sorted(folder.glob("round-*.json"), key=_round, reverse=True):
         try:
             content = json.loads(mark.read_text(encoding="utf-8"))
             arrays, settings = load_model(mark.with_suffix(".safetensors"))
             extra = load_model(mark.with_suffix(".state.safetensors"))[0] if content["extra_arrays"] else {}
             return Checkpoint(content["round"], arrays, content["state"], settings, extra)
+        except SettingsError:
+            raise
         except (OSError, ValueError, KeyError, TypeError) as error:
             log.warning("%s is broken and skipped: %s", mark, error)
     return None
@@ -95,24 +124,65 @@ def load_model(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged.
+        SettingsError: a newer version of fedfmd wrote it.
     """
+    with _opened(path) as file:
+        header = _header(path, file.metadata())
+        return {name: file.get_tensor(name) for name in file.keys()}, header.settings  # noqa: SIM118 - no mapping
+
+
+def read_header(path: Path) -> Header:
+    """What a checkpoint's .safetensors file says of itself, without its arrays.
+
+    Raises:
+        As `load_model`.
+    """
+    with _opened(path) as file:
+        return _header(path, file.metadata())
+
+
+def check_format(path: Path, version: int) -> None:
+    """Refuse a file of a format that is newer than this code.
+
+    Raises:
+        SettingsError: it is.
+    """
+    if version > FORMAT_VERSION:
+        raise SettingsError(
+            f"{path} has format {version}, and this fedfmd reads formats up to {FORMAT_VERSION}: "
+            "install the version of fedfmd that wrote it, or a newer one"
+        )
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file:
-            names = file.keys()
-            return {name: file.get_tensor(name) for name in names}, json.loads(
-                (file.metadata() or {}).get("settings", "{}")
-            )
+            yield file
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
 
 
-def _save_arrays(path: Path, arrays: Arrays, settings: Mapping[str, Any]) -> None:
+def _header(path: Path, metadata: Mapping[str, str] | None) -> Header:
+    """Read the metadata; before version 1 there was no more than the settings."""
+    texts = metadata or {}
+    if HEADER not in texts:
+        return Header(json.loads(texts.get("settings", "{}")))
+    content = json.loads(texts[HEADER])
+    check_format(path, content["version"])
+    return Header(content["settings"], tuple(content["class_names"]))
+
+
+def _save_arrays(
+    path: Path, arrays: Arrays, settings: Mapping[str, Any], class_names: Sequence[str] = ()
+) -> None:
     """Write a .safetensors file.
 
     The header has a single text, because safetensors orders several at random: equal runs write equal files.
     """
     tensors = {name: torch.as_tensor(array) for name, array in arrays.items()}
-    save_tensors(path, tensors, {"settings": json.dumps(dict(settings))})
+    content = {"version": FORMAT_VERSION, "settings": dict(settings), "class_names": list(class_names)}
+    save_tensors(path, tensors, {HEADER: json.dumps(content)})
 
 
 def _prune(folder: Path, round: int, keep: int) -> None:

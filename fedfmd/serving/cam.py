@@ -16,8 +16,9 @@ from fedfmd.build import build_dataset
 from fedfmd.conv import AttentionRecord, only_attentions, record_attention, recorded_attentions
 from fedfmd.data import Dataset, ImageSet, batches, read_image
 from fedfmd.errors import SettingsError, not_one_of
+from fedfmd.models import feature_layers
 from fedfmd.serving.checkpoints import trained_model
-from fedfmd.serving.gradcam import default_layer, feature_layers, grad_cam_pp
+from fedfmd.serving.gradcam import default_layer, grad_cam_pp
 
 TYPICAL_IMAGES = 128
 """Images of the training set over which an attention that is switched off is averaged."""

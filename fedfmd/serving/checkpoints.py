@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from fedfmd.build import build_dataset, build_model
 from fedfmd.errors import SettingsError
-from fedfmd.runs import load_model
+from fedfmd.runs import load_model, read_header
 from fedfmd.serving.classifier import Classifier
 from fedfmd.serving.export import export_onnx, export_program
 from fedfmd.settings import Settings
@@ -30,17 +31,24 @@ def trained_model(checkpoint: Path) -> tuple[nn.Module, Settings]:
     """
     try:
         arrays, values = load_model(checkpoint)
+        class_names = read_header(checkpoint).class_names
     except (OSError, ValueError) as error:
         raise SettingsError(f"cannot read the checkpoint: {error}") from None
-    if not values or "fc.bias" not in arrays:
+    classes = len(class_names) or _classes_by_shape(arrays)
+    if not values or not classes:
         raise SettingsError(f"{checkpoint} holds no model of a run")
     settings = Settings.from_mapping(values)
-    model = build_model(settings, classes=len(arrays["fc.bias"]))
+    model = build_model(settings, classes)
     try:
         model.load_state_dict(arrays)
     except RuntimeError as error:
         raise SettingsError(f"{checkpoint} holds another model: {' '.join(str(error).split())}") from None
     return model, settings
+
+
+def _classes_by_shape(arrays: Mapping[str, Tensor]) -> int:
+    """How many classes a model has whose file doesn't tell, as those made before files had a version; 0: none."""
+    return len(arrays.get("fc.bias", ()))
 
 
 def export_checkpoint(

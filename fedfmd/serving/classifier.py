@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fedfmd.build import build_model
 from fedfmd.data import ImageFormat, ImageSet, batches, fit, read_image
 from fedfmd.errors import SettingsError
-from fedfmd.runs import save_tensors
+from fedfmd.runs import FORMAT_VERSION, check_format, save_tensors
 from fedfmd.settings import Settings
 
 METADATA = "classifier"
@@ -52,24 +52,25 @@ class Classifier:
             return torch.cat([self.model(batch).softmax(1) for batch, _ in inputs])
 
     def save(self, path: Path) -> None:
-        """Write the arrays as a .safetensors file, with settings and image format in its header.
+        """Write the arrays as a .safetensors file; its header has format version, settings, classes and image format.
 
         Raises:
             OSError: it can't be written; an older file is still there.
         """
-        header = json.dumps({"settings": self.settings.kept(), "images": asdict(self.images)})
-        save_tensors(path, self.model.state_dict(), {METADATA: header})
+        header = {"version": FORMAT_VERSION, "settings": self.settings.kept(), "images": asdict(self.images)}
+        save_tensors(path, self.model.state_dict(), {METADATA: json.dumps(header)})
 
 
 def load_classifier(path: Path | str) -> Classifier:
     """Read what `Classifier.save` or ``fedfmd export --format safetensors`` wrote.
 
     Raises:
-        SettingsError: no such file, or it holds no classifier.
+        SettingsError: no such file, it holds no classifier, or a newer version of fedfmd wrote it.
     """
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {})[METADATA])
+            check_format(Path(path), header.get("version", 0))
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
     except KeyError:
         raise SettingsError(

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram
 
-from fedfmd.conv import DynamicConv2d
+from fedfmd.conv import dynamic_layers
 from fedfmd.errors import SettingsError
 
 
@@ -40,8 +40,7 @@ def export_program(model: nn.Module, image_size: int, path: Path) -> None:
 def _program(model: nn.Module, image_size: int) -> ExportedProgram:
     """Capture inference on the CPU; the model stays as it is."""
     model = copy.deepcopy(model).cpu().eval()
-    for layer in model.modules():
-        if isinstance(layer, DynamicConv2d):
-            layer.mixing = "auto"  # while exporting: a way that does not depend on the batch size
+    for layer in dynamic_layers(model).values():
+        layer.mixing = "auto"  # while exporting: a way that does not depend on the batch size
     images = torch.zeros(2, 3, image_size, image_size)
     return torch.export.export(model, (images,), dynamic_shapes=({0: Dim("batch")},))

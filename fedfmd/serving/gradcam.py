@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import re
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fedfmd.models import feature_layers
+
 FINE_ENOUGH = 7
 """Pixels per side of the maps that Grad-CAM++ is used with on ImageNet (a ResNet's last stage at 224 × 224)."""
-
-
-def feature_layers(model: nn.Module) -> tuple[str, ...]:
-    """The stages and residual blocks of a network of `fedfmd.models`: `layer1`, `layer1.0`, … in order."""
-    return tuple(name for name, _ in model.named_modules() if re.fullmatch(r"layer\d+(\.\d+)?", name))
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from fedfmd.conv import DynamicConv2d, record_attention
+from fedfmd.conv import dynamic_layers, record_attention
 from fedfmd.data import Dataset, ImageSet, batches
 
 Kernels = Mapping[str, tuple[int, ...]]
@@ -25,7 +25,7 @@ def rotation(first: int, count: int, kernels: int) -> tuple[int, ...]:
 
 def rotated(model: nn.Module, first: int, count: int) -> Kernels:
     """The same rotation in all layers."""
-    return {name: rotation(first, count, layer.kernels) for name, layer in _dynamic(model).items()}
+    return {name: rotation(first, count, layer.kernels) for name, layer in dynamic_layers(model).items()}
 
 
 @torch.inference_mode()
@@ -85,7 +85,3 @@ def trained_parameters(model: nn.Module, kernels: Kernels) -> Iterator[list[Tens
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _dynamic(model: nn.Module) -> dict[str, DynamicConv2d]:
-    return {name: layer for name, layer in model.named_modules() if isinstance(layer, DynamicConv2d)}

@@ -1,9 +1,10 @@
 """The registry and the factory."""
 
 import pytest
+import torch
 from torch import nn
 
-from fedfmd.conv import CONVS, make_conv
+from fedfmd.conv import CONVS, OPTIONS, has_kernel_attention, is_dynamic, make_conv, options_of
 from fedfmd.conv.layers import DynamicConv2d
 
 
@@ -39,6 +40,42 @@ def test_options_reach_the_operators_that_have_them():
     assert (len(conv.bank), float(conv.temperature), conv.mixing) == (2, 7.0, "outputs")
     assert type(make_conv("static", 8, 8, 3, **options)) is nn.Conv2d
     assert isinstance(make_conv("odconv", 8, 8, 3, **options).attention["shared"].norm, nn.GroupNorm)
+
+
+def test_convolutions_come_in_the_order_of_their_publication():
+    assert list(CONVS)[:5] == ["static", "condconv", "dyconv", "odconv", "fmdconv"]
+
+
+def test_only_banks_make_a_convolution_dynamic():
+    assert [name for name in CONVS if not is_dynamic(name)] == ["static"]
+
+
+def test_options_are_the_keyword_arguments_of_the_class():
+    assert options_of("static") == {}
+    assert options_of("condconv") == {"kernels": 4, "attention_init": "neutral", "mixing": "auto"}
+    assert options_of("dyconv")["kernel_reduction"] == 0.25
+    assert set(OPTIONS) == {option for name in CONVS for option in options_of(name)}
+
+
+def test_an_option_that_no_convolution_has_is_refused():
+    with pytest.raises(ValueError, match="kernel = 2: no convolution has it; use any of kernels, "):
+        make_conv("fmdconv", 8, 8, 3, kernel=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "has"),
+    [
+        ("static", {}, False),
+        ("condconv", {}, True),
+        ("odconv", {"kernels": 1}, False),
+        ("fmdconv", {}, True),
+        ("fmdconv", {"attentions": ("input",)}, False),
+    ],
+)
+def test_whether_kernels_are_weighed_is_known_without_drawing_numbers(name, options, has):
+    before = torch.get_rng_state()
+    assert has_kernel_attention(name, **options) is has
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_an_unknown_name_is_answered_with_the_nearest():

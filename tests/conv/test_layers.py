@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fedfmd.conv import CONVS, CondConv2d, DyConv2d, FMDConv2d, ODConv2d, make_conv
+from fedfmd.conv import CONVS, CondConv2d, DyConv2d, FMDConv2d, ODConv2d, dynamic_layers, make_conv
+from fedfmd.conv.layers import bank_names
 
 DYNAMIC = [name for name in CONVS if name != "static"]
 
@@ -265,3 +266,38 @@ def test_representation_mirrors_conv2d():
     assert "4, 6, kernel_size=(3, 3), stride=(2, 2)" in text
     assert "bias=False, kernels=4" in text
     assert CondConv2d(4, 6, 3).temperature is None
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "attentions"),
+    [
+        ("condconv", {}, {"kernel"}),
+        ("dyconv", {}, {"kernel"}),
+        ("odconv", {}, {"input", "output", "spatial", "kernel"}),
+        ("odconv", {"kernels": 1}, {"input", "output", "spatial"}),
+        ("fmdconv", {}, {"input", "output", "kernel"}),
+        ("fmdconv", {"attentions": ("output",)}, {"output"}),
+    ],
+)
+def test_a_layer_tells_its_attentions(name, options, attentions):
+    conv = make_conv(name, 8, 12, 3, **options)
+    assert conv.attentions == attentions
+    assert conv.has_kernel_attention is ("kernel" in attentions)
+    values = conv.attention(images(), conv.temperature)._asdict()
+    assert {name for name, value in values.items() if value is not None} == attentions
+
+
+def test_a_layer_tells_what_its_attentions_and_its_mixture_cost():
+    conv = make_conv("odconv", 8, 12, 3, kernels=4)
+    hidden, bank = 16, 4 * 12 * 8 * 9
+    assert conv.attention_macs == 8 * hidden + hidden * (8 + 12 + 9 + 4)
+    assert conv.aggregation_macs == 2 * bank
+    assert conv.kernel_params == bank // 4
+    assert make_conv("fmdconv", 8, 12, 3, bias=True).kernel_params == bank // 4 + 12
+
+
+def test_dynamic_layers_and_their_banks_are_found_by_type():
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Sequential(make_conv("dyconv", 8, 8, 3, bias=False)))
+    assert list(dynamic_layers(model)) == ["1.0"]
+    assert bank_names(model) & model.state_dict().keys() == {"1.0.bank"}
+    assert bank_names(model[1][0]) >= {"bank"}

@@ -23,7 +23,8 @@ import tomli_w
 import torch
 
 from fedfmd.data import load_dataset
-from fedfmd.engines.flower import descendants, end_processes, flower_environment, flwr_json, free_port
+from fedfmd.engines.flower import descendants, end_processes, flwr_json, free_port
+from fedfmd.flower_compat import flower_environment
 from fedfmd.runs import read_clients, read_rounds
 from fedfmd.settings import Settings
 

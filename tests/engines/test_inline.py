@@ -2,13 +2,12 @@ import threading
 
 import pytest
 import torch
-from flwr.app import ConfigRecord, Message, RecordDict
-from flwr.app.message_type import MessageType
+from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
-from flwr.supercore.run import Run
 
 from fedfmd.engines.inline import InlineGrid, run_inline
+from fedfmd.flower_compat import empty_run
 
 
 def client_app(answer):
@@ -106,7 +105,7 @@ def test_a_reply_is_pulled_once():
 
 def test_the_grid_tells_of_its_run():
     with InlineGrid(client_app(lambda message, context: {}), {}, [{}]) as grid:
-        grid.set_run(Run.create_empty(5))
+        grid.set_run(empty_run(5))
         assert grid.run.run_id == 5
 
 

@@ -3,7 +3,7 @@ import torch
 import torchvision
 from torch import nn
 
-from fedfmd.models import MODELS, Architecture, resnet
+from fedfmd.models import MODELS, Architecture, feature_layers, make_model, resnet
 from fedfmd.models.resnet import scaled
 
 
@@ -79,3 +79,8 @@ def test_plain_convolutions_start_as_he_et_al_proposed():
     wide = Architecture(MODELS["resnet18"].block, (1,), (256,))
     weight = resnet(wide, 10, conv=plain).layer1[0].conv1.weight
     assert weight.std().item() == pytest.approx((2 / (256 * 9)) ** 0.5, rel=0.01)
+
+
+def test_feature_layers_are_stages_and_blocks():
+    model = make_model("resnet8", "fmdconv", 4)
+    assert feature_layers(model) == ("layer1", "layer1.0", "layer2", "layer2.0", "layer3", "layer3.0")

@@ -1,3 +1,4 @@
+import json
 import logging
 import math
 
@@ -6,7 +7,17 @@ import pytest
 import torch
 
 import fedfmd.runs.checkpoint
-from fedfmd.runs import latest_checkpoint, latest_round, load_model, save_checkpoint
+from fedfmd.errors import SettingsError
+from fedfmd.runs import (
+    FORMAT_VERSION,
+    latest_checkpoint,
+    latest_round,
+    load_model,
+    read_header,
+    save_checkpoint,
+    save_tensors,
+)
+from fedfmd.runs.checkpoint import Header
 
 BANK = torch.randn(4, 3, 2, 2)
 ARRAYS = {
@@ -63,6 +74,37 @@ def test_the_models_file_can_be_used_on_its_own(tmp_path):
     arrays, settings = load_model(tmp_path / "mine.safetensors")
     assert same(arrays, ARRAYS)
     assert settings == SETTINGS
+
+
+def test_a_models_file_tells_its_classes(tmp_path):
+    save(tmp_path, 10, class_names=("cat", "dog", "owl"))
+    assert read_header(tmp_path / "round-00010.safetensors") == Header(SETTINGS, ("cat", "dog", "owl"))
+
+
+def test_a_file_without_a_version_is_still_read(tmp_path):
+    """As fedfmd wrote it before files had one."""
+    path = tmp_path / "round-00010.safetensors"
+    tensors = {name: torch.as_tensor(array) for name, array in ARRAYS.items()}
+    save_tensors(path, tensors, {"settings": json.dumps(SETTINGS)})
+    arrays, settings = load_model(path)
+    assert same(arrays, ARRAYS)
+    assert settings == SETTINGS
+    assert read_header(path).class_names == ()
+
+
+def test_a_newer_file_is_refused_in_one_line_not_skipped(tmp_path, monkeypatch):
+    with monkeypatch.context() as newer:
+        newer.setattr(fedfmd.runs.checkpoint, "FORMAT_VERSION", FORMAT_VERSION + 1)
+        save(tmp_path, 10)
+    for read in (
+        lambda: load_model(tmp_path / "round-00010.safetensors"),
+        lambda: latest_checkpoint(tmp_path),
+    ):
+        with pytest.raises(
+            SettingsError, match=r"00010\.safetensors has format 2, .*up to 1: install"
+        ) as error:
+            read()
+        assert "\n" not in str(error.value)
 
 
 def test_equal_runs_write_equal_files(tmp_path):

@@ -1,10 +1,12 @@
+import json
+
 import pytest
 import torch
 
 from fedfmd.build import build_model
 from fedfmd.errors import SettingsError
 from fedfmd.experiment import export_checkpoint, trained_model
-from fedfmd.runs import save_checkpoint
+from fedfmd.runs import save_checkpoint, save_tensors
 from fedfmd.serving.classifier import load_classifier
 
 
@@ -15,7 +17,7 @@ def checkpoint(tiny_settings, tmp_path):
     model = build_model(settings, classes=10)
     with torch.no_grad():
         model.fc.bias.fill_(3.0)
-    save_checkpoint(tmp_path, 7, model.state_dict(), {}, settings.flat())
+    save_checkpoint(tmp_path, 7, model.state_dict(), {}, settings.flat(), class_names=[*"0123456789"])
     return tmp_path / "round-00007.safetensors"
 
 
@@ -23,6 +25,21 @@ def test_a_checkpoint_is_the_model_and_its_settings(checkpoint, tiny_settings):
     model, settings = trained_model(checkpoint)
     assert settings == tiny_settings()
     assert model.fc.bias.tolist() == [3.0] * 10
+
+
+@pytest.mark.parametrize("classes", [3, 10])
+def test_a_file_made_before_there_was_a_version_is_the_model_too(tiny_settings, tmp_path, classes):
+    settings = tiny_settings()
+    state = build_model(settings, classes).state_dict()
+    save_tensors(tmp_path / "old.safetensors", state, {"settings": json.dumps(settings.flat())})
+    model, told = trained_model(tmp_path / "old.safetensors")
+    assert told == settings
+    assert torch.equal(model.state_dict()["fc.weight"], state["fc.weight"])
+
+
+def test_classes_follow_from_the_header_whatever_the_weights_are_called(checkpoint, monkeypatch):
+    monkeypatch.setattr("fedfmd.serving.checkpoints._classes_by_shape", lambda arrays: 0)
+    assert trained_model(checkpoint)[0].fc.out_features == 10
 
 
 def test_an_export_lies_beside_the_checkpoint_and_gives_the_same_logits(checkpoint):

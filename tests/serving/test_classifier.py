@@ -1,15 +1,18 @@
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from fedfmd.build import build_dataset, build_model, build_sgd
 from fedfmd.data import ImageFormat
 from fedfmd.errors import SettingsError
+from fedfmd.runs import save_tensors
 from fedfmd.serving.classifier import Classifier, load_classifier
 from fedfmd.settings import Settings
 from fedfmd.training import evaluate, train
@@ -60,6 +63,25 @@ def test_a_saved_classifier_is_the_same_and_needs_nothing_else(classifier, pictu
     assert loaded.images == IMAGES
     assert not loaded.model.training
     assert loaded(picture[0]) == pytest.approx(classifier(picture[0]))
+
+
+@pytest.mark.parametrize("version", [None, 1, 2])
+def test_older_files_are_read_and_newer_ones_refused(classifier, tmp_path, version):
+    path = tmp_path / "model.safetensors"
+    header = {"settings": classifier.settings.kept(), "images": dataclasses.asdict(IMAGES)}
+    header |= {} if version is None else {"version": version}
+    save_tensors(path, classifier.model.state_dict(), {"classifier": json.dumps(header)})
+    if version == 2:
+        with pytest.raises(SettingsError, match=r"model\.safetensors has format 2, and .* up to 1"):
+            load_classifier(path)
+    else:
+        assert load_classifier(path).images == IMAGES
+
+
+def test_a_saved_classifier_has_a_version(classifier, tmp_path):
+    classifier.save(tmp_path / "model.safetensors")
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        assert json.loads(file.metadata()["classifier"])["version"] == 1
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fedfmd.models import make_model
-from fedfmd.serving.gradcam import default_layer, feature_layers, grad_cam_pp
+from fedfmd.serving.gradcam import default_layer, grad_cam_pp
 
 IMAGE = torch.tensor([[[[1.0, 3.0], [-1.0, 0.0]], [[0.0, -2.0], [2.0, 2.0]]]])
 """Features after the ReLU: [[1, 3], [0, 0]] and [[0, 0], [2, 2]], both with the sum 4."""
@@ -88,11 +88,6 @@ def test_only_feature_maps_without_negative_values_can_be_explained(layer):
 def test_an_unknown_layer_is_an_error():
     with pytest.raises(AttributeError, match="layer9"):
         grad_cam_pp(network(), "layer9", IMAGE)
-
-
-def test_feature_layers_are_stages_and_blocks():
-    model = make_model("resnet8", "fmdconv", 4)
-    assert feature_layers(model) == ("layer1", "layer1.0", "layer2", "layer2.0", "layer3", "layer3.0")
 
 
 @pytest.mark.parametrize(

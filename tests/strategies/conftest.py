@@ -1,10 +1,10 @@
 import pytest
-from flwr.app import ConfigRecord, Error, Message, RecordDict
-from flwr.app.message_type import MessageType
+from flwr.app import ConfigRecord, Error, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedfmd.build import build_federation
 from fedfmd.engines.inline import InlineGrid
+from fedfmd.flower_compat import set_message_id
 from fedfmd.protocol.averaging import WeightedMean
 from fedfmd.protocol.messages import CONFIG, ClientResult, Reply, read_instruction, write_reply
 from fedfmd.protocol.state import bank_of
@@ -84,7 +84,7 @@ def reply_of(make_grid):
 
     def make(node, content):
         request = Message(RecordDict(), node, MessageType.TRAIN)
-        request.metadata.__dict__["_message_id"] = str(node)
+        set_message_id(request, str(node))
         return Message(content, reply_to=request)
 
     make.error = lambda node, reason: make(node, Error(2, reason))

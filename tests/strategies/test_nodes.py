@@ -2,8 +2,7 @@ import re
 from dataclasses import replace
 
 import pytest
-from flwr.app import ConfigRecord, Error, Message, RecordDict
-from flwr.app.message_type import MessageType
+from flwr.app import ConfigRecord, Error, Message, MessageType, RecordDict
 
 import strategies.nodes
 from fedfmd.data import ImageFormat
