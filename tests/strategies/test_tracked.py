@@ -9,7 +9,7 @@ from flwr.app import ConfigRecord, Error, Message
 import strategies.tracked
 from fedfmd.edge import plan_work
 from fedfmd.errors import RunError, SettingsError
-from fedfmd.protocol.messages import BY_ATTENTION, read_instruction, to_record
+from fedfmd.protocol.messages import BY_ATTENTION, read_instruction
 from fedfmd.protocol.state import pack
 from fedfmd.runs import RunFolder, latest_checkpoint, read_clients, read_rounds
 from fedfmd.training import evaluate
@@ -29,8 +29,8 @@ def workers(count):
 def asked(strategy, server_round, nodes, time_s=0.0):
     """Node id -> the instruction it gets in the round."""
     strategy.nodes = nodes
-    arrays = to_record(pack(strategy.federation.model))
-    messages = strategy.configure_train(server_round, arrays, ConfigRecord({"virtual-s": time_s}), grid=None)
+    strategy.progress = replace(strategy.progress, virtual_s=time_s)
+    messages = strategy.configure_train(server_round, strategy.initial_arrays, ConfigRecord(), grid=None)
     return {message.metadata.dst_node_id: read_instruction(message.content)[0] for message in messages}
 
 
@@ -470,12 +470,6 @@ def test_a_finished_run_asks_no_nodes(make, make_federation, make_grid):
     federation = make_federation()
     done = make(federation).run(make_grid())
     assert make(federation).run(grid=None) == done
-
-
-def test_nobody_is_asked_to_evaluate(make, make_federation):
-    strategy = make(make_federation())
-    assert strategy.configure_evaluate(1, None, None, None) == []
-    assert strategy.aggregate_evaluate(1, []) is None
 
 
 def test_an_unknown_strategy_names_the_nearest(make, make_federation):
