@@ -48,8 +48,8 @@ def status(strategy):
 
 def test_the_clients_of_a_round_follow_from_seed_and_round_alone(make, make_federation, make_grid):
     make_grid([])
-    strategy = make(make_federation({"partition.clients": 20, "server.clients-per-round": 5}))
-    other = make(make_federation({"partition.clients": 20, "server.clients-per-round": 5, "seed": 1}))
+    many = {"partition.clients": 20, "server.clients-per-round": 5, "server.rounds": 8}
+    strategy, other = make(make_federation(many)), make(make_federation(many | {"seed": 1}))
     picked = [clients_of(asked(strategy, server_round, workers(1))) for server_round in range(1, 9)]
     assert all(len(set(clients)) == 5 for clients in picked)
     assert [clients_of(asked(strategy, r, workers(3))) for r in range(1, 9)] == picked
@@ -249,7 +249,7 @@ KERNELS = {"model.conv": "fmdconv", "model.kernels": 3, "budget.policy": "kernel
 
 def test_kernels_rotate_over_rounds_and_clients(make, make_federation, make_grid):
     make_grid([])
-    strategy = make(make_federation(KERNELS))
+    strategy = make(make_federation(KERNELS | {"server.rounds": 3}))
     for server_round in (1, 2, 3):
         (instruction,) = asked(strategy, server_round, workers(1)).values()
         assert [(a.client, a.kernels, a.first_kernel) for a in instruction.assignments] == [
@@ -294,7 +294,8 @@ def test_clients_that_are_away_are_not_picked(make, make_federation, make_grid, 
     make_grid([])
     trace = tmp_path / "trace.csv"
     trace.write_text("client,start_s,end_s\n0,0,10\n1,5,20\n")
-    strategy = make(make_federation({"fleet.trace": str(trace), "server.clients-per-round": 2}))
+    two = {"server.clients-per-round": 2, "server.rounds": 20}
+    strategy = make(make_federation({"fleet.trace": str(trace)} | two))
     assert clients_of(asked(strategy, 1, workers(1), time_s=0.0)) == [0, 2]
     assert clients_of(asked(strategy, 1, workers(1), time_s=12.0)) == [1, 2]
     assert {tuple(clients_of(asked(strategy, r, workers(1), time_s=7.0))) for r in range(1, 20)} == {
