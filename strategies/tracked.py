@@ -280,9 +280,9 @@ class TrackedStrategy(Strategy):
                 answer.reply.arrays,
                 answer.reply.weights,
                 tuple(result for result in answer.reply.results if result.ok),
-                origins[answer.request].arrays,
-                origins[answer.request].age,
-                nodes[answer.request],
+                start=origins[answer.request].arrays,
+                age=origins[answer.request].age,
+                node=nodes[answer.request],
             )
             for answer in answers
             if answer.reply is not None and answer.reply.arrays
