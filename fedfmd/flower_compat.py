@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from pickle import PickleBuffer
-from typing import Any, SupportsIndex, cast
+from typing import Any, SupportsIndex
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message
@@ -225,17 +225,18 @@ def _unpickled(content: Any) -> bytes | memoryview:
 _STEP_START = "current_arrays"
 
 
-def start_step(strategy: FedAvg, server_round: int, parameters: ArrayRecord) -> None:
+def start_step(strategy: FedAvg, server_round: int, parameters: ArrayRecord, grid: Grid) -> None:
     """Tell a strategy the parameters that its next step starts from.
 
     Server optimisers note them in `configure_train`, as `current_arrays`; FedAvgM only where nothing is noted, as it
     goes on from the result of its own last step. With a share of 0 of the nodes `configure_train` asks nobody, and
-    uses no grid (`flwr.serverapp.strategy.fedopt`, `fedavgm`, `fedavg`).
+    uses no `grid` (`flwr.serverapp.strategy.fedopt`, `fedavgm`, `fedavg`).
     """
     if getattr(strategy, _STEP_START, None) is not None:
-        strategy.current_arrays = None  # type: ignore[attr-defined]
-    strategy.fraction_train = 0.0
-    strategy.configure_train(server_round, parameters, ConfigRecord(), cast("Grid", None))
+        setattr(strategy, _STEP_START, None)
+    fraction, strategy.fraction_train = strategy.fraction_train, 0.0
+    strategy.configure_train(server_round, parameters, ConfigRecord(), grid)
+    strategy.fraction_train = fraction
 
 
 def kept_between_rounds(strategy: FedAvg) -> dict[str, Any]:

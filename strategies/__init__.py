@@ -1,7 +1,9 @@
-"""The server's algorithms: Flower's strategies, tracked and under edge budgets."""
+"""The server's half of a run as a Flower strategy: its rounds under edge budgets, its rows and checkpoints."""
 
+from fedfmd.algorithms import ALGORITHMS as STRATEGIES
+from fedfmd.algorithms import find_algorithm as find_strategy
 from strategies.buffered import BufferedStrategy
-from strategies.registry import STRATEGIES, find_strategy, make_strategy, own_sources
+from strategies.factory import make_strategy, own_sources
 from strategies.tracked import TrackedStrategy
 
 __all__ = [

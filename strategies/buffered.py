@@ -1,6 +1,6 @@
-"""FedBuff (Nguyen et al., AISTATS 2022, arXiv:2106.06639): asynchronous rounds on the virtual clock.
+"""Asynchronous rounds on the virtual clock: a step whenever the updates that an algorithm wants are there.
 
-A fixed number of clients work at a time, each from the global state of the moment it was asked. What they send
+A fixed number of clients work at a time, each from the global arrays of the moment it was asked. What they send
 is gathered; as soon as the buffer is full the server makes a step, which is what a round is here. A client that
 has sent, or was too late, is replaced at once by another one.
 """
@@ -12,18 +12,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Message
-from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvg
+from flwr.app import ArrayRecord
 
+from fedfmd.algorithms import Algorithm
 from fedfmd.build import Federation
 from fedfmd.edge import WorkPlan
 from fedfmd.protocol.messages import Assignment, from_record, to_record
 from fedfmd.protocol.state import Arrays
 from fedfmd.runs import RunFolder
-from strategies.aggregation import Replies, transplant
 from strategies.nodes import assign, reachable
-from strategies.tracked import Algorithm, Round, TrackedStrategy
+from strategies.tracked import Origin, Round, TrackedStrategy
 
 VERSION = "version-"
 
@@ -74,36 +72,30 @@ def fill_buffer(
 
 
 class BufferedStrategy(TrackedStrategy):
-    """FedBuff: a round is the time until ``server.buffer`` updates are there.
+    """A round is the time until `Algorithm.buffer` updates are there.
 
-    ``server.clients-per-round`` clients work at a time. An update that is s rounds behind counts
-    (1 + s)^-``server.staleness``.
+    ``server.clients-per-round`` clients work at a time.
     """
 
-    def __init__(
-        self, inner: FedAvg, federation: Federation, folder: RunFolder, algorithm: Algorithm
-    ) -> None:
-        super().__init__(inner, federation, folder, algorithm)
+    def __init__(self, algorithm: Algorithm, federation: Federation, folder: RunFolder) -> None:
+        super().__init__(algorithm, federation, folder)
         self._started = 0
         self._flights: list[Flight] = []
         self._landed: dict[int, Flight] = {}
         self._versions: dict[int, Arrays] = {}
 
-    def configure_train(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> list[Message]:
-        """Find out whose updates fill the buffer; a message to train each, from the state it was asked with."""
-        settings = self.federation.settings
-        version, time_s = server_round - 1, float(config.get("virtual-s", 0.0))
+    def _plan_round(self, server_round: int, arrays: ArrayRecord) -> Round:
+        """Find out whose updates fill the buffer; a message to train each, from the arrays it was asked with."""
+        version, time_s, buffer = server_round - 1, self.progress.virtual_s, self.algorithm.buffer
         self._versions[version] = from_record(arrays)
 
         def start(now: float, busy: Iterable[Flight]) -> Flight | None:
             return self._start(now, version, busy)
 
-        concurrency = settings.clients_per_round
+        concurrency = self.federation.settings.clients_per_round
         while len(self._flights) < concurrency and (flight := start(time_s, self._flights)):
             self._flights.append(flight)
-        landed, self._flights, now = fill_buffer(self._flights, settings.server.buffer, start)
+        landed, self._flights, now = fill_buffer(self._flights, buffer, start)
         seconds = now - time_s if landed else self._idle_seconds(time_s)
         self._landed = {flight.plan.client.id: flight for flight in landed}
         arriving = [flight for flight in landed if flight.arrives]
@@ -114,9 +106,7 @@ class BufferedStrategy(TrackedStrategy):
             flight = self._landed[hand[0].client.id]
             requests.append(self._request(node, hand, flight.number, flight.version, states[flight.version]))
         plans = [flight.plan for flight in landed]
-        needed = self.federation.budget.needed(settings.server.buffer)
-        self._round = Round(plans, seconds, requests, needed)
-        return [request.message for request in requests]
+        return Round(plans, seconds, requests, self.federation.budget.needed(buffer))
 
     def _start(self, now: float, version: int, busy: Iterable[Flight]) -> Flight | None:
         """Send the next client off, drawn by the number of its flight from those that are there and free."""
@@ -139,40 +129,28 @@ class BufferedStrategy(TrackedStrategy):
     def _deadline_s(self) -> float:
         return self.federation.budget.deadline_s or math.inf
 
-    def _start_of(self, work: Sequence[Assignment], current: Arrays) -> Arrays:
+    def _origin(self, work: Sequence[Assignment], current: Arrays) -> Origin:
         del current
-        return self._versions[self._landed[work[0].client].version]
+        version = self._landed[work[0].client].version
+        return Origin(self._versions[version], age=max(self._versions) - version)
 
-    def _comparable(self, replies: Replies, current: Arrays) -> Replies:
-        """The replies as updates of the current state, the older the shorter."""
-        newest = max(self._versions)
-        comparable = []
-        for message, reply in replies:
-            flight = self._landed[reply.results[0].client]
-            weight = (1 + newest - flight.version) ** -self.federation.settings.server.staleness
-            start = self._versions[flight.version]
-            comparable.append((message, transplant(reply, start, current, self._parameters, weight)))
-        return comparable
-
-    def _state(self) -> dict[str, Any]:
-        flights = [(f.number, f.version, f.start_s, f.plan.client.id) for f in self._flights]
-        return super()._state() | {"started": self._started, "flights": flights}
-
-    def _arrays(self) -> Arrays:
-        """The optimiser's, and the older states that clients at work began with."""
+    def _dump(self) -> dict[str, Any]:
+        """The algorithm's, the clients at work, and the older arrays that they began with."""
         needed = {flight.version for flight in self._flights}
-        self._versions = {version: state for version, state in self._versions.items() if version in needed}
-        return super()._arrays() | {
+        self._versions = {version: arrays for version, arrays in self._versions.items() if version in needed}
+        begun = {
             f"{VERSION}{version}/{name}": array
-            for version, state in self._versions.items()
-            for name, array in state.items()
+            for version, arrays in self._versions.items()
+            for name, array in arrays.items()
         }
+        flights = [(f.number, f.version, f.start_s, f.plan.client.id) for f in self._flights]
+        return super()._dump() | begun | {"started": self._started, "flights": flights}
 
-    def _restore(self, state: Mapping[str, Any], arrays: Arrays) -> None:
-        of_versions = {name: array for name, array in arrays.items() if name.startswith(VERSION)}
-        super()._restore(state, {name: array for name, array in arrays.items() if name not in of_versions})
-        for name, array in of_versions.items():
-            version, _, own = name.removeprefix(VERSION).partition("/")
-            self._versions.setdefault(int(version), {})[own] = array
-        self._started = state["started"]
-        self._flights = [self._flight(*flight) for flight in state["flights"]]
+    def _restore(self, kept: Mapping[str, Any]) -> None:
+        own = {name: value for name, value in kept.items() if not name.startswith(VERSION)}
+        self._started = own.pop("started")
+        self._flights = [self._flight(*flight) for flight in own.pop("flights")]
+        for name in kept.keys() - own.keys() - {"started", "flights"}:
+            version, _, array = name.removeprefix(VERSION).partition("/")
+            self._versions.setdefault(int(version), {})[array] = kept[name]
+        super()._restore(own)

@@ -1,4 +1,4 @@
-"""A federated run on a fleet: sampling by seed, work plans, checks, virtual time, rows and checkpoints."""
+"""A federation's rounds on a fleet: sampling by seed, work plans, checks, virtual time, rows and checkpoints."""
 
 from __future__ import annotations
 
@@ -14,28 +14,29 @@ from typing import Any
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvg, Strategy
+from flwr.serverapp.strategy import Strategy
 
+from fedfmd.algorithms import Algorithm, Update
 from fedfmd.build import Federation
 from fedfmd.conv import has_temperature, set_temperature
 from fedfmd.edge import WorkPlan, keep_first, plan_work, round_seconds
 from fedfmd.errors import RunError
 from fedfmd.flower_compat import answered_id, dead_worker, message_id
-from fedfmd.protocol.averaging import effective_steps
 from fedfmd.protocol.messages import (
     BY_ATTENTION,
     WEIGHT,
     Assignment,
     ClientResult,
     Instruction,
+    from_record,
     to_record,
     write_instruction,
 )
 from fedfmd.protocol.state import Arrays, load, parameter_names, shared_arrays
-from fedfmd.runs import ClientRow, RunFolder, latest_checkpoint, save_checkpoint
+from fedfmd.runs import ClientRow, RoundRow, RunFolder, latest_checkpoint, save_checkpoint
 from fedfmd.seeds import derive_seed
 from fedfmd.training import Best, Evaluation, evaluate_on_both, learning_rate
-from strategies.aggregation import Replies, aggregate, lengthen
+from strategies.aggregation import aggregate
 from strategies.lines import header_lines, round_text
 from strategies.nodes import (
     Node,
@@ -48,7 +49,6 @@ from strategies.nodes import (
     on_boxes,
     reachable,
 )
-from strategies.optimiser import optimiser_arrays, restore_optimiser
 from strategies.replies import client_results, read_replies
 from strategies.rows import client_rows, round_row
 
@@ -56,23 +56,6 @@ logger = logging.getLogger("fedfmd")
 
 RETRY_S = 60.0
 """Virtual seconds until the server looks again where no client was there and no deadline is set."""
-
-
-@dataclass(frozen=True)
-class Algorithm:
-    """How a strategy departs from FedAvg, apart from the server's step, which Flower's part of it makes.
-
-    Attributes:
-        separate: the server needs every client's update on its own, not the mean of a node's clients.
-        normalised: FedNova's clients divide their update by their own effective steps.
-        local_norm: FedBN's clients keep their own normalisation layers.
-        proximal: FedProx's clients need train.proximal-mu.
-    """
-
-    separate: bool = False
-    normalised: bool = False
-    local_norm: bool = False
-    proximal: bool = False
 
 
 @dataclass(frozen=True)
@@ -112,25 +95,43 @@ class Round:
     needed: int = 0
 
 
-class TrackedStrategy(Strategy):
-    """Wraps a Flower strategy, which combines the parameters; everything around it happens here.
+@dataclass(frozen=True)
+class Origin:
+    """The arrays that a message carried, which were the current ones `age` rounds ago."""
 
-    `run` is the loop with rows, checkpoints and resume. The hooks follow Flower's `Strategy`.
+    arrays: Arrays
+    age: int = 0
+
+
+class TrackedStrategy(Strategy):
+    """Runs an algorithm on a federation.
+
+    `run` goes on from the newest checkpoint in the folder to the last round. In a ServerApp of one's own, Flower's
+    `start` does all rounds anew, with the same rows, checkpoints and results:
+
+        strategy.start(grid, strategy.initial_arrays, num_rounds=settings.server.rounds)
+
+    The clients are those of `fedfmd.client_app`, which reads the same settings from the app's run config.
+    Flower's hooks are the two halves of a round. Nobody is asked to evaluate, as the server does so itself.
     """
 
-    def __init__(
-        self, inner: FedAvg, federation: Federation, folder: RunFolder, algorithm: Algorithm
-    ) -> None:
-        self.inner = inner
+    def __init__(self, algorithm: Algorithm, federation: Federation, folder: RunFolder) -> None:
         self.algorithm = algorithm
         self.federation = federation
         self.folder = folder
         self.nodes: tuple[Node, ...] = ()
         self.results: dict[int, ClientResult] = {}
-        self._run_token = ""
+        self.progress = Progress(0, 0.0, (0,) * federation.settings.partition.clients)
+        self._state = algorithm.init()
         self._round = Round()
+        self._began = 0.0
         self._parameters = parameter_names(federation.model)
         self._annealed = has_temperature(federation.model)
+
+    @property
+    def initial_arrays(self) -> ArrayRecord:
+        """The federation's model, as its clients receive it."""
+        return to_record(shared_arrays(self.federation.model))
 
     def summary(self) -> None:
         """Log what runs, on which fleet."""
@@ -143,25 +144,67 @@ class TrackedStrategy(Strategy):
         Raises:
             RunError: the nodes are not there, or more than ``server.max-failed-share`` of a round's clients failed.
         """
-        settings = self.federation.settings
-        progress = self._resume()
-        if progress.round < settings.server.rounds:
-            self._meet(grid, resumed=progress.round > 0)
+        server = self.federation.settings.server
+        self._resume()
+        if self.progress.round < server.rounds:
+            self._meet(grid, resumed=self.progress.round > 0)
         self.summary()
-        for server_round in range(progress.round + 1, settings.server.rounds + 1):
-            progress = self._run_round(grid, server_round, progress)
-        return progress
+        for server_round in range(self.progress.round + 1, server.rounds + 1):
+            messages = self._begin_round(server_round, grid)
+            self._finish_round(server_round, *exchange(grid, messages, server.round_timeout_s))
+        return self.progress
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Sample and plan the round's clients; the messages for the nodes that have work.
+        """Sample and plan the round's clients, who start from `arrays`; the messages for the nodes that have work.
 
-        `config` tells the virtual time at which the round starts, `virtual-s`.
+        Raises:
+            RunError: as `run`, or there are to be more rounds than the settings say, which schedules follow.
+            ValueError: the arrays are not those of the federation's model.
         """
-        budget = self.federation.budget
+        del config  # the settings say it all
+        if server_round > (rounds := self.federation.settings.server.rounds):
+            raise RunError(
+                f"round {server_round}, but server.rounds = {rounds}: start with num_rounds={rounds}"
+            )
+        if server_round == 1:
+            self.folder.truncate_after(0)
+        load(self.federation.model, from_record(arrays))
+        return self._begin_round(server_round, grid)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """The new arrays and the number of images behind them; (None, None) if too few clients succeeded."""
+        if not self._finish_round(server_round, list(replies)):
+            return None, None
+        images = sum(result.images for result in self.results.values() if result.ok)
+        return self.initial_arrays, MetricRecord({WEIGHT: images})
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Ask nobody."""
+        return []
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Nothing to combine."""
+        return None
+
+    def _begin_round(self, server_round: int, grid: Grid) -> list[Message]:
+        """Plan the round; the messages that are to be sent."""
+        if has_boxes(self.nodes) or not self.nodes:
+            self._meet(grid, resumed=bool(self.nodes))
+        self._began = time.perf_counter()
+        set_temperature(self.federation.model, self.federation.temperature.at(server_round - 1))
+        self._round = self._plan_round(server_round, self.initial_arrays)
+        return [request.message for request in self._round.requests]
+
+    def _plan_round(self, server_round: int, arrays: ArrayRecord) -> Round:
+        """The round's clients, their plans, and a message for each node that has work."""
+        budget, time_s = self.federation.budget, self.progress.virtual_s
         wanted = self.federation.settings.clients_per_round
-        time_s = float(config.get("virtual-s", 0.0))
         clients = self._sample(server_round, time_s, budget.asked(wanted))
         plans = keep_first((self._plan(server_round, client) for client in clients), wanted)
         seconds = round_seconds(plans, budget, wanted) if plans else self._idle_seconds(time_s)
@@ -170,127 +213,113 @@ class TrackedStrategy(Strategy):
             self._request(node, hand, server_round, server_round - 1, arrays)
             for node, hand in assign(self.nodes, working, self.algorithm.separate)
         ]
-        self._round = Round(plans, seconds, requests, budget.needed(wanted))
-        return [request.message for request in requests]
+        return Round(plans, seconds, requests, budget.needed(wanted))
 
-    def aggregate_train(
-        self, server_round: int, replies: Iterable[Message]
-    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """The new state and the number of images behind it; (None, None) if too few clients succeeded."""
-        arrays = self.combine(server_round, list(replies))
-        if arrays is None:
-            return None, None
-        images = sum(result.images for result in self.results.values() if result.ok)
-        return to_record(arrays), MetricRecord({WEIGHT: images})
+    def _finish_round(
+        self, server_round: int, replies: Sequence[Message], arrived: Mapping[str, float] | None = None
+    ) -> bool:
+        """Learn from the replies, evaluate, and keep everything; whether the model has changed.
 
-    def combine(self, server_round: int, replies: Sequence[Message]) -> Arrays | None:
-        """Check the replies and combine what is usable; None if too few clients succeeded.
+        `arrived` tells after how many seconds each reply was there, by its request's id, if that was measured.
+        """
+        learnt = self._learn(server_round, replies)
+        evaluations = self._evaluate(server_round)
+        clients = self._client_rows(server_round, arrived or {})
+        best = self.progress.best.or_later(*evaluations)
+        row = self._round_row(server_round, clients, evaluations, best, void=not learnt)
+        flops = dict(enumerate(self.progress.client_flops)) | {c.client: c.cum_train_flops for c in clients}
+        self.progress = replace(
+            self.progress,
+            round=server_round,
+            virtual_s=row.virtual_s,
+            best=best,
+            client_flops=tuple(flops.values()),
+        )
+        self.folder.append_round(row, clients)
+        server = self.federation.settings.server
+        if server_round % server.checkpoint_every == 0 or server_round == server.rounds:
+            self._save()
+        logger.info(round_text(row, server.rounds), extra={"round_row": row})
+        for failed in (client for client in clients if client.status == "failed"):
+            logger.warning("round %d: client %d failed: %s", server_round, failed.client, failed.reason)
+        self._stop_if_hopeless(server_round, clients)
+        return learnt
+
+    def _learn(self, server_round: int, replies: Sequence[Message]) -> bool:
+        """Let the model take the algorithm's step; False if too few clients succeeded.
 
         Raises:
             RunError: a worker of Flower's simulation died.
         """
-        asked = {request.id: request.assignments for request in self._round.requests}
         current = shared_arrays(self.federation.model)
-        received = {request: self._start_of(work, current) for request, work in asked.items()}
+        updates = self._updates(server_round, replies, current)
+        enough = sum(result.ok for result in self.results.values()) >= max(1, self._round.needed)
+        if enough:
+            new, self._state = aggregate(
+                self.algorithm, self._state, server_round, updates, current, self._parameters
+            )
+            load(self.federation.model, new)
+        answered = {answered_id(reply) for reply in replies}
+        empty([*replies, *(request.message for request in self._round.requests if request.id in answered)])
+        return enough
+
+    def _updates(self, server_round: int, replies: Sequence[Message], current: Arrays) -> list[Update]:
+        """Check the replies, note what became of each client, and return the updates that can be used."""
         if fault := dead_worker(replies):
             raise RunError(
                 f"round {server_round}: a Ray worker died ({fault}), and Flower does not replace it. Give the workers "
                 "more memory or start fewer, then run the same command again: it does this round anew"
             )
-        answers = read_replies(replies, asked, received)
+        asked = {request.id: request.assignments for request in self._round.requests}
+        origins = {request: self._origin(work, current) for request, work in asked.items()}
+        answers = read_replies(replies, asked, {request: o.arrays for request, o in origins.items()})
         self.results = client_results(answers, asked)
-        if sum(result.ok for result in self.results.values()) < max(1, self._round.needed):
-            return None
-        messages = {answered_id(message): message for message in replies}
-        usable = [
-            (messages[answer.request], answer.reply)
+        nodes = {request.id: request.message.metadata.dst_node_id for request in self._round.requests}
+        return [
+            Update(
+                answer.reply.arrays,
+                answer.reply.weights,
+                tuple(result for result in answer.reply.results if result.ok),
+                start=origins[answer.request].arrays,
+                age=origins[answer.request].age,
+                node=nodes[answer.request],
+            )
             for answer in answers
             if answer.reply is not None and answer.reply.arrays
         ]
-        return aggregate(
-            self.inner,
-            server_round,
-            self._comparable(usable, current),
-            current,
-            self._parameters,
-            self.algorithm.separate,
-        )
 
-    def configure_evaluate(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        """Ask nobody: the server evaluates the global model."""
-        return []
-
-    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Nothing to combine, as nobody was asked."""
-        return None
-
-    def _run_round(self, grid: Grid, server_round: int, progress: Progress) -> Progress:
-        if has_boxes(self.nodes):
-            self._meet(grid, resumed=True)
-        started = time.perf_counter()
-        federation = self.federation
-        model, settings = federation.model, federation.settings
-        temperature = federation.temperature.at(server_round - 1)
-        set_temperature(model, temperature)
-        trained, arrived = self._train(grid, server_round, progress.virtual_s)
-        evaluation, validation = self._evaluate(server_round)
-        best = progress.best.or_later(evaluation, validation)
+    def _client_rows(self, server_round: int, arrived: Mapping[str, float]) -> list[ClientRow]:
         places = {node.id: node.rank for node in self.nodes}
         asked = [(request, work.client) for request in self._round.requests for work in request.assignments]
         ranks = {client: places[request.message.metadata.dst_node_id] for request, client in asked}
         measured = asked if has_boxes(self.nodes) else []
         trips = {client: arrived[request.id] for request, client in measured if request.id in arrived}
-        clients = client_rows(
-            server_round, self._round.plans, self.results, ranks, progress.client_flops, trips
-        )
-        row = round_row(
+        done = self.progress.client_flops
+        return client_rows(server_round, self._round.plans, self.results, ranks, done, trips)
+
+    def _round_row(
+        self,
+        server_round: int,
+        clients: Sequence[ClientRow],
+        evaluations: tuple[Evaluation | None, Evaluation | None],
+        best: Best,
+        void: bool,
+    ) -> RoundRow:
+        temperature = self.federation.temperature.at(server_round - 1)
+        return round_row(
             server_round,
             clients,
-            evaluation,
-            validation,
-            federation,
+            *evaluations,
+            self.federation,
             round_s=self._round.seconds,
             clients_cut=sum(plan.is_cut for plan in self._round.plans),
-            void=not trained,
+            void=void,
             temperature=temperature if self._annealed else None,
-            virtual_s=progress.virtual_s,
+            virtual_s=self.progress.virtual_s,
             best_accuracy=best.known_accuracy,
-            cum_train_flops=sum(progress.client_flops),
-            wall_s=time.perf_counter() - started,
+            cum_train_flops=sum(self.progress.client_flops),
+            wall_s=time.perf_counter() - self._began,
         )
-        flops = list(progress.client_flops)
-        for client_row in clients:
-            flops[client_row.client] = client_row.cum_train_flops
-        progress = replace(
-            progress,
-            round=server_round,
-            virtual_s=row.virtual_s,
-            best=best,
-            client_flops=tuple(flops),
-        )
-        self.folder.append_round(row, clients)
-        if server_round % settings.server.checkpoint_every == 0 or server_round == settings.server.rounds:
-            self._save(progress)
-        logger.info(round_text(row, settings.server.rounds), extra={"round_row": row})
-        for failed in (client for client in clients if client.status == "failed"):
-            logger.warning("round %d: client %d failed: %s", server_round, failed.client, failed.reason)
-        self._stop_if_hopeless(server_round, clients)
-        return progress
-
-    def _train(self, grid: Grid, server_round: int, virtual_s: float) -> tuple[bool, dict[str, float]]:
-        """Let the nodes train, and take over what they learnt: whether there was enough, and when each reply came."""
-        model = self.federation.model
-        arrays, config = to_record(shared_arrays(model)), ConfigRecord({"virtual-s": virtual_s})
-        messages = self.configure_train(server_round, arrays, config, grid)
-        replies, arrived = exchange(grid, messages, self.federation.settings.server.round_timeout_s)
-        empty(request.message for request in self._round.requests if request.id in arrived)
-        new = self.combine(server_round, replies)
-        if new is not None:
-            load(model, new)
-        empty(replies)
-        return new is not None, arrived
 
     def _meet(self, grid: Grid, resumed: bool) -> None:
         """A new run starts with all its boxes. Later they come and go, and it does without the failed share."""
@@ -336,27 +365,15 @@ class TrackedStrategy(Strategy):
             learning_rate(settings.train.lr, settings.train.schedule, done / settings.server.rounds),
             self.federation.temperature.at(done),
             assignments,
-            normalised=self.algorithm.normalised,
-            local_norm=self.algorithm.local_norm,
-            run=self._run_token,
+            run=self.progress.run,
             images=self.federation.dataset.format if has_boxes(self.nodes) else None,
         )
         return Request(Message(write_instruction(instruction, arrays), node, MessageType.TRAIN), assignments)
 
-    def _start_of(self, work: Sequence[Assignment], current: Arrays) -> Arrays:
-        """The arrays that these clients were sent."""
+    def _origin(self, work: Sequence[Assignment], current: Arrays) -> Origin:
+        """What these clients were sent."""
         del work
-        return current
-
-    def _comparable(self, replies: Replies, current: Arrays) -> Replies:
-        """The replies as updates of the current state, so that they can be averaged."""
-        if not self.algorithm.normalised:
-            return replies
-        train = self.federation.settings.train
-        done = [result for result in self.results.values() if result.ok]
-        ways = (r.images * effective_steps(r.steps, train.momentum, train.nesterov) for r in done)
-        factor = math.fsum(ways) / sum(result.images for result in done)
-        return lengthen(replies, current, self._parameters, factor)
+        return Origin(current)
 
     def _assignment(self, server_round: int, plan: WorkPlan) -> Assignment:
         """A client's kernels in rotation start one further with every round, and with every client."""
@@ -374,48 +391,42 @@ class TrackedStrategy(Strategy):
         federation = self.federation
         return evaluate_on_both(federation.model, federation.dataset, federation.device)
 
-    def _save(self, progress: Progress) -> None:
-        settings = self.federation.settings
+    def _save(self) -> None:
+        settings, kept = self.federation.settings, self._dump()
+        arrays = {name: value for name, value in kept.items() if isinstance(value, np.ndarray)}
+        plain = {name: value for name, value in kept.items() if name not in arrays}
         save_checkpoint(
             self.folder.checkpoints,
-            progress.round,
+            self.progress.round,
             self.federation.model.state_dict(),
-            asdict(progress) | {"strategy": self._state()},
+            asdict(self.progress) | {"strategy": plain},
             settings.kept(),
-            self._arrays(),
+            arrays,
             keep=settings.server.keep_checkpoints,
             class_names=self.federation.dataset.class_names,
         )
 
-    def _resume(self) -> Progress:
-        progress = Progress(0, 0.0, (0,) * self.federation.settings.partition.clients)
+    def _resume(self) -> None:
+        """Take up the newest checkpoint, if there is one, and drop the rows after it."""
         checkpoint = latest_checkpoint(self.folder.checkpoints)
+        self.folder.truncate_after(checkpoint.round if checkpoint else 0)
         if checkpoint is None:
-            self.folder.truncate_after(0)
-        else:
-            self.federation.model.load_state_dict(checkpoint.arrays)
-            self.folder.truncate_after(checkpoint.round)
-            logger.info("going on after round %d", checkpoint.round)
-            saved = {name: checkpoint.state[name] for name in asdict(progress)}
-            flops, best = tuple(saved["client_flops"]), Best(**saved["best"])
-            progress = Progress(**saved | {"client_flops": flops, "best": best})
-            extra = {name: tensor.numpy() for name, tensor in checkpoint.extra_arrays.items()}
-            self._restore(checkpoint.state["strategy"], extra)
-        self._run_token = progress.run
-        return progress
+            return
+        logger.info("going on after round %d", checkpoint.round)
+        self.federation.model.load_state_dict(checkpoint.arrays)
+        saved = {name: checkpoint.state[name] for name in asdict(self.progress)}
+        flops, best = tuple(saved["client_flops"]), Best(**saved["best"])
+        self.progress = Progress(**saved | {"client_flops": flops, "best": best})
+        arrays = {name: tensor.numpy() for name, tensor in checkpoint.extra_arrays.items()}
+        self._restore(checkpoint.state["strategy"] | arrays)
 
-    def _state(self) -> dict[str, Any]:
-        """What the strategy needs for a resume beside arrays, as JSON knows it."""
-        return {}
+    def _dump(self) -> dict[str, Any]:
+        """What a resume needs beside the model and the progress, by name: arrays, and what JSON knows."""
+        return dict(self.algorithm.dump(self._state))
 
-    def _arrays(self) -> Arrays:
-        """The arrays that the strategy needs for a resume beside the model."""
-        return optimiser_arrays(self.inner)
-
-    def _restore(self, state: Mapping[str, Any], arrays: Arrays) -> None:
-        """Take back what `_state` and `_arrays` gave."""
-        del state
-        restore_optimiser(self.inner, arrays)
+    def _restore(self, kept: Mapping[str, Any]) -> None:
+        """Take back what `_dump` gave."""
+        self._state = self.algorithm.restore(kept)
 
     def _stop_if_hopeless(self, server_round: int, clients: Sequence[ClientRow]) -> None:
         limit = self.federation.settings.server.max_failed_share

@@ -290,7 +290,7 @@ def test_a_received_array_may_hold_a_memoryview():
 
 def step(strategy, number, start, goal, reply):
     """What a strategy makes of a client's update."""
-    compat.start_step(strategy, number, ArrayRecord({"w": compat.to_array(np.array([start]))}))
+    compat.start_step(strategy, number, ArrayRecord({"w": compat.to_array(np.array([start]))}), grid=None)
     content = {"arrays": ArrayRecord({"w": compat.to_array(np.array([goal]))})}
     reply.content = RecordDict(content | {"metrics": MetricRecord({"num-examples": 1})})
     arrays, _ = strategy.aggregate_train(number, [reply])

@@ -9,15 +9,16 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from fedfmd.algorithms import Algorithm, LocalTraining, make_algorithm
 from fedfmd.build import build_sgd
 from fedfmd.client.host import Host, states_dir
-from fedfmd.client.state import ClientState, ClientStates, norm_views, states_of_run
+from fedfmd.client.state import ClientState, ClientStates, states_of_run
 from fedfmd.conv import AttentionRecord, record_attention, set_temperature
 from fedfmd.data import ImageSet
 from fedfmd.edge import PROBE_IMAGES
-from fedfmd.protocol.averaging import WeightedMean, effective_steps
+from fedfmd.protocol.averaging import WeightedMean
 from fedfmd.protocol.compression import ROUNDINGS, Upload, round_update
 from fedfmd.protocol.messages import (
     BY_ATTENTION,
@@ -44,10 +45,11 @@ def run_assignments(host: Host, instruction: Instruction, arrays: Arrays) -> Rep
 
     The mean is of what the clients would send on their own. A client that is alone sends its rounded arrays.
     """
+    algorithm = make_algorithm(host.settings)
     mean = WeightedMean()
     results = []
     for assignment in instruction.assignments:
-        result, upload = _run_client(host, instruction, assignment, arrays)
+        result, upload = _run_client(host, algorithm, instruction, assignment, arrays)
         if result.ok:
             mean.add(upload.restored(arrays), result.images)
         results.append(result)
@@ -60,7 +62,7 @@ def run_assignments(host: Host, instruction: Instruction, arrays: Arrays) -> Rep
 
 
 def _run_client(
-    host: Host, instruction: Instruction, assignment: Assignment, arrays: Arrays
+    host: Host, algorithm: Algorithm, instruction: Instruction, assignment: Assignment, arrays: Arrays
 ) -> tuple[ClientResult, Upload]:
     """What became of the client, and what it sends."""
     client, images, started = assignment.client, 0, time.perf_counter()
@@ -68,19 +70,18 @@ def _run_client(
     try:
         shard, model = host.images_of(client), host.model
         images, started = len(shard), time.perf_counter()  # data and model are made once per process
-        states = _states(host, instruction)
-        kept = states.load(client, instruction.round) if states else ClientState()
-        _prepare(model, instruction, arrays, kept)
-        trained, attention, kernels = _train(host, instruction, assignment, shard)
-        update = trained_views(model, kernels)
-        if instruction.normalised:
-            update = _normalised(host, update, arrays, trained.steps)
+        kept = _kept(host, instruction, client)
+        load(model, arrays)
+        set_temperature(model, instruction.temperature)
+        local = LocalTraining(model, arrays, kept.own)
+        with algorithm.training(local):
+            trained, attention, kernels = _train(host, instruction, assignment, shard)
+        update = algorithm.update(local, trained_views(model, kernels), trained.steps)
         if broken := first_non_finite(update):
             reason = f"the update has NaN or infinite values in {broken}"
         else:
-            upload, kept = _upload(host, instruction, update, arrays, kept)
-            if states:
-                states.save(client, instruction.round, kept)
+            upload, residual = _upload(host, update, arrays, kept.residual)
+            _keep(host, instruction, client, ClientState(algorithm.keep(local), residual))
     except Exception as error:  # one client's fault must not cost the others of this node their work
         reason = " ".join(f"{type(error).__name__}: {error}".split())
     result = ClientResult(
@@ -99,24 +100,22 @@ def _run_client(
     return result, upload
 
 
-def _states(host: Host, instruction: Instruction) -> ClientStates | None:
-    """Where this run's clients keep what they need in later rounds; None if that is nothing."""
-    settings = host.settings
-    if not instruction.local_norm and settings.transport.upload not in ROUNDINGS:
-        return None
-    server = settings.server
+def _kept(host: Host, instruction: Instruction, client: int) -> ClientState:
+    """What the client keeps from earlier rounds."""
+    if not instruction.run:
+        return ClientState()
+    return _states(host, instruction).load(client, instruction.round)
+
+
+def _keep(host: Host, instruction: Instruction, client: int, state: ClientState) -> None:
+    """Keep what there is for later rounds."""
+    if state.own or state.residual:
+        _states(host, instruction).save(client, instruction.round, state)
+
+
+def _states(host: Host, instruction: Instruction) -> ClientStates:
+    server = host.settings.server
     return states_of_run(states_dir(), instruction.run, server.checkpoint_every, server.keep_checkpoints)
-
-
-def _prepare(model: nn.Module, instruction: Instruction, arrays: Arrays, kept: ClientState) -> None:
-    """Give the model the global arrays and the round's temperature, and FedBN's client its own layers back."""
-    load(model, arrays)
-    set_temperature(model, instruction.temperature)
-    if instruction.local_norm:
-        views = norm_views(model)
-        with torch.no_grad():
-            for name, tensor in kept.norm.items():
-                views[name].copy_(tensor)
 
 
 def _train(
@@ -146,27 +145,14 @@ def _train(
     return trained, attention, kernels
 
 
-def _normalised(host: Host, update: Mapping[str, Tensor], arrays: Arrays, steps: int) -> dict[str, Tensor]:
-    """FedNova's w₀ + (w − w₀) / a for the parameters w; buffers as they are."""
-    train, parameters = host.settings.train, parameter_names(host.model)
-    share = 1 / effective_steps(steps, train.momentum, train.nesterov)
-    return {
-        name: torch.as_tensor(arrays[name], device=tensor.device).lerp(tensor, share)
-        if name in parameters
-        else tensor
-        for name, tensor in update.items()
-    }
-
-
 def _upload(
-    host: Host, instruction: Instruction, update: Mapping[str, Tensor], arrays: Arrays, kept: ClientState
-) -> tuple[Upload, ClientState]:
-    """What the client sends, and what it keeps for its next round."""
-    upload, residual = Upload(update), kept.residual
+    host: Host, update: Mapping[str, Tensor], arrays: Arrays, residual: Mapping[str, Tensor]
+) -> tuple[Upload, Mapping[str, Tensor]]:
+    """What the client sends, and what rounding leaves over of it."""
     rounding = host.settings.transport.upload
-    if rounding in ROUNDINGS:
-        upload, residual = round_update(update, arrays, residual, rounding, parameter_names(host.model))
-    return upload, ClientState(norm_views(host.model) if instruction.local_norm else {}, residual)
+    if rounding not in ROUNDINGS:
+        return Upload(update), residual
+    return round_update(update, arrays, residual, rounding, parameter_names(host.model))
 
 
 def _choose_kernels(

@@ -14,19 +14,18 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedfmd.runs import load_model, save_tensors
 
 DAYS_KEPT = 30
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.GroupNorm)
 
 
 @dataclass(frozen=True)
 class ClientState:
-    """Arrays by name: the client's own normalisation layers, and what rounding left over of its updates."""
+    """Arrays by name: what the algorithm keeps on the client, and what rounding left over of its updates."""
 
-    norm: Mapping[str, Tensor] = field(default_factory=dict)
+    own: Mapping[str, Tensor] = field(default_factory=dict)
     residual: Mapping[str, Tensor] = field(default_factory=dict)
 
 
@@ -106,22 +105,3 @@ def discard_old(root: Path, days: float = DAYS_KEPT) -> None:
         with suppress(FileNotFoundError):  # another process deletes it too
             if all(path.stat().st_mtime < oldest for path in (run, *run.iterdir())):
                 shutil.rmtree(run, ignore_errors=True)
-
-
-def norm_views(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and statistics of the normalisation layers, as tensors that share the model's memory.
-
-    These are what FedBN (Li et al., ICLR 2021, arXiv:2102.07623) leaves on the client.
-
-    Raises:
-        ValueError: the model has no such layer.
-    """
-    views = {
-        f"{name}.{part}": tensor
-        for name, layer in model.named_modules()
-        if isinstance(layer, NORMS)
-        for part, tensor in layer.state_dict().items()
-    }
-    if not views:
-        raise ValueError("FedBN keeps normalisation layers on the client, and this model has none")
-    return views

@@ -198,9 +198,11 @@ def estimate_table(estimate: Estimate, title: str) -> Table:
 
 def _clients_of_a_round(federation: Federation) -> tuple[int, int]:
     """How many clients train, and how many are asked to."""
+    from fedfmd.algorithms import make_algorithm  # here, since Flower is what a federation needs
+
     settings = federation.settings
-    if settings.server.strategy == "fedbuff":  # a round is a step of the server
-        return settings.server.buffer, settings.server.buffer
+    if buffer := make_algorithm(settings).buffer:
+        return buffer, buffer
     wanted = settings.clients_per_round
     return wanted, federation.budget.asked(wanted)
 

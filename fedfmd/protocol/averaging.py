@@ -42,13 +42,3 @@ class WeightedMean:
             name: (mean if dtype.is_floating_point else mean.round()).to(dtype).numpy(force=True)
             for (name, mean), dtype in zip(self._mean.items(), self._dtypes.values(), strict=True)
         }
-
-
-def effective_steps(steps: int, momentum: float, nesterov: bool = False) -> float:
-    """How many learning rates far `steps` steps of SGD go along one and the same gradient: FedNova's ‖a‖₁.
-
-    Without momentum that is the number of steps; with momentum ρ, (τ − ρ(1 − ρ^τ)/(1 − ρ))/(1 − ρ) (Wang et
-    al., NeurIPS 2020, arXiv:2007.07481); Nesterov's looks one step ahead, hence ρ² for the first ρ.
-    """
-    lag = momentum**2 if nesterov else momentum
-    return (steps - lag * (1 - momentum**steps) / (1 - momentum)) / (1 - momentum)

@@ -55,8 +55,6 @@ class Instruction:
     Attributes:
         round, lr, temperature: of all its clients.
         assignments: its clients' work.
-        normalised: each client's update of parameters is divided by its effective steps (FedNova).
-        local_norm: a client trains its own normalisation layers, which it keeps (FedBN).
         run: a name of the run, under which clients keep what they need in later rounds; "" if nothing is kept.
         images: what a box's own images must be like; None for workers, which have the run's data set.
     """
@@ -65,8 +63,6 @@ class Instruction:
     lr: float
     temperature: float
     assignments: tuple[Assignment, ...]
-    normalised: bool = False
-    local_norm: bool = False
     run: str = ""
     images: ImageFormat | None = None
 

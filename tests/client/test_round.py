@@ -8,11 +8,12 @@ import torch
 from flwr.app import Message, MessageType
 from flwr.common.serde import recorddict_to_proto
 
+from fedfmd.algorithms.fedbn import norm_views
 from fedfmd.build import build_model
 from fedfmd.client.app import app
 from fedfmd.client.host import Host
 from fedfmd.client.round import run_assignments
-from fedfmd.client.state import ClientStates, norm_views
+from fedfmd.client.state import ClientStates
 from fedfmd.conv import CONVS, AttentionRecord, record_attention
 from fedfmd.data import Dataset, ImageFormat, ImageSet
 from fedfmd.edge import DEVICES, device_text, parse_device
@@ -241,10 +242,9 @@ def test_fednova_divides_the_update_by_the_steps_that_momentum_makes_of_them(
 ):
     """Three steps with momentum 0.5 go 1 + 1.5 + 1.75 learning rates along one gradient, Nesterov's one more each."""
     train = {"train.momentum": momentum, "train.nesterov": nesterov}
-    host = make_host(**train)
+    host, nova = make_host(**train), make_host(**train, **{"server.strategy": "fednova"})
     arrays = global_arrays(host)
-    full = run_assignments(host, instruction(1), arrays).arrays
-    short = run_assignments(host, instruction(1, normalised=True), arrays).arrays
+    full, short = (run_assignments(h, instruction(1), arrays).arrays for h in (host, nova))
     parameters = parameter_names(host.model)
     expected = {
         name: arrays[name] + (array - arrays[name]) / way if name in parameters else array
@@ -253,7 +253,7 @@ def test_fednova_divides_the_update_by_the_steps_that_momentum_makes_of_them(
     assert_close(short, expected)
 
 
-OWN = {"local_norm": True, "run": "own"}
+OWN = {"server.strategy": "fedbn"}
 
 
 @pytest.fixture
@@ -270,13 +270,13 @@ def norms(host, reply):
 @pytest.mark.parametrize("norm", ["batch", "group"])
 def test_fedbn_clients_go_on_with_their_own_normalisation(make_host, states, norm):
     """With a learning rate of nearly 0, a client's second round ends with the parameters of its first."""
-    host = make_host(norm=norm)
+    host = make_host(norm=norm, **OWN)
     arrays = global_arrays(host)
-    first = {c: norms(host, run_assignments(host, instruction(c, **OWN), arrays)) for c in (1, 2)}
+    first = {c: norms(host, run_assignments(host, instruction(c, run="own"), arrays)) for c in (1, 2)}
     assert not equal(first[1], first[2])
-    still = replace(instruction(1, 2, round=2, **OWN), lr=1e-12)
+    still = replace(instruction(1, 2, round=2, run="own"), lr=1e-12)
     run_assignments(host, still, arrays)
-    kept = {c: ClientStates(states / "own").load(c, before_round=3).norm for c in (1, 2)}
+    kept = {c: ClientStates(states / "own").load(c, before_round=3).own for c in (1, 2)}
     for client, other in ((1, 2), (2, 1)):
         for name, array in first[client].items():
             if name.endswith((".weight", ".bias")):
@@ -290,31 +290,31 @@ def test_fedbn_clients_go_on_with_their_own_normalisation(make_host, states, nor
 @pytest.mark.parametrize("norm", ["batch", "group"])
 def test_fedbn_clients_of_one_node_do_not_notice_each_other(make_host, states, norm):
     """The second rounds of two clients are the same on one node and on two."""
-    together, apart = make_host(norm=norm), [make_host(norm=norm) for _ in range(2)]
+    together, *apart = (make_host(norm=norm, **OWN) for _ in range(3))
     arrays = global_arrays(together)
     for round in (1, 2):
-        run_assignments(together, instruction(1, 2, round=round, local_norm=True, run="together"), arrays)
+        run_assignments(together, instruction(1, 2, round=round, run="together"), arrays)
         for client, host in enumerate(apart, start=1):
-            run_assignments(host, instruction(client, round=round, local_norm=True, run="apart"), arrays)
+            run_assignments(host, instruction(client, round=round, run="apart"), arrays)
     for client in (1, 2):
-        one, two = (ClientStates(states / run).load(client, 3).norm for run in ("together", "apart"))
+        one, two = (ClientStates(states / run).load(client, 3).own for run in ("together", "apart"))
         torch.testing.assert_close(one, two, rtol=0, atol=0)
 
 
 def test_fedbn_sends_what_it_keeps(make_host, states):
-    host = make_host()
-    reply = run_assignments(host, instruction(1, **OWN), global_arrays(host))
-    kept = ClientStates(states / "own").load(1, before_round=2).norm
+    host = make_host(**OWN)
+    reply = run_assignments(host, instruction(1, run="own"), global_arrays(host))
+    kept = ClientStates(states / "own").load(1, before_round=2).own
     assert equal(norms(host, reply), {name: tensor.numpy() for name, tensor in kept.items()})
     assert reply.arrays.keys() == global_arrays(host).keys()
 
 
 @pytest.mark.parametrize("how", [{"model.norm": "batch"}, {"transport.upload": "int8"}])
 def test_a_resumed_round_is_the_same_again(make_host, states, how):
-    host = make_host(**how)
+    host = make_host(**OWN | how)
     arrays = global_arrays(host)
     rounds = [
-        run_assignments(host, instruction(1, 2, round=r, **OWN), arrays).arrays for r in (1, 2, 3, 2, 3)
+        run_assignments(host, instruction(1, 2, round=r, run="own"), arrays).arrays for r in (1, 2, 3, 2, 3)
     ]
     assert equal(rounds[1], rounds[3])
     assert equal(rounds[2], rounds[4])
@@ -322,24 +322,25 @@ def test_a_resumed_round_is_the_same_again(make_host, states, how):
 
 
 def test_a_failed_client_keeps_what_it_had(make_host, states):
-    host = make_host()
-    run_assignments(host, instruction(POISONED, BROKEN, **OWN), global_arrays(host))
+    host = make_host(**OWN)
+    run_assignments(host, instruction(POISONED, BROKEN, run="own"), global_arrays(host))
     assert not list(states.rglob("*.safetensors"))
 
 
-@pytest.mark.parametrize(("how", "changes"), [({"local_norm": True}, {}), ({}, {"transport.upload": "int8"})])
-def test_clients_can_keep_nothing_without_a_name_of_the_run(make_host, states, how, changes):
+@pytest.mark.parametrize("changes", [OWN, {"transport.upload": "int8"}])
+def test_clients_can_keep_nothing_without_a_name_of_the_run(make_host, states, changes):
     host = make_host(**changes)
-    (result,) = run_assignments(host, instruction(1, **how), global_arrays(host)).results
+    (result,) = run_assignments(host, instruction(1), global_arrays(host)).results
     assert result.reason.startswith("ValueError: run = '' must name the run")
 
 
 @pytest.mark.parametrize("kernels", [4, 2])
 @pytest.mark.parametrize("upload", ROUNDINGS)
 def test_a_client_alone_sends_what_it_rounded(make_host, states, upload, kernels):
-    exact, host = make_host(), make_host(**{"transport.upload": upload})
+    nova = {"server.strategy": "fednova"}
+    exact, host = make_host(**nova), make_host(**nova, **{"transport.upload": upload})
     arrays = global_arrays(host)
-    work = instruction(1, kernels=kernels, normalised=True, run="rounded")
+    work = instruction(1, kernels=kernels, run="rounded")
     reply = run_assignments(host, work, arrays)
     full = run_assignments(exact, work, arrays)
     assert reply.weights == full.weights

@@ -5,11 +5,8 @@ import time
 
 import pytest
 import torch
-from torch import nn
 
-from fedfmd.client.state import ClientState, ClientStates, discard_old, norm_views, states_of_run
-from fedfmd.conv import CONVS
-from fedfmd.models import make_model
+from fedfmd.client.state import ClientState, ClientStates, discard_old, states_of_run
 
 
 def state(value):
@@ -17,7 +14,7 @@ def state(value):
 
 
 def value_of(state):
-    return state.norm["bn.weight"].item()
+    return state.own["bn.weight"].item()
 
 
 def rounds_on_disk(states, client=3):
@@ -30,14 +27,14 @@ def test_a_state_is_found_again_by_its_client_alone(tmp_path):
         "client-00003/round-00010.safetensors"
     ]
     kept = ClientStates(tmp_path).load(3, before_round=11)
-    assert kept.norm == {"bn.weight": torch.tensor([1.5])}
+    assert kept.own == {"bn.weight": torch.tensor([1.5])}
     assert kept.residual == {"fc.weight": torch.tensor([-1.5])}
     assert ClientStates(tmp_path).load(4, before_round=11) == ClientState()
 
 
 def test_counters_and_scalars_come_back_as_they_were(tmp_path):
-    ClientStates(tmp_path).save(0, 1, ClientState(norm={"bn.num_batches_tracked": torch.tensor(7)}))
-    kept = ClientStates(tmp_path).load(0, before_round=2).norm["bn.num_batches_tracked"]
+    ClientStates(tmp_path).save(0, 1, ClientState(own={"bn.num_batches_tracked": torch.tensor(7)}))
+    kept = ClientStates(tmp_path).load(0, before_round=2).own["bn.num_batches_tracked"]
     assert (kept.dtype, kept.shape, kept.item()) == (torch.int64, (), 7)
 
 
@@ -96,25 +93,3 @@ def test_states_that_nobody_used_for_long_are_discarded(tmp_path):
     discard_old(tmp_path, days=30)
     assert {run.name for run in tmp_path.iterdir()} == {"new", "resumed"}
     discard_old(tmp_path / "nowhere")
-
-
-@pytest.mark.parametrize("norm", ["batch", "group"])
-@pytest.mark.parametrize("conv", CONVS)
-def test_normalisation_layers_are_found_wherever_they_are(conv, norm):
-    """A layer's parts are named as its weight, which all have; only BatchNorm has statistics."""
-    model = make_model("resnet8", conv, 3, kernels=2, width=0.25, norm=norm)
-    views, names = norm_views(model), model.state_dict().keys()
-    layers = {name.removesuffix(".running_var") for name in names if name.endswith(".running_var")}
-    if norm == "group":
-        assert not layers
-        layers = {name.removesuffix(".weight") for name in views if name.endswith(".weight")}
-        assert "bn1" in layers
-        assert any(".attention." in layer for layer in layers) == (conv in ("odconv", "fmdconv"))
-    assert views.keys() == {name for name in names if name.rpartition(".")[0] in layers}
-    views["bn1.weight"].fill_(3.0)
-    assert model.state_dict()["bn1.weight"].eq(3).all()
-
-
-def test_a_model_without_normalisation_has_nothing_to_keep():
-    with pytest.raises(ValueError, match="this model has none"):
-        norm_views(nn.Linear(2, 2))

@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedfmd.protocol.averaging import WeightedMean, effective_steps
+from fedfmd.protocol.averaging import WeightedMean
 
 
 def mean_of(*states_and_weights):
@@ -81,14 +81,3 @@ def test_means_of_means_are_weighted_array_by_array():
 
 def test_nothing_has_no_mean():
     assert mean_of() == {}
-
-
-@pytest.mark.parametrize("steps", [1, 2, 7])
-@pytest.mark.parametrize(("momentum", "nesterov"), [(0.0, False), (0.5, False), (0.9, False), (0.9, True)])
-def test_effective_steps_are_the_way_along_a_constant_gradient(steps, momentum, nesterov):
-    weight = torch.zeros(1, dtype=torch.float64, requires_grad=True)
-    optimiser = torch.optim.SGD([weight], lr=0.1, momentum=momentum, nesterov=nesterov)
-    for _ in range(steps):
-        weight.grad = torch.ones_like(weight)
-        optimiser.step()
-    assert effective_steps(steps, momentum, nesterov) == pytest.approx(-weight.item() / 0.1)

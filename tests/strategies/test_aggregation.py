@@ -3,10 +3,10 @@ import pytest
 from flwr.app import Array, ArrayRecord
 from flwr.serverapp.strategy import FedAvg
 
-from fedfmd.protocol.messages import ARRAYS, ClientResult, Reply, write_reply
-from strategies import STRATEGIES
-from strategies.aggregation import aggregate, lengthen, transplant
-from strategies.registry import KEYS
+from fedfmd.algorithms import ALGORITHMS, Update
+from fedfmd.algorithms.flower import FlowerAlgorithm
+from fedfmd.protocol.messages import ARRAYS, ClientResult
+from strategies.aggregation import aggregate
 
 PARAMETERS = {"w", "fc.bank.0", "fc.bank.1"}
 
@@ -23,22 +23,20 @@ def state(value):
 CURRENT = state(100.0) | {"fc.bank.1": np.array([0.1, 0.2, 0.3], np.float32)}
 
 
-@pytest.fixture
-def reply(reply_of):
-    """Makes a node's reply: `images` of one client say `values`."""
-
-    def make(node, images, values):
-        result = ClientResult(node, images, 1, images, 1.0, 0.5, 0.1)
-        made = Reply(values, (result,), dict.fromkeys(values, images))
-        return reply_of(node, write_reply(made)), made
-
-    return make
+def update(node, images, arrays):
+    """What a client says that began with `CURRENT`."""
+    result = ClientResult(node, images, 1, images, 1.0, 0.5, 0.1)
+    return Update(arrays, dict.fromkeys(arrays, images), (result,), CURRENT, node=node)
 
 
-@pytest.fixture
-def replies(reply):
-    """Two nodes: 30 images say 1, 10 images say 9. The mean is 3."""
-    return [reply(5, 30, state(1.0)), reply(6, 10, state(9.0))]
+@pytest.fixture(autouse=True)
+def identity(make_grid):
+    """Messages need an identity of the process, which a grid gives it."""
+    make_grid([])
+
+
+UPDATES = [update(5, 30, state(1.0)), update(6, 10, state(9.0))]
+"""30 images say 1, 10 images say 9. The mean is 3."""
 
 
 class Float64(FedAvg):
@@ -52,19 +50,38 @@ class Float64(FedAvg):
         return ArrayRecord({n: Array(-np.asarray(a.numpy(), np.float64)) for n, a in record.items()}), metrics
 
 
+class Doubled(FlowerAlgorithm):
+    """Runs `Float64`."""
+
+    def strategy(self):
+        return Float64()
+
+
+class Users(FlowerAlgorithm):
+    """A user's FedAvg: its mean is what Flower's messages make of it."""
+
+    def strategy(self):
+        return FedAvg()
+
+
 @pytest.fixture
-def agree(reply, tiny_settings):
-    """Steps a strategy from `CURRENT` where five clients say the same; the next state."""
+def step(tiny_settings):
+    """Steps an algorithm from `CURRENT`; the next arrays and its state."""
 
-    def step(name, values):
-        inner = STRATEGIES[name].inner(tiny_settings(**{"partition.clients": 5, "fleet.devices": "pi-4"}))
-        replies = [reply(node, 20, values) for node in range(5, 10)]
-        return aggregate(inner, 1, replies, CURRENT, PARAMETERS, STRATEGIES[name].algorithm.separate)
+    def make(kind, updates, current=CURRENT, server_round=1, state=None, parameters=PARAMETERS, **options):
+        algorithm = kind(tiny_settings(**{"partition.clients": 5, "fleet.devices": "pi-4"} | options))
+        return aggregate(algorithm, state or algorithm.init(), server_round, updates, current, parameters)
 
-    return step
+    return make
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.fixture
+def agree(step):
+    """Steps an algorithm from `CURRENT` where five clients say the same; the next arrays."""
+    return lambda name, arrays: step(ALGORITHMS[name], [update(node, 20, arrays) for node in range(5, 10)])[0]
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
 def test_where_nobody_has_learnt_anything_the_state_stays(agree, name):
     stepped = agree(name, dict(CURRENT))
     assert stepped.keys() == CURRENT.keys()
@@ -73,7 +90,7 @@ def test_where_nobody_has_learnt_anything_the_state_stays(agree, name):
         assert (stepped[key].dtype, stepped[key].shape) == (array.dtype, array.shape)
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("name", ALGORITHMS)
 def test_every_strategy_follows_clients_that_agree(agree, name):
     stepped = agree(name, CURRENT | state(90.0))
     assert (stepped["w"] < 100).all()
@@ -83,40 +100,34 @@ def test_every_strategy_follows_clients_that_agree(agree, name):
 
 
 @pytest.mark.parametrize("name", ["fedmedian", "fedtrimmedavg", "krum", "multikrum"])
-def test_one_hostile_client_of_five_does_not_matter(reply, tiny_settings, name):
-    inner = STRATEGIES[name].inner(tiny_settings(**{"partition.clients": 5, "fleet.devices": "pi-4"}))
-    replies = [reply(node, 20, state(3.0)) for node in (5, 6, 7, 8)] + [reply(9, 20, state(-1e6))]
-    stepped = aggregate(inner, 1, replies, state(100.0), PARAMETERS - {"fc.bank.1"}, separate=True)
+def test_one_hostile_client_of_five_does_not_matter(step, name):
+    updates = [update(node, 20, state(3.0)) for node in (5, 6, 7, 8)] + [update(9, 20, state(-1e6))]
+    stepped, _ = step(ALGORITHMS[name], updates, state(100.0), parameters=PARAMETERS - {"fc.bank.1"})
     np.testing.assert_allclose(stepped["w"], 3)
 
 
-def test_server_momentum_carries_on_in_the_next_round(reply, tiny_settings):
-    inner = STRATEGIES["fedavgm"].inner(tiny_settings(**{"server.momentum": 0.5}))
-    first = aggregate(inner, 1, [reply(5, 20, CURRENT | state(96.0))], CURRENT, PARAMETERS)
+def test_server_momentum_carries_on_in_the_next_round(step):
+    half = {"server.momentum": 0.5}
+    first, moving = step(ALGORITHMS["fedavgm"], [update(5, 20, CURRENT | state(96.0))], **half)
     np.testing.assert_allclose(first["w"], 96)
-    again = aggregate(inner, 2, [reply(5, 20, dict(first))], first, PARAMETERS)  # learns nothing, rolls on
+    nothing = [update(5, 20, dict(first))]  # it rolls on
+    again, _ = step(ALGORITHMS["fedavgm"], nothing, first, server_round=2, state=moving, **half)
     np.testing.assert_allclose(again["w"], 94)
     assert np.array_equal(again["fc.bank.1"], CURRENT["fc.bank.1"])
 
 
-def test_a_first_step_of_fedadam_by_hand(reply, tiny_settings):
-    inner = STRATEGIES["fedadam"].inner(tiny_settings(**{"server.lr": 0.1, "server.tau": 1.0}))
-    stepped = aggregate(inner, 1, [reply(5, 20, CURRENT | state(90.0))], CURRENT, PARAMETERS)
-    delta, rate = (
-        -10,
-        0.1 * (1 - 0.99**2) ** 0.5 / (1 - 0.9**2),
-    )  # Flower counts the first round as the second
+def test_a_first_step_of_fedadam_by_hand(step):
+    options = {"server.lr": 0.1, "server.tau": 1.0}
+    stepped, _ = step(ALGORITHMS["fedadam"], [update(5, 20, CURRENT | state(90.0))], **options)
+    # Flower counts the first round as the second
+    delta, rate = -10, 0.1 * (1 - 0.99**2) ** 0.5 / (1 - 0.9**2)
     expected = 100 + rate * 0.1 * delta / ((0.01 * delta**2) ** 0.5 + 1.0)
     np.testing.assert_allclose(stepped["w"], expected, rtol=1e-6)
 
 
-class OwnFedAvg(FedAvg):
-    """A user's: its mean is what Flower's messages make of it."""
-
-
-@pytest.mark.parametrize("kind", [FedAvg, OwnFedAvg])
-def test_the_next_state_is_the_mean_by_images(replies, kind):
-    combined = aggregate(kind(**KEYS), 1, replies, CURRENT, PARAMETERS)
+@pytest.mark.parametrize("kind", [ALGORITHMS["fedavg"], Users])
+def test_the_next_state_is_the_mean_by_images(step, kind):
+    combined, _ = step(kind, UPDATES)
     assert combined.keys() == CURRENT.keys()
     np.testing.assert_allclose(combined["w"], 3)
     np.testing.assert_allclose(combined["fc.bank.0"], -3)
@@ -124,62 +135,43 @@ def test_the_next_state_is_the_mean_by_images(replies, kind):
     assert combined["num_batches_tracked"] == 3
 
 
-def test_lengthening_stretches_the_way_of_parameters_only(replies):
-    ((_, longer), _) = lengthen(replies, CURRENT, PARAMETERS, 0.5)
-    np.testing.assert_allclose(longer.arrays["w"], 100 - 0.5 * 99)
-    np.testing.assert_allclose(longer.arrays["running_var"], 1)
-    assert longer.weights == replies[0][1].weights
-
-
-def test_an_old_update_is_moved_to_the_current_state(replies):
-    old = state(5.0)  # what the client of node 6, which now says 9, began with
-    moved = transplant(replies[1][1], old, CURRENT, PARAMETERS, 0.5)
-    np.testing.assert_allclose(moved.arrays["w"], 100 + 0.5 * 4)
-    np.testing.assert_allclose(moved.arrays["running_var"], (100 + 9) / 2)
-    assert moved.arrays["num_batches_tracked"] == 54
-    assert moved.arrays["num_batches_tracked"].dtype == CURRENT["num_batches_tracked"].dtype
-
-
-def test_types_and_shapes_stay(replies):
-    inner = Float64(**KEYS)
-    combined = aggregate(inner, 1, replies, CURRENT, PARAMETERS)
+def test_types_and_shapes_stay(step):
+    combined, _ = step(Doubled, UPDATES)
     for name, array in state(0).items():
         assert combined[name].dtype == array.dtype, name
         assert combined[name].shape == array.shape, name
 
 
-def test_the_server_optimiser_sees_parameters_only(replies):
-    inner = Float64(**KEYS)
-    combined = aggregate(inner, 1, replies, CURRENT, PARAMETERS)
-    assert inner.names == PARAMETERS
+def test_the_server_optimiser_sees_parameters_only(step):
+    combined, running = step(Doubled, UPDATES)
+    assert running.strategy.names == PARAMETERS
     np.testing.assert_allclose(combined["w"], -3)  # its answer
     np.testing.assert_allclose(combined["running_var"], 3)  # the plain mean
 
 
-def test_one_node_alone_is_taken_over(replies):
-    combined = aggregate(FedAvg(**KEYS), 1, replies[1:], CURRENT, PARAMETERS)
+def test_one_node_alone_is_taken_over(step):
+    combined, _ = step(ALGORITHMS["fedavg"], UPDATES[1:])
     assert all(np.array_equal(combined[name], array) for name, array in state(9.0).items())
 
 
-def test_a_kernel_is_the_mean_of_the_clients_that_trained_it(reply):
+def test_a_kernel_is_the_mean_of_the_clients_that_trained_it(step):
     """Five clients; two of them, with 10 and 30 images, trained kernel 1."""
-    replies = [reply(node, 20, state(3.0)) for node in (5, 6, 7)]
-    replies += [
-        reply(node, images, state(3.0) | {"fc.bank.1": np.full(3, value, np.float32)})
+    updates = [update(node, 20, state(3.0)) for node in (5, 6, 7)]
+    updates += [
+        update(node, images, state(3.0) | {"fc.bank.1": np.full(3, value, np.float32)})
         for node, images, value in ((8, 10, 8.0), (9, 30, 4.0))
     ]
-    combined = aggregate(FedAvg(**KEYS), 1, replies, CURRENT, PARAMETERS)
+    combined, _ = step(ALGORITHMS["fedavg"], updates)
     np.testing.assert_allclose(combined["fc.bank.1"], 5)  # (10 · 8 + 30 · 4) / 40
     np.testing.assert_allclose(combined["fc.bank.0"], -3)
 
 
-def test_a_kernel_that_nobody_trained_keeps_its_value_bit_for_bit(replies):
-    combined = aggregate(Float64(**KEYS), 1, replies, CURRENT, PARAMETERS)
+def test_a_kernel_that_nobody_trained_keeps_its_value_bit_for_bit(step):
+    combined, _ = step(Doubled, UPDATES)
     assert np.array_equal(combined["fc.bank.1"], CURRENT["fc.bank.1"])
     np.testing.assert_allclose(combined["fc.bank.0"], 3)
 
 
-def test_the_server_optimiser_steps_once_from_a_complete_mean(replies):
-    inner = Float64(**KEYS)
-    aggregate(inner, 1, replies, CURRENT, PARAMETERS)
-    assert inner.messages == 1
+def test_the_server_optimiser_steps_once_from_a_complete_mean(step):
+    _, running = step(Doubled, UPDATES)
+    assert running.strategy.messages == 1

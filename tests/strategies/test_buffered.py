@@ -90,7 +90,7 @@ def test_where_nobody_is_left_the_buffer_stays_short():
 def run(make_federation, make_grid, tmp_path):
     def run(name="run", **changes):
         strategy = make_strategy(make_federation(ASYNCHRONOUS | changes), RunFolder(tmp_path / name))
-        strategy.start = pack(strategy.federation.model)
+        strategy.before = pack(strategy.federation.model)
         strategy.run(make_grid())
         return strategy
 
@@ -123,7 +123,7 @@ def test_an_update_counts_less_the_older_it_is(run, monkeypatch):
     strategy = run(**{"server.buffer": 1, "server.staleness": 1.0, "server.rounds": 6})
     growth = sum((f.plan.client.id + 1) / (1 + version - f.version) for version, (f,) in enumerate(steps))
     assert any(version > f.version for version, (f,) in enumerate(steps))
-    state, start = strategy.federation.model.fc.bias, strategy.start["fc.bias"]
+    state, start = strategy.federation.model.fc.bias, strategy.before["fc.bias"]
     np.testing.assert_allclose(state.detach(), start + growth, rtol=1e-5)
 
 

@@ -9,7 +9,7 @@ from flwr.app import ConfigRecord, Error, Message
 import strategies.tracked
 from fedfmd.edge import plan_work
 from fedfmd.errors import RunError, SettingsError
-from fedfmd.protocol.messages import BY_ATTENTION, read_instruction, to_record
+from fedfmd.protocol.messages import BY_ATTENTION, read_instruction
 from fedfmd.protocol.state import pack
 from fedfmd.runs import RunFolder, latest_checkpoint, read_clients, read_rounds
 from fedfmd.training import evaluate
@@ -29,8 +29,8 @@ def workers(count):
 def asked(strategy, server_round, nodes, time_s=0.0):
     """Node id -> the instruction it gets in the round."""
     strategy.nodes = nodes
-    arrays = to_record(pack(strategy.federation.model))
-    messages = strategy.configure_train(server_round, arrays, ConfigRecord({"virtual-s": time_s}), grid=None)
+    strategy.progress = replace(strategy.progress, virtual_s=time_s)
+    messages = strategy.configure_train(server_round, strategy.initial_arrays, ConfigRecord(), grid=None)
     return {message.metadata.dst_node_id: read_instruction(message.content)[0] for message in messages}
 
 
@@ -48,8 +48,8 @@ def status(strategy):
 
 def test_the_clients_of_a_round_follow_from_seed_and_round_alone(make, make_federation, make_grid):
     make_grid([])
-    strategy = make(make_federation({"partition.clients": 20, "server.clients-per-round": 5}))
-    other = make(make_federation({"partition.clients": 20, "server.clients-per-round": 5, "seed": 1}))
+    many = {"partition.clients": 20, "server.clients-per-round": 5, "server.rounds": 8}
+    strategy, other = make(make_federation(many)), make(make_federation(many | {"seed": 1}))
     picked = [clients_of(asked(strategy, server_round, workers(1))) for server_round in range(1, 9)]
     assert all(len(set(clients)) == 5 for clients in picked)
     assert [clients_of(asked(strategy, r, workers(3))) for r in range(1, 9)] == picked
@@ -249,7 +249,7 @@ KERNELS = {"model.conv": "fmdconv", "model.kernels": 3, "budget.policy": "kernel
 
 def test_kernels_rotate_over_rounds_and_clients(make, make_federation, make_grid):
     make_grid([])
-    strategy = make(make_federation(KERNELS))
+    strategy = make(make_federation(KERNELS | {"server.rounds": 3}))
     for server_round in (1, 2, 3):
         (instruction,) = asked(strategy, server_round, workers(1)).values()
         assert [(a.client, a.kernels, a.first_kernel) for a in instruction.assignments] == [
@@ -294,7 +294,8 @@ def test_clients_that_are_away_are_not_picked(make, make_federation, make_grid, 
     make_grid([])
     trace = tmp_path / "trace.csv"
     trace.write_text("client,start_s,end_s\n0,0,10\n1,5,20\n")
-    strategy = make(make_federation({"fleet.trace": str(trace), "server.clients-per-round": 2}))
+    two = {"server.clients-per-round": 2, "server.rounds": 20}
+    strategy = make(make_federation({"fleet.trace": str(trace)} | two))
     assert clients_of(asked(strategy, 1, workers(1), time_s=0.0)) == [0, 2]
     assert clients_of(asked(strategy, 1, workers(1), time_s=12.0)) == [1, 2]
     assert {tuple(clients_of(asked(strategy, r, workers(1), time_s=7.0))) for r in range(1, 20)} == {
@@ -470,12 +471,6 @@ def test_a_finished_run_asks_no_nodes(make, make_federation, make_grid):
     federation = make_federation()
     done = make(federation).run(make_grid())
     assert make(federation).run(grid=None) == done
-
-
-def test_nobody_is_asked_to_evaluate(make, make_federation):
-    strategy = make(make_federation())
-    assert strategy.configure_evaluate(1, None, None, None) == []
-    assert strategy.aggregate_evaluate(1, []) is None
 
 
 def test_an_unknown_strategy_names_the_nearest(make, make_federation):

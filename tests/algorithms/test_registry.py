@@ -1,8 +1,11 @@
+import sys
+from types import SimpleNamespace
+
 import pytest
 from flwr.serverapp.strategy import FedMedian
 
+from fedfmd.algorithms import ALGORITHMS, Algorithm, find_algorithm, make_algorithm
 from fedfmd.errors import SettingsError
-from strategies import STRATEGIES, find_strategy, own_sources
 
 FIVE = {"partition.clients": 5, "fleet.devices": "pi-4"}
 
@@ -11,20 +14,40 @@ class Mine(FedMedian):
     """A user's strategy."""
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+class Toy(Algorithm):
+    """Has no name."""
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
 def test_every_name_is_found(tiny_settings, name):
     prox = {"train.proximal-mu": 0.1} if name == "fedprox" else {}
-    assert find_strategy(tiny_settings(**FIVE, **prox, **{"server.strategy": name})) is STRATEGIES[name]
+    settings = tiny_settings(**FIVE, **prox, **{"server.strategy": name})
+    assert type(find_algorithm(settings)) is ALGORITHMS[name]
+    assert find_algorithm(settings).settings == settings
+
+
+def test_all_algorithms_have_been_there_before_and_no_other():
+    assert sorted(ALGORITHMS) == [
+        *(
+            "fedadagrad",
+            "fedadam",
+            "fedavg",
+            "fedavgm",
+            "fedbn",
+            "fedbuff",
+            "fedmedian",
+            "fednova",
+            "fedprox",
+        ),
+        *("fedtrimmedavg", "fedyogi", "krum", "multikrum"),
+    ]
 
 
 def test_a_class_of_ones_own_gets_every_update_in_a_message(tiny_settings, monkeypatch):
-    monkeypatch.setitem(
-        __import__("sys").modules, "mine", __import__("types").SimpleNamespace(Mine=Mine, x=1)
-    )
-    settings = tiny_settings(**{"server.strategy": "mine:Mine"})
-    entry = find_strategy(settings)
-    assert isinstance(entry.inner(settings), Mine)
-    assert entry.algorithm.separate
+    monkeypatch.setitem(sys.modules, "mine", SimpleNamespace(Mine=Mine))
+    algorithm = find_algorithm(tiny_settings(**{"server.strategy": "mine:Mine"}))
+    assert isinstance(algorithm.strategy(), Mine)
+    assert algorithm.separate
 
 
 def test_the_file_of_a_class_of_ones_own_is_known(tiny_settings, tmp_path, monkeypatch):
@@ -32,8 +55,9 @@ def test_the_file_of_a_class_of_ones_own_is_known(tiny_settings, tmp_path, monke
         "from flwr.serverapp.strategy import FedAvg\nclass Mine(FedAvg): pass\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    assert own_sources(tiny_settings(**{"server.strategy": "users:Mine"})) == (tmp_path / "users.py",)
-    assert own_sources(tiny_settings()) == ()
+    own = make_algorithm(tiny_settings(**{"server.strategy": "users:Mine"}))
+    assert own.sources == (tmp_path / "users.py",)
+    assert make_algorithm(tiny_settings()).sources == ()
 
 
 @pytest.mark.parametrize(
@@ -60,4 +84,4 @@ def test_the_file_of_a_class_of_ones_own_is_known(tiny_settings, tmp_path, monke
 )
 def test_what_cannot_be_used_is_named(tiny_settings, changes, message):
     with pytest.raises(SettingsError, match=message):
-        find_strategy(tiny_settings(**FIVE, **changes))
+        find_algorithm(tiny_settings(**FIVE, **changes))

@@ -1,0 +1,54 @@
+"""The algorithms that ``server.strategy`` names, each in a file: their clients' half and their server's."""
+
+from __future__ import annotations
+
+from fedfmd.algorithms import fedavg, fedbn, fedbuff, fednova, fedprox, optimisers, robust  # noqa: F401
+from fedfmd.algorithms.algorithm import ALGORITHMS, Algorithm, LocalTraining, Update
+from fedfmd.algorithms.flower import OwnStrategy
+from fedfmd.errors import SettingsError, not_one_of
+from fedfmd.settings import ServerSettings, Settings
+
+__all__ = ["ALGORITHMS", "Algorithm", "LocalTraining", "Update", "find_algorithm", "make_algorithm"]
+
+
+def make_algorithm(settings: Settings) -> Algorithm:
+    """Return the algorithm that ``server.strategy`` names: one of `ALGORITHMS`, or a user's ``module:Class``.
+
+    Raises:
+        SettingsError: unknown name.
+    """
+    name = settings.server.strategy
+    if ":" in name:
+        return OwnStrategy(settings)
+    if name not in ALGORITHMS:
+        raise SettingsError(
+            f"server.strategy = {name!r}: {not_one_of(name, ALGORITHMS)}, or module:Class of your own"
+        )
+    return ALGORITHMS[name](settings)
+
+
+def find_algorithm(settings: Settings) -> Algorithm:
+    """Return the algorithm that ``server.strategy`` names, once it is clear that the settings suit it.
+
+    Raises:
+        SettingsError: unknown name, no such class, or an option that the algorithm does not read.
+    """
+    algorithm = make_algorithm(settings)
+    _check_options(algorithm)
+    algorithm.check()
+    return algorithm
+
+
+def _check_options(algorithm: Algorithm) -> None:
+    server, defaults = algorithm.settings.server, ServerSettings()
+    readers = {
+        option: [name for name, other in ALGORITHMS.items() if option in other.options]
+        for kind in ALGORITHMS.values()
+        for option in kind.options
+    }
+    for option in readers:
+        if option not in algorithm.options and getattr(server, option) != getattr(defaults, option):
+            raise SettingsError(
+                f"server.{option.replace('_', '-')} = {getattr(server, option)} has no effect with "
+                f"server.strategy = {server.strategy}: it belongs to {', '.join(readers[option])}"
+            )

@@ -1,0 +1,167 @@
+"""Flower's strategies, and those of users that derive from them, as the server's half of an algorithm.
+
+Which clients train, and what they do, fedfmd's plans say. Of a strategy's hooks, `configure_train` is called to tell it
+the parameters that a step starts from, with no node to ask, and `aggregate_train` to make the step. The server itself
+evaluates the model, so that the hooks of evaluation have nothing to do.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import logging
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from flwr.app import Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg
+
+from fedfmd.algorithms.algorithm import Algorithm, Update, mean
+from fedfmd.algorithms.tree import Leaves, flatten, unflatten
+from fedfmd.errors import RunError, SettingsError
+from fedfmd.flower_compat import kept_between_rounds, start_step
+from fedfmd.protocol.messages import METRICS, from_record, to_record
+from fedfmd.protocol.state import Arrays
+
+logger = logging.getLogger("fedfmd")
+
+
+@dataclass(frozen=True)
+class Running:
+    """A strategy at work, and what its attributes were when it was made."""
+
+    strategy: FedAvg
+    made: dict[str, Leaves]
+
+
+class FlowerAlgorithm(Algorithm):
+    """An algorithm whose step is that of a Flower strategy."""
+
+    def strategy(self) -> FedAvg:
+        """Make the strategy."""
+        raise NotImplementedError
+
+    def init(self) -> Running:
+        """Return the strategy as it is when made."""
+        strategy = self.strategy()
+        return Running(strategy, deepcopy(_attributes(strategy)))
+
+    def step(
+        self, state: Running, server_round: int, current: Arrays, updates: Sequence[Update]
+    ) -> tuple[Arrays, Running]:
+        """Let the strategy aggregate all updates, or their mean; what was not trained has its current values.
+
+        If it returns no arrays, the current ones stay.
+        """
+        if not self.separate:
+            results = tuple(result for update in updates for result in update.results)
+            updates = [replace(updates[0], arrays=mean(updates), results=results)]
+        start_step(state.strategy, server_round, to_record(current), cast("Grid", _NoNodes()))
+        replies = [_reply(state.strategy, update, current) for update in updates]
+        record, _ = state.strategy.aggregate_train(server_round, replies)
+        return current if record is None else from_record(record), state
+
+    def dump(self, state: Running) -> Leaves:
+        """Return the attributes that have changed since the strategy was made."""
+        attributes = _attributes(state.strategy)
+        changed = {k: v for k, v in attributes.items() if not _same(v, state.made.get(k))}
+        return {path: leaf for leaves in changed.values() for path, leaf in leaves.items()}
+
+    def restore(self, leaves: Leaves) -> Running:
+        """Return a strategy that has these attributes again."""
+        state = self.init()
+        vars(state.strategy).update(unflatten(leaves))
+        return state
+
+
+class OwnStrategy(FlowerAlgorithm):
+    """A user's ``module:Class``, which derives from Flower's `FedAvg` and gets every client's update on its own.
+
+    Clients, who train as FedAvg's do, need not have it.
+    """
+
+    separate = True
+
+    def check(self) -> None:
+        """Raise a SettingsError unless there is such a class."""
+        _ = self._kind
+
+    @property
+    def sources(self) -> tuple[Path, ...]:
+        """The file that the class is in."""
+        file = inspect.getsourcefile(self._kind)
+        return (Path(file),) if file else ()
+
+    def strategy(self) -> FedAvg:
+        """Make the user's strategy."""
+        return self._kind()
+
+    @cached_property
+    def _kind(self) -> type[FedAvg]:
+        name = self.settings.server.strategy
+        module, _, attribute = name.partition(":")
+        try:
+            kind = getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise SettingsError(
+                f"server.strategy = {name!r} can't be imported ({error}): put its folder on PYTHONPATH"
+            ) from None
+        if not (inspect.isclass(kind) and issubclass(kind, FedAvg)):
+            raise SettingsError(
+                f"server.strategy = {name!r} must be a class that derives from Flower's FedAvg"
+            )
+        return kind
+
+
+class _NoNodes:
+    """Stands for the grid, of which a strategy is to ask nothing."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise RunError(
+            f"the strategy's configure_train uses the grid ({name}), and fedfmd's plans pick the clients: let it call "
+            "that of Flower's FedAvg, which picks none here"
+        )
+
+
+def _reply(strategy: FedAvg, update: Update, current: Arrays) -> Message:
+    """The update as a node's reply, under the names that the strategy looks for."""
+    content = RecordDict(
+        {
+            strategy.arrayrecord_key: to_record(current | update.arrays),
+            METRICS: MetricRecord({strategy.weighted_by_key: update.images}),
+        }
+    )
+    return Message(content, reply_to=Message(RecordDict(), update.node, MessageType.TRAIN))
+
+
+def _attributes(strategy: FedAvg) -> dict[str, Leaves]:
+    """The leaves of each attribute that a checkpoint can keep."""
+    attributes = {}
+    for name, value in kept_between_rounds(strategy).items():
+        if callable(value):
+            continue
+        try:
+            attributes[name] = flatten(value, name)
+        except TypeError as error:
+            _warn(type(strategy).__name__, name, str(error))
+    return attributes
+
+
+@lru_cache
+def _warn(kind: str, attribute: str, what: str) -> None:
+    """Say it once."""
+    logger.warning("%s.%s is no part of the checkpoints, which can't keep %s", kind, attribute, what)
+
+
+def _same(leaves: Leaves, others: Leaves | None) -> bool:
+    return (
+        others is not None
+        and leaves.keys() == others.keys()
+        and all(np.array_equal(leaf, others[path]) for path, leaf in leaves.items())
+    )
