@@ -32,7 +32,7 @@ from fedfmd.client.host import Host
 from fedfmd.client.round import run_assignments
 from fedfmd.cost import Cost, count, latency
 from fedfmd.data import Dataset, ImageSet
-from fedfmd.edge import DEVICES, Device, Factors, Scope, Speed, device_row, read_devices
+from fedfmd.edge import DEVICES, Device, Factors, Figure, Scope, Speed, device_row, read_devices
 from fedfmd.errors import RunError, SettingsError
 from fedfmd.memory import keep_freed
 from fedfmd.protocol.messages import Assignment, Instruction
@@ -216,7 +216,7 @@ def make_device(
     relative = {
         scope: [m.factors for m in measured if m.scope == scope] for scope in (m.scope for m in measured)
     }
-    estimate: tuple[str, ...] = ()
+    estimate: tuple[Figure, ...] = ()
     if power_w is None:
         like = min(DEVICES.values(), key=lambda device: abs(log(device.train_gflops / train_gflops)))
         power_w, estimate = like.power_w, ("power_w",)

@@ -45,7 +45,16 @@ def squeeze_norm(norm: str, channels: int) -> nn.Module:
     return SqueezeBatchNorm(channels) if norm == "batch" else nn.GroupNorm(1, channels)
 
 
-class SharedAttention(nn.Module):
+class Branch(nn.Module):
+    """From the B × C averages, some of a layer's attentions by name."""
+
+    @property
+    def last_layers(self) -> tuple[nn.Module, ...]:
+        """The layers that give the logits."""
+        raise NotImplementedError
+
+
+class SharedAttention(Branch):
     """ODConv's squeeze: one hidden vector z = ReLU(norm(Linear(GAP(x)))) from which every head is computed.
 
     `heads` maps the name of an attention to its size. Kernel attention is softmax(head(z)/τ); the others are
@@ -81,7 +90,7 @@ class SharedAttention(nn.Module):
         }
 
 
-class KernelAttention(nn.Module):
+class KernelAttention(Branch):
     """DyConv's squeeze: π = softmax(Linear(ReLU(Linear(GAP(x)))) / τ).
 
     hidden = ⌊C · reduction⌋ + 1, or K when C = 3 (the published rule). With one kernel π is 1 and nothing is
@@ -106,7 +115,7 @@ class KernelAttention(nn.Module):
         return {"kernel": F.softmax(self.head(F.relu(self.squeeze(pooled))) / temperature, dim=1)}
 
 
-class Routing(nn.Module):
+class Routing(Branch):
     """CondConv's routing: r = sigmoid(Linear(GAP(x))), an independent weight per kernel; no temperature."""
 
     def __init__(self, channels: int, kernels: int) -> None:
@@ -154,5 +163,6 @@ def init_attention(attention: Attention, start: str) -> None:
                 nn.init.zeros_(layer.bias)
     if start == "neutral":
         for branch in attention.values():
+            assert isinstance(branch, Branch)
             for layer in branch.last_layers:
-                nn.init.zeros_(layer.weight)
+                nn.init.zeros_(layer.get_parameter("weight"))

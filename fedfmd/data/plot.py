@@ -46,7 +46,7 @@ def _bars(figure: Figure, counts: np.ndarray, names: Sequence[str]) -> None:
     left, centre = right - counts, np.broadcast_to(np.arange(clients)[:, None], counts.shape)
     corners = [(left, centre - 0.4), (right, centre - 0.4), (right, centre + 0.4), (left, centre + 0.4)]
     # one collection, because thousands of single bars take matplotlib tens of seconds
-    bars = PolyCollection(np.array(corners).transpose(2, 3, 0, 1).reshape(-1, 4, 2), cmap=colours)
+    bars = PolyCollection(list(np.array(corners).transpose(2, 3, 0, 1).reshape(-1, 4, 2)), cmap=colours)
     bars.set_array(np.tile(np.arange(classes), clients))
     bars.set_clim(-0.5, classes - 0.5)
     axes.add_collection(bars)

@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import torch
 
-from fedfmd.data.augmentation import AUGMENTATIONS, Augmentation
+from fedfmd.data.augmentation import AUGMENTATIONS, Augmentation, read_augmentation
 from fedfmd.data.images import Dataset, ImageSet, channel_statistics, fit, load_image_set
 from fedfmd.errors import not_one_of
 
@@ -39,7 +39,7 @@ def load_dataset(
     test: Path | None = None,
     download: bool = False,
     image_size: int | None = None,
-    augment: Augmentation | Literal["auto"] = AUTO,
+    augment: str = AUTO,
 ) -> Dataset:
     """Load a dataset of the registry `DATASETS` into memory.
 
@@ -60,7 +60,7 @@ def load_dataset(
     if augment not in AUGMENT_CHOICES:
         raise ValueError(f"data.augment = {augment!r}: {not_one_of(augment, AUGMENT_CHOICES)}")
     dataset = DATASETS[name](Source(dir, train, test, download, image_size))
-    return dataset if augment == AUTO else replace(dataset, augment=augment)
+    return dataset if augment == AUTO else replace(dataset, augment=read_augmentation(augment))
 
 
 def _digits(source: Source) -> Dataset:
@@ -119,7 +119,7 @@ def _cifar(name: str, source: Source) -> Dataset:
     return _dataset(name, train, test, parts[0].classes, augment="crop+flip")
 
 
-def _cifar_fault(kind: type, folder: Path) -> str:
+def _cifar_fault(kind: Any, folder: Path) -> str:
     """What is wrong with the files and how to mend it, or nothing; torchvision reports all faults alike."""
     from torchvision.datasets.utils import check_integrity
 
@@ -141,13 +141,17 @@ def _cifar_fault(kind: type, folder: Path) -> str:
 
 def _npz(source: Source) -> Dataset:
     """Two npz files (see `load_image_set`); the training set's labels tell how many classes there are."""
-    for setting, path in (("data.train", source.train), ("data.test", source.test)):
-        if path is None:
-            raise ValueError(f"{setting} is not set: data.dataset = 'npz' needs data.train and data.test")
-    train = _load("data.train", source.train, source.image_size, None)
+    train_path, test_path = _given("data.train", source.train), _given("data.test", source.test)
+    train = _load("data.train", train_path, source.image_size, None)
     names = [str(label) for label in range(int(train.labels.max()) + 1)]
-    test = _load("data.test", source.test, source.image_size, names)
+    test = _load("data.test", test_path, source.image_size, names)
     return _dataset("npz", train, test, names, augment="crop+flip")
+
+
+def _given(setting: str, path: Path | None) -> Path:
+    if path is None:
+        raise ValueError(f"{setting} is not set: data.dataset = 'npz' needs data.train and data.test")
+    return path
 
 
 def _imagefolder(source: Source) -> Dataset:

@@ -91,7 +91,7 @@ def run_experiment(
             assemble(task.settings, engine)
     if experiment.selection:
         experiment.selection.write(tasks[0].folder.parent)
-    if trials:
+    if trials and experiment.selection:
         _run_tasks(trials, [], experiment.selection, engine, workers, console)
         tasks = _chosen(tasks, trials, experiment.selection)
     _run_tasks(tasks, trials, experiment.selection, engine, workers, console)

@@ -11,8 +11,9 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from io import BytesIO
+from operator import index
 from pickle import PickleBuffer
-from typing import Any, SupportsIndex
+from typing import Any, SupportsIndex, TypeVar
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
@@ -134,6 +135,9 @@ class Reply:
         return sum(result.images for result in self.results if result.ok)
 
 
+Row = TypeVar("Row", Assignment, ClientResult)
+
+
 def to_record(arrays: Mapping[str, np.ndarray]) -> ArrayRecord:
     """Wrap arrays for Flower, keeping 0-dim shapes and dtypes."""
     return ArrayRecord({name: _flower_array(np.asarray(array, order="C")) for name, array in arrays.items()})
@@ -153,9 +157,9 @@ class _Content(bytes):
     Who receives it so has a memoryview in its place.
     """
 
-    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
         """How it is pickled; before protocol 5 as other bytes are."""
-        return _unpickled, (PickleBuffer(self) if protocol >= 5 else bytes(self),)
+        return _unpickled, (PickleBuffer(self) if index(protocol) >= 5 else bytes(self),)
 
 
 def _unpickled(content: Any) -> bytes | memoryview:
@@ -179,8 +183,7 @@ def _numbers(array: Array) -> np.ndarray:
     shape, in_columns, dtype = read_array_header_1_0(header)
     if dtype.hasobject:
         raise ValueError("it has an array of Python objects")
-    order = "F" if in_columns else "C"
-    return np.ndarray(shape, dtype, array.data, header.tell(), order=order)
+    return np.ndarray(shape, dtype, array.data, header.tell(), order="F" if in_columns else "C")
 
 
 def write_question(images: ImageFormat) -> RecordDict:
@@ -190,7 +193,8 @@ def write_question(images: ImageFormat) -> RecordDict:
 
 def read_question(content: RecordDict) -> tuple[str, ImageFormat]:
     """The server's version of fedfmd, and what a box's images must be like."""
-    return content[CONFIG][VERSION], ImageFormat.from_lists(content[IMAGES])
+    records = content.config_records
+    return str(records[CONFIG][VERSION]), ImageFormat.from_lists(records[IMAGES])
 
 
 def write_instruction(instruction: Instruction, arrays: ArrayRecord) -> RecordDict:
@@ -219,8 +223,8 @@ def write_reply(reply: Reply) -> RecordDict:
     return RecordDict(
         {
             ARRAYS: to_record(reply.arrays),
-            WEIGHTS: MetricRecord(reply.weights),
-            SCALES: MetricRecord(reply.scales),
+            WEIGHTS: MetricRecord({**reply.weights}),
+            SCALES: MetricRecord({**reply.scales}),
             METRICS: MetricRecord({WEIGHT: reply.weight, **columns}),
             CONFIG: reasons,
         }
@@ -229,9 +233,11 @@ def write_reply(reply: Reply) -> RecordDict:
 
 def read_reply(content: RecordDict) -> Reply:
     """Unpack a node's answer."""
-    columns = dict(content[METRICS]) | dict(content[CONFIG])
-    results = tuple(_rows(columns, ClientResult))
-    return Reply(from_record(content[ARRAYS]), results, dict(content[WEIGHTS]), dict(content[SCALES]))
+    metrics = content.metric_records
+    results = tuple(_rows({**metrics[METRICS], **content.config_records[CONFIG]}, ClientResult))
+    weights: dict[str, Any] = dict(metrics[WEIGHTS])
+    scales: dict[str, Any] = dict(metrics[SCALES])
+    return Reply(from_record(content.array_records[ARRAYS]), results, weights, scales)
 
 
 def _format_record(images: ImageFormat) -> ConfigRecord:
@@ -239,11 +245,11 @@ def _format_record(images: ImageFormat) -> ConfigRecord:
     return ConfigRecord({k: list(v) if isinstance(v, tuple) else v for k, v in vars(images).items()})
 
 
-def _columns(rows: Sequence[object], cls: type) -> dict[str, list]:
+def _columns(rows: Sequence[Row], cls: type[Row]) -> dict[str, Any]:
     """One list per field, since records hold flat lists only."""
     return {field.name: [getattr(row, field.name) for row in rows] for field in fields(cls)}
 
 
-def _rows(columns: Mapping[str, list], cls: type) -> list:
+def _rows(columns: Mapping[str, Any], cls: type[Row]) -> list[Row]:
     names = [field.name for field in fields(cls)]
     return [cls(*values) for values in zip(*(columns[name] for name in names), strict=True)]
