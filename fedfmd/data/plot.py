@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fedfmd.errors import need
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -19,6 +21,7 @@ def plot_partition(label_counts: np.ndarray, class_names: Sequence[str], title: 
 
     Up to 60 clients are stacked bars, coloured by class; more are a heat map under the clients' sizes.
     """
+    need("the picture of a partition", "matplotlib")
     from matplotlib.figure import Figure
 
     clients, classes = label_counts.shape

@@ -12,7 +12,7 @@ import torch
 
 from fedfmd.data.augmentation import AUGMENTATIONS, Augmentation, read_augmentation
 from fedfmd.data.images import Dataset, ImageSet, channel_statistics, fit, load_image_set
-from fedfmd.errors import not_one_of
+from fedfmd.errors import need, not_one_of
 
 AUTO = "auto"
 AUGMENT_CHOICES = (AUTO, *AUGMENTATIONS)
@@ -70,6 +70,7 @@ def _digits(source: Source) -> Dataset:
     between smooth and blocky: who learns from it also knows digits that were enlarged in another way. A mirrored
     digit is another sign: they are only shifted.
     """
+    need("data.dataset = 'digits'", "sklearn")
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
