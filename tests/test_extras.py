@@ -28,7 +28,7 @@ def test_an_edge_device_serves_classifies_and_trains_without_extras(tmp_path):
     """`fedfmd calibrate` trains by the client's own code."""
     network = [
         "--conv",
-        "fmdconv",
+        "static",
         "--batch-size",
         "2",
         "--image-size",
