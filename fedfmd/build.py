@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import torch
 from torch import nn
@@ -193,7 +194,7 @@ def device_in_run(settings: Settings, device: Device) -> Device:
     if fleet.efficiency == "none":
         device = replace(device, efficiency={})
     set_for_all = {"availability": fleet.availability, "jitter": fleet.jitter}
-    changes = {name: value for name, value in set_for_all.items() if value}
+    changes: dict[str, Any] = {name: value for name, value in set_for_all.items() if value}
     return replace(device.running(model.arch, model.conv, model.kernels), **changes)
 
 

@@ -7,6 +7,7 @@ the second what a step needs whatever its batch, above all the optimiser on the 
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,7 +25,6 @@ import numpy as np
 import psutil
 import torch
 import yaml
-from scipy.optimize import lsq_linear
 from torch import nn
 
 from fedfmd.build import torch_device
@@ -32,7 +32,7 @@ from fedfmd.client.host import Host
 from fedfmd.client.round import run_assignments
 from fedfmd.cost import Cost, count, latency
 from fedfmd.data import Dataset, ImageSet
-from fedfmd.edge import DEVICES, Device, Factors, Scope, Speed, device_row, read_devices
+from fedfmd.edge import DEVICES, Device, Factors, Figure, Scope, Speed, device_row, read_devices
 from fedfmd.errors import RunError, SettingsError
 from fedfmd.memory import keep_freed
 from fedfmd.protocol.messages import Assignment, Instruction
@@ -181,10 +181,21 @@ def fit_speed(rounds: Sequence[Round], cost: Cost, infer_gflops: float) -> Speed
     seconds = np.array([r.seconds for r in rounds])
     gflops = cost.train_flops / 1e9
     terms = np.array([(1, r.steps, r.steps * r.batch_size * gflops) for r in rounds])
-    lowest = (0, 0, 1 / FASTEST_GFLOPS)
-    fit = lsq_linear(terms / seconds[:, None], np.ones(len(rounds)), (lowest, np.inf), method="bvls")
-    round_s, step_s, s_per_gflop = fit.x.tolist()
+    lowest = np.array([0, 0, 1 / FASTEST_GFLOPS])
+    fit = _least_squares(terms / seconds[:, None], np.ones(len(rounds)), lowest)
+    round_s, step_s, s_per_gflop = fit.tolist()
     return Speed(1 / s_per_gflop, infer_gflops, step_s, round_s)
+
+
+def _least_squares(a: np.ndarray, b: np.ndarray, lowest: np.ndarray) -> np.ndarray:
+    """Return the x ≥ `lowest` with the least ‖ax − b‖, for a few unknowns: each is tried free and at its bound."""
+    found = []
+    for choice in itertools.product((True, False), repeat=len(lowest)):
+        free, x = np.array(choice), lowest.copy()
+        x[free] = np.linalg.lstsq(a[:, free], b - a[:, ~free] @ lowest[~free])[0]
+        if (x >= lowest).all():
+            found.append(x)
+    return min(found, key=lambda x: float(np.linalg.norm(a @ x - b)))
 
 
 def make_device(
@@ -216,7 +227,7 @@ def make_device(
     relative = {
         scope: [m.factors for m in measured if m.scope == scope] for scope in (m.scope for m in measured)
     }
-    estimate: tuple[str, ...] = ()
+    estimate: tuple[Figure, ...] = ()
     if power_w is None:
         like = min(DEVICES.values(), key=lambda device: abs(log(device.train_gflops / train_gflops)))
         power_w, estimate = like.power_w, ("power_w",)

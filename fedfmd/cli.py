@@ -11,7 +11,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from fedfmd.errors import FedfmdError, SettingsError
+from fedfmd.errors import FedfmdError, SettingsError, need
 
 cli = typer.Typer(
     help="Federated learning of dynamic-convolution ResNets on simulated and real edge fleets.",
@@ -137,7 +137,10 @@ def report(
     """Compare runs over seeds: report.html with all plots, tables in report.md and report.csv, curves.png."""
     from rich.console import Console, Group
 
+    from fedfmd.report import LIBRARIES
     from fedfmd.report.selection import Selection
+
+    need("a report", *LIBRARIES)
     from fedfmd.report.sheets import flat_row, make_sheets, terminal_table
     from fedfmd.report.tables import show
     from fedfmd.report.writing import write_report
@@ -329,6 +332,7 @@ def cam(
     ] = None,
 ) -> None:
     """Draw where a trained model looks (Grad-CAM++), with each of its attentions alone and with all."""
+    need("a picture", "matplotlib")
     from fedfmd.serving.cam import write_cam
 
     for source in (checkpoint, *map(Path, images)):

@@ -4,6 +4,17 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from importlib.util import find_spec
+
+EXTRAS = {
+    "matplotlib": "report",
+    "scipy": "report",
+    "flwr_datasets": "server",
+    "sklearn": "server",
+    "onnx": "export",
+    "onnxscript": "export",
+}
+"""The extra of fedfmd that installs a library which edge devices do without, by the name of its module."""
 
 
 class FedfmdError(Exception):
@@ -16,6 +27,18 @@ class SettingsError(FedfmdError, ValueError):
 
 class RunError(FedfmdError, RuntimeError):
     """A run that can't go on; its finished rounds are kept."""
+
+
+def need(purpose: str, *modules: str) -> None:
+    """Refuse what needs libraries that aren't installed.
+
+    Raises:
+        SettingsError: names them and the extra that brings them.
+    """
+    if missing := [name for name in modules if find_spec(name) is None]:
+        raise SettingsError(
+            f"{purpose} needs {' and '.join(missing)}: pip install 'fedfmd[{EXTRAS[missing[0]]}]'"
+        )
 
 
 def not_one_of(name: object, names: Iterable[str]) -> str:

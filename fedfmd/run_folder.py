@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from fedfmd.errors import SettingsError
 from fedfmd.runs import RoundRow, RunFolder, code_digest, environment, read_environment, round_line
@@ -139,7 +139,7 @@ def _logging_to(folder: RunFolder) -> Iterator[None]:
         logger.setLevel(level)
 
 
-class _ConsoleHandler(logging.StreamHandler):
+class _ConsoleHandler(logging.StreamHandler[TextIO]):
     """Lines for a person, and one that programs can read (``flwr log``) after each round."""
 
     def format(self, record: logging.LogRecord) -> str:

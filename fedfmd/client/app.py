@@ -51,7 +51,7 @@ def query(message: Message, context: Context) -> Message:
             hosted["images"] = len(host_of(context, images).images_of(node.client))
     except Exception as error:  # the server decides what a refusing node means for the run
         hosted["error"] = f"{error}"
-    return Message(RecordDict({CONFIG: ConfigRecord(hosted)}), reply_to=message)
+    return Message(RecordDict({CONFIG: ConfigRecord({**hosted})}), reply_to=message)
 
 
 @app.train()

@@ -19,7 +19,15 @@ from fedfmd.data import Dataset, ImageFormat, ImageSet
 from fedfmd.memory import keep_freed
 from fedfmd.settings import Settings
 
-_thread = threading.local()
+
+class _Thread(threading.local):
+    """What each thread has of its own."""
+
+    host: Host | None = None
+    model: nn.Module
+
+
+_thread = _Thread()
 _loading = threading.Lock()
 
 
@@ -35,7 +43,7 @@ class Host:
     @property
     def model(self) -> nn.Module:
         """The calling thread's model, for all clients that it trains: nodes of one process are threads."""
-        if getattr(_thread, "host", None) is not self:
+        if _thread.host is not self:
             _thread.host = self
             _thread.model = build_model(self.settings, self.dataset.classes).to(self.device)
         return _thread.model
@@ -67,6 +75,7 @@ def _load_host(
     else:
         if settings.threads:
             torch.set_num_threads(settings.threads)
+        assert images is not None  # the server tells every edge device what its images must be like
         dataset = own_dataset(data, images, settings.data.image_size)
         images_of = lambda _client: dataset.train  # noqa: E731
     return Host(settings, dataset, images_of, device)

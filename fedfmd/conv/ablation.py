@@ -66,13 +66,13 @@ def _fix(
     """A forward hook: the means (1 × size) in place of the values (B × size) that are not kept."""
     return AttentionValues(
         *(
-            value if value is None or name in kept else fixed.expand_as(value)
+            value if value is None or fixed is None or name in kept else fixed.expand_as(value)
             for name, value, fixed in zip(AttentionValues._fields, values, mean, strict=True)
         )
     )
 
 
-def _mean(entries: list[AttentionValues]) -> AttentionValues:
+def _mean(entries: Collection[AttentionValues]) -> AttentionValues:
     """The mean over all samples, 1 × size each."""
     return AttentionValues(
         *(

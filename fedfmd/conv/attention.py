@@ -204,4 +204,4 @@ def init_attention(attention: Attention, start: str) -> None:
     if start == "neutral":
         for branch in attention.branches:
             for layer in branch.last_layers:
-                nn.init.zeros_(layer.weight)
+                nn.init.zeros_(layer.get_parameter("weight"))

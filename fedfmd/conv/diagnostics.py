@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -19,7 +19,7 @@ from fedfmd.conv.layers import dynamic_layers
 class AttentionRecord:
     """The attention values of a model's dynamic layers, by layer name, one entry per forward pass."""
 
-    values: dict[str, Sequence[AttentionValues]] = field(default_factory=dict)
+    values: dict[str, deque[AttentionValues]] = field(default_factory=dict)
 
     def kernel_entropy(self) -> float:
         """The mean over layers and samples of H(π) / ln K: 1 if the mixture is inert, 0 if one kernel wins.
@@ -78,7 +78,8 @@ def record_attention(model: nn.Module, last: int | None = None) -> Iterator[Atte
 
 def _entropy(share: Tensor) -> Tensor:
     """H / ln K of each sample's shares."""
-    return torch.special.entr(share).sum(1) / math.log(share.shape[1])
+    terms: Tensor = torch.special.entr(share)
+    return terms.sum(1) / math.log(share.shape[1])
 
 
 def _mean(per_layer: list[Tensor]) -> float:

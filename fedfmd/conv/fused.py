@@ -6,7 +6,7 @@ For the backward pass it keeps what a static convolution keeps, the input, and a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,7 +96,7 @@ class Direct:
         return dx, dspatial
 
     def _kernels(self, mixture: Mixture, samples: slice, dtype: torch.dtype) -> Tensor:
-        return mixture.kernels(samples).unflatten(2, self.kernel[1:]).to(dtype)
+        return torch.unflatten(mixture.kernels(samples), 2, self.kernel[1:]).to(dtype)
 
     @staticmethod
     def _attend(kernels: Tensor, spatial: Tensor | None) -> Tensor:
@@ -121,7 +121,7 @@ class Unfolded:
         for rows in self._tiles():
             kernels = self._by_group(mixture.kernels(samples, rows).to(x.dtype))
             torch.bmm(kernels, columns, out=self._by_group(y[:, rows]))
-        return y.unflatten(2, self.geometry.output_size(x.shape[2:], self.kernel[2:]))
+        return torch.unflatten(y, 2, self.geometry.output_size(x.shape[2:], self.kernel[2:]))
 
     def backward(
         self, x: Tensor, grad: Tensor, mixture: MixtureGradient, samples: slice, spatial: Tensor | None
@@ -140,7 +140,7 @@ class Unfolded:
             mixture.add(kernels, samples, rows)
         dspatial = None
         if spatial is not None:
-            dspatial = (dcolumns * raw).unflatten(1, (-1, *spatial.shape[1:])).sum((1, 4))
+            dspatial = torch.unflatten(dcolumns * raw, 1, (-1, *spatial.shape[1:])).sum((1, 4))
         dcolumns = self._attend(dcolumns, spatial)
         return self.geometry.fold(dcolumns, x.shape[2:], self.kernel[2:]), dspatial
 
@@ -154,14 +154,14 @@ class Unfolded:
 
     def _by_group(self, t: Tensor) -> Tensor:
         """From samples × (groups · n) × m to (samples · groups) × n × m."""
-        return t.unflatten(1, (self.geometry.groups, -1)).flatten(0, 1)
+        return torch.unflatten(t, 1, (self.geometry.groups, -1)).flatten(0, 1)
 
     @staticmethod
     def _attend(columns: Tensor, spatial: Tensor | None) -> Tensor:
         if spatial is None:
             return columns
         taps = spatial.flatten(1)
-        return (columns.unflatten(1, (-1, taps.shape[1])) * taps[:, None, :, None]).flatten(1, 2)
+        return (torch.unflatten(columns, 1, (-1, taps.shape[1])) * taps[:, None, :, None]).flatten(1, 2)
 
 
 Way = Direct | Unfolded
@@ -203,7 +203,7 @@ class MixedConv(torch.autograd.Function):
 def plain_gradients(grad: Tensor, operands: Operands, way: Way) -> list[Tensor | None]:
     """The gradients of the operands, differentiable once more."""
     # Views make new nodes of the operands: the gradient of x must not run on through what else was made of x.
-    own = Operands(*(None if t is None else t.view_as(t) for t in operands))
+    own = Operands._make(None if t is None else t.view_as(t) for t in operands)
     wanted = [t for t in own if t is not None and t.requires_grad]
     y = mix_plainly(folded, own, way.geometry)
     found = dict(zip(map(id, wanted), torch.autograd.grad(y, wanted, grad, create_graph=True), strict=True))
@@ -220,14 +220,14 @@ def fused_gradients(grad: Tensor, operands: Operands, way: Way) -> Operands:
     )
     for samples in blocks(x, way):
         block, dy = operands.block(samples), grad[samples]
-        if bias is not None:
+        if dbias is not None:
             dbias[samples] = dy.sum((2, 3))
-        if scale_out is not None:
+        if block.scale_out is not None:
             dy = dy * per_channel(block.scale_out)
         part, dspatial_part = way.backward(block.scaled_input(), dy, mixture, samples, block.spatial)
-        if spatial is not None:
+        if dspatial is not None and dspatial_part is not None:
             dspatial[samples] = dspatial_part
-        if scale_in is None:
+        if dscale_in is None or block.scale_in is None:
             dx[samples] = part
         else:
             dscale_in[samples] = (part * block.x).sum((2, 3))
@@ -246,7 +246,11 @@ def blocks(x: Tensor, way: Way) -> Iterator[slice]:
     return (slice(start, min(start + size, len(x))) for start in range(0, len(x), size))
 
 
-@torch.compiler.disable  # compiling would unroll the loop over the blocks
-def mix_in_blocks(way: Way, operands: Operands) -> Tensor:
+def _mix_in_blocks(way: Way, operands: Operands) -> Tensor:
     """`MixedConv`; compiled models call it as it is."""
-    return MixedConv.apply(*operands, way)
+    y: Tensor = MixedConv.apply(*operands, way)
+    return y
+
+
+mix_in_blocks: Callable[[Way, Operands], Tensor] = torch.compiler.disable(_mix_in_blocks)
+"""Not compiled, since that would unroll the loop over the blocks."""

@@ -6,6 +6,7 @@ All ways give the same numbers. One is forced by its name, or chosen from layer 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -17,7 +18,7 @@ from fedfmd.conv.plain import Geometry, Operands, folded, inputs, mix_plainly, o
 
 AUTO = "auto"
 PLAIN = {"folded": folded, "outputs": outputs, "inputs": inputs}
-FUSED = {"unfold": Unfolded, "per_sample": Direct}
+FUSED: dict[str, type[Direct] | type[Unfolded]] = {"unfold": Unfolded, "per_sample": Direct}
 MIXINGS = (*PLAIN, *FUSED)
 
 
@@ -34,7 +35,7 @@ def convolve(
     Where x has a lower precision than the bank, kernels are mixed in that of the bank and then rounded.
     """
     pi, scale_out = attention.kernel, attention.output
-    spatial = None if attention.spatial is None else attention.spatial.unflatten(1, bank.shape[3:])
+    spatial = None if attention.spatial is None else torch.unflatten(attention.spatial, 1, bank.shape[3:])
     if pi is None:
         pi = bank.new_full((x.shape[0], len(bank)), 1 / len(bank))
     bias = None
@@ -54,7 +55,7 @@ def convolve(
     return mix_plainly(PLAIN[mixing], operands, geometry)
 
 
-def unmixed(x: Tensor, bank: Tensor, _pi: Tensor, _spatial: None, geometry: Geometry) -> Tensor:
+def unmixed(x: Tensor, bank: Tensor, _pi: Tensor, _spatial: Tensor | None, geometry: Geometry) -> Tensor:
     """One convolution with the mean kernel, the same for all samples: no mixture, or a single kernel."""
     return geometry.conv(x, (bank[0] if len(bank) == 1 else bank.mean(0)).to(x.dtype))
 
@@ -68,7 +69,8 @@ def choose_mixing(x: Tensor, bank: Tensor, geometry: Geometry) -> str:
     """
     if torch.compiler.is_exporting() or torch.jit.is_tracing():
         return "outputs"  # leaves the batch size free
-    rule = _rule.__wrapped__ if torch.compiler.is_compiling() else _rule  # compilers see through the cache
+    # compilers see through the cache
+    rule: Callable[..., str] = _rule.__wrapped__ if torch.compiler.is_compiling() else _rule
     return rule(x.device.type, tuple(x.shape), tuple(bank.shape[1:]), geometry)
 
 

@@ -27,17 +27,18 @@ class Geometry:
 
     def conv(self, x: Tensor, weight: Tensor, samples: int = 1) -> Tensor:
         """`F.conv2d`; x may hold several samples in its channels, each with its own kernel."""
-        return F.conv2d(x, weight, None, *self.movement, self.groups * samples)
+        return F.conv2d(x, weight, None, self.stride, self.padding, self.dilation, self.groups * samples)
 
     def conv_backward(
         self, x: Tensor, weight: Tensor, grad: Tensor, samples: int = 1
     ) -> tuple[Tensor, Tensor]:
         """The gradients of x and weight in `conv`, in one call: faster than `torch.nn.grad`'s two."""
         stride, padding, dilation = self.movement
-        return torch.ops.aten.convolution_backward(
+        dx, dweight, _ = torch.ops.aten.convolution_backward(
             *(grad, x, weight, None, stride, padding, dilation),
             *(False, (0, 0), self.groups * samples, (True, True, False)),
-        )[:2]
+        )
+        return dx, dweight
 
     def output_size(self, image: tuple[int, ...], kernel: tuple[int, ...]) -> tuple[int, int]:
         """Height and width of the output."""
@@ -63,13 +64,13 @@ def per_channel(values: Tensor) -> Tensor:
 
 def mix(pi: Tensor, bank: Tensor) -> Tensor:
     """Σ_k π_bk W_k: the B kernels of the samples, B × O × C/groups × kh × kw."""
-    return (pi @ bank.flatten(1)).unflatten(1, bank.shape[1:])
+    return torch.unflatten(pi @ bank.flatten(1), 1, bank.shape[1:])
 
 
 def fold_batch(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """Convolve sample b with weight[b]: one grouped convolution over the batch, folded into the channels."""
     y = geometry.conv(x.flatten(0, 1)[None], weight.flatten(0, 1), samples=x.shape[0])
-    return y.unflatten(1, weight.shape[:2])[0]
+    return torch.unflatten(y, 1, weight.shape[:2])[0]
 
 
 class Operands(NamedTuple):
@@ -89,7 +90,7 @@ class Operands(NamedTuple):
 
     def block(self, samples: slice) -> Operands:
         """The same for some of the samples."""
-        return Operands(*(t if t is None or t is self.bank else t[samples] for t in self))
+        return Operands._make(t if t is None or t is self.bank else t[samples] for t in self)
 
     def scaled_input(self) -> Tensor:
         """scale_in ⊙ x."""
@@ -128,7 +129,7 @@ def outputs(x: Tensor, bank: Tensor, pi: Tensor, spatial: Tensor | None, geometr
     if spatial is not None:
         x, bank, geometry = pointwise(x, bank, spatial, geometry)
     y = geometry.conv(x, grouped(bank, geometry.groups).flatten(0, 2).to(x.dtype))
-    y = y.unflatten(1, (geometry.groups, bank.shape[0], -1))
+    y = torch.unflatten(y, 1, (geometry.groups, bank.shape[0], -1))
     return torch.einsum("bgkohw,bk->bgohw", y, pi.to(x.dtype)).flatten(1, 2)
 
 
@@ -136,14 +137,14 @@ def inputs(x: Tensor, bank: Tensor, pi: Tensor, spatial: Tensor | None, geometry
     """One convolution over K copies of the input, scaled by π."""
     if spatial is not None:
         x, bank, geometry = pointwise(x, bank, spatial, geometry)
-    x = x.unflatten(1, (geometry.groups, 1, -1)) * pi[:, None, :, None, None, None].to(x.dtype)
+    x = torch.unflatten(x, 1, (geometry.groups, 1, -1)) * pi[:, None, :, None, None, None].to(x.dtype)
     weight = grouped(bank, geometry.groups).transpose(1, 2).flatten(2, 3).flatten(0, 1)
     return geometry.conv(x.flatten(1, 3), weight.to(x.dtype))
 
 
 def grouped(bank: Tensor, groups: int) -> Tensor:
     """The bank as groups × K × O/groups × C/groups × kh × kw."""
-    return bank.unflatten(1, (groups, -1)).transpose(0, 1)
+    return torch.unflatten(bank, 1, (groups, -1)).transpose(0, 1)
 
 
 def pointwise(
@@ -151,8 +152,7 @@ def pointwise(
 ) -> tuple[Tensor, Tensor, Geometry]:
     """The same convolution with 1 × 1 kernels, over unfolded columns scaled by the spatial attention."""
     kernel = bank.shape[3:]
-    columns = geometry.unfold(x, kernel).unflatten(1, (x.shape[1], -1)) * spatial.flatten(1)[
-        :, None, :, None
-    ].to(x.dtype)
-    columns = columns.flatten(1, 2).unflatten(2, geometry.output_size(x.shape[2:], kernel))
+    taps = spatial.flatten(1)[:, None, :, None].to(x.dtype)
+    columns = torch.unflatten(geometry.unfold(x, kernel), 1, (x.shape[1], -1)) * taps
+    columns = torch.unflatten(columns.flatten(1, 2), 2, geometry.output_size(x.shape[2:], kernel))
     return columns, bank.flatten(2)[..., None, None], Geometry((1, 1), (0, 0), (1, 1), geometry.groups)

@@ -45,5 +45,5 @@ class TemperatureSchedule:
         if self.shape == "cosine":
             progress = (1 - math.cos(math.pi * progress)) / 2
         if self.shape == "geometric":
-            return self.initial * (self.final / self.initial) ** progress
+            return self.initial * math.pow(self.final / self.initial, progress)
         return self.initial + (self.final - self.initial) * progress

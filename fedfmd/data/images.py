@@ -68,7 +68,9 @@ class ImageFormat:
         Raises:
             ValueError: an augmentation that is not known.
         """
-        tuples = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        tuples: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+        }
         return cls(**tuples | {"augment": read_augmentation(values["augment"])})
 
 
@@ -108,7 +110,7 @@ class Dataset:
         for part in filter(None, (self.train, self.test, self.validation)):
             for tensor in (part.images, part.labels):
                 digest.update(repr(tuple(tensor.shape)).encode())
-                digest.update(tensor.contiguous().numpy())
+                digest.update(tensor.contiguous().numpy().data)
         return digest.hexdigest()
 
 

@@ -18,6 +18,7 @@ from fedfmd.data.files import read_npz, replacing
 from fedfmd.data.images import Dataset
 from fedfmd.data.plot import plot_partition
 from fedfmd.data.schemes import PARTITIONS, Split
+from fedfmd.errors import need
 
 if TYPE_CHECKING:
     import datasets
@@ -166,6 +167,7 @@ def _write(path: Path, partition: Partition, label_counts: np.ndarray) -> None:
 
 def _make(labels: np.ndarray, split: Split) -> Partition:
     """Draw until every image has a client and every client `min_images`; give up after `DRAWS`."""
+    need(f"partition.scheme = '{split.scheme}'", "flwr_datasets")
     import datasets
 
     rng = np.random.default_rng(split.seed)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fedfmd.errors import need
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -19,6 +21,7 @@ def plot_partition(label_counts: np.ndarray, class_names: Sequence[str], title: 
 
     Up to 60 clients are stacked bars, coloured by class; more are a heat map under the clients' sizes.
     """
+    need("the picture of a partition", "matplotlib")
     from matplotlib.figure import Figure
 
     clients, classes = label_counts.shape
@@ -46,7 +49,7 @@ def _bars(figure: Figure, counts: np.ndarray, names: Sequence[str]) -> None:
     left, centre = right - counts, np.broadcast_to(np.arange(clients)[:, None], counts.shape)
     corners = [(left, centre - 0.4), (right, centre - 0.4), (right, centre + 0.4), (left, centre + 0.4)]
     # one collection, because thousands of single bars take matplotlib tens of seconds
-    bars = PolyCollection(np.array(corners).transpose(2, 3, 0, 1).reshape(-1, 4, 2), cmap=colours)
+    bars = PolyCollection(list(np.array(corners).transpose(2, 3, 0, 1).reshape(-1, 4, 2)), cmap=colours)
     bars.set_array(np.tile(np.arange(classes), clients))
     bars.set_clim(-0.5, classes - 0.5)
     axes.add_collection(bars)

@@ -6,14 +6,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedfmd.data.augmentation import AUGMENTATIONS, Augmentation
+from fedfmd.data.augmentation import AUGMENTATIONS, Augmentation, read_augmentation
 from fedfmd.data.images import Dataset, ImageSet, channel_statistics, class_folders, fit, load_image_set
-from fedfmd.errors import not_one_of
+from fedfmd.errors import need, not_one_of
 
 AUTO = "auto"
 AUGMENT_CHOICES = (AUTO, *AUGMENTATIONS)
@@ -42,7 +42,7 @@ def load_dataset(
     test: Path | None = None,
     download: bool = False,
     image_size: int | None = None,
-    augment: Augmentation | Literal["auto"] = AUTO,
+    augment: str = AUTO,
     classes: int | None = None,
 ) -> Dataset:
     """Load a dataset of the registry `DATASETS` into memory.
@@ -67,7 +67,7 @@ def load_dataset(
     if classes is not None and name != "npz":
         raise ValueError(f"data.classes = {classes} is for data.dataset = 'npz' alone; leave it out")
     dataset = DATASETS[name](Source(dir, train, test, download, image_size, classes))
-    return dataset if augment == AUTO else replace(dataset, augment=augment)
+    return dataset if augment == AUTO else replace(dataset, augment=read_augmentation(augment))
 
 
 def _digits(source: Source) -> Dataset:
@@ -77,6 +77,7 @@ def _digits(source: Source) -> Dataset:
     between smooth and blocky: who learns from it also knows digits that were enlarged in another way. A mirrored
     digit is another sign: they are only shifted.
     """
+    need("data.dataset = 'digits'", "sklearn")
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -126,7 +127,7 @@ def _cifar(name: str, source: Source) -> Dataset:
     return _dataset(name, train, test, parts[0].classes, augment="crop+flip")
 
 
-def _cifar_fault(kind: type, folder: Path) -> str:
+def _cifar_fault(kind: Any, folder: Path) -> str:
     """What is wrong with the files and how to mend it, or nothing; torchvision reports all faults alike."""
     from torchvision.datasets.utils import check_integrity
 
@@ -148,13 +149,17 @@ def _cifar_fault(kind: type, folder: Path) -> str:
 
 def _npz(source: Source) -> Dataset:
     """Two npz files (see `load_image_set`); unless it is told, the training labels tell how many classes there are."""
-    for setting, path in (("data.train", source.train), ("data.test", source.test)):
-        if path is None:
-            raise ValueError(f"{setting} is not set: data.dataset = 'npz' needs data.train and data.test")
-    train = _load("data.train", source.train, source.image_size, None)
+    train_path, test_path = _given("data.train", source.train), _given("data.test", source.test)
+    train = _load("data.train", train_path, source.image_size, None)
     names = [str(label) for label in range(_classes(train.labels, source))]
-    test = _load("data.test", source.test, source.image_size, names)
+    test = _load("data.test", test_path, source.image_size, names)
     return _dataset("npz", train, test, names, augment="crop+flip")
+
+
+def _given(setting: str, path: Path | None) -> Path:
+    if path is None:
+        raise ValueError(f"{setting} is not set: data.dataset = 'npz' needs data.train and data.test")
+    return path
 
 
 def _classes(labels: Tensor, source: Source) -> int:

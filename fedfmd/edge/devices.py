@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -217,8 +218,8 @@ class Link:
 def _quantile(quantiles: tuple[float, float, float], u: float) -> float:
     minimum, median, maximum = quantiles
     if u < 0.5:
-        return minimum * (median / minimum) ** (2 * u)
-    return median * (maximum / median) ** (2 * u - 1)
+        return minimum * math.pow(median / minimum, 2 * u)
+    return median * math.pow(maximum / median, 2 * u - 1)
 
 
 Row = TypeVar("Row", Device, Link)

@@ -37,4 +37,4 @@ def _rate(server: str, *direction: str) -> float:
         raise RunError(f"--server {server}: iperf3 gave no result: {error}") from error
     if "error" in told:
         raise RunError(f"--server {server}: {told['error']}; run `iperf3 --server` there")
-    return told["end"]["sum_received"]["bits_per_second"] / 1e6
+    return float(told["end"]["sum_received"]["bits_per_second"]) / 1e6

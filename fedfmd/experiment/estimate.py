@@ -93,7 +93,7 @@ def estimate_experiment(experiment: Experiment, out: Path | None, engine: Engine
     trials = len(experiment.trials)
     tasks = place_cells(replace(experiment, cells=(*experiment.trials, *_to_follow(experiment))), out)
     layout = lay_out(len(tasks), engine, workers)
-    speeds: dict[tuple, Speed] = {}
+    speeds: dict[tuple[Any, ...], Speed] = {}
     estimates: dict[Task, CellEstimate] = {}
     for task in by_data(tasks):
         assembled = assemble(task.settings, engine)
@@ -109,12 +109,13 @@ def estimate_experiment(experiment: Experiment, out: Path | None, engine: Engine
 
 def _to_follow(experiment: Experiment) -> tuple[Cell, ...]:
     """The cells after the trials: for each variant and seed that of the first value, as the chosen one isn't known."""
-    if not experiment.trials:
+    if not experiment.selection or not experiment.trials:
         return experiment.cells
-    firsts: dict[tuple, Cell] = {}
+    over = experiment.selection.over
+    firsts: dict[tuple[Any, ...], Cell] = {}
     for cell in experiment.cells:
         flat = cell.settings.flat().items()
-        variant = tuple((key, value) for key, value in flat if key not in experiment.selection.over)
+        variant = tuple((key, value) for key, value in flat if key not in over)
         firsts.setdefault(variant, cell)
     return tuple(firsts.values())
 
@@ -122,12 +123,14 @@ def _to_follow(experiment: Experiment) -> tuple[Cell, ...]:
 def estimate_cell(task: Task, assembled: Federation | Training, speed: Speed, layout: Layout) -> CellEstimate:
     """What a cell costs; if it is federated, with all clients there and planned for devices of nominal speed."""
     cost = assembled.cost
+    images: float
+    flops: float
     if isinstance(assembled, Training):
-        images = len(assembled.dataset.train)
-        flops, nodes = images * cost.train_flops, 1
+        images, nodes = len(assembled.dataset.train), 1
+        flops = len(assembled.dataset.train) * cost.train_flops
     else:
         images, flops, nodes = _federated_round(assembled, layout)
-    evaluated = len(assembled.dataset.test) + len(assembled.dataset.validation or ())
+    evaluated: float = len(assembled.dataset.test) + len(assembled.dataset.validation or ())
     if task.settings.kind == "federated":
         evaluated /= task.settings.server.evaluate_every
     round_s = images * speed.train_s / nodes + evaluated * speed.test_s
@@ -218,6 +221,6 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
-def _what_sets_the_speed(settings: Settings) -> tuple:
+def _what_sets_the_speed(settings: Settings) -> tuple[Any, ...]:
     train = settings.train
     return settings.model, settings.data, train.batch_size, train.precision, settings.device, settings.threads

@@ -60,7 +60,7 @@ def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
         )
     fixed = parse_overrides(overrides)
     kind = {"kind": content["kind"]} if "kind" in content else {}
-    base = flatten(kind | _mapping(path, content, "base"))
+    base = flatten({**kind, **_mapping(path, content, "base")})
     matrices = _matrices(path, content)
     cells = tuple(cell for matrix in matrices for cell in _expand(base, matrix, fixed))
     if "select" not in content:

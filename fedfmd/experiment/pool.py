@@ -12,7 +12,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from logging.handlers import QueueHandler
 from multiprocessing.connection import Connection, wait
@@ -39,13 +39,15 @@ class Ended:
 Event = Started | logging.LogRecord | Ended
 
 
-def run_jobs(work: Callable[[Job], None], jobs: Iterable[Job], processes: int) -> Iterator[tuple[Job, Event]]:
+def run_jobs(
+    work: Callable[[Job], None], jobs: Iterable[Job], processes: int
+) -> Generator[tuple[Job, Event], None, None]:
     """Do all jobs, `processes` at a time, and tell what happens: start, records of ``fedfmd`` loggers, end.
 
     `work` is a function of a module. A job that raises, or whose process dies, does not stop the others. Close
     the iterator to end all processes at once; they also end when this process does, in whatever way.
     """
-    waiting, idle, busy = deque(jobs), list[_Worker](), dict[Connection, tuple[_Worker, Job]]()
+    waiting, idle, busy = deque(jobs), list[_Worker](), dict[object, tuple[_Worker, Job]]()
     try:
         while waiting or busy:
             while waiting and len(busy) < processes:
@@ -53,7 +55,7 @@ def run_jobs(work: Callable[[Job], None], jobs: Iterable[Job], processes: int) -
                 worker.connection.send(job)
                 busy[worker.connection] = worker, job
                 yield job, Started()
-            for connection in wait(list(busy)):
+            for connection in wait([worker.connection for worker, _ in busy.values()]):
                 worker, job = busy[connection]
                 event = worker.receive()
                 if isinstance(event, Ended):
@@ -82,10 +84,11 @@ class _Worker:
 
     def receive(self) -> logging.LogRecord | Ended:
         try:
-            return self.connection.recv()
+            event: logging.LogRecord | Ended = self.connection.recv()
+            return event
         except (EOFError, ConnectionResetError):
             self.process.join()
-            return Ended(_cause_of_death(self.process.exitcode))
+            return Ended(_cause_of_death(self.process.exitcode or 0))
 
     def end(self) -> None:
         """Kill the process: what it has written stays whole, as after any crash."""
@@ -103,7 +106,7 @@ def _cause_of_death(exit_code: int) -> str:
 def _serve(work: Callable[[Job], None], connection: Connection) -> None:
     """Do the jobs that come through the connection until the parent is gone."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    logger.addHandler(_Sender(connection))
+    logger.addHandler(QueueHandler(_Outlet(connection)))
     logger.setLevel(logging.DEBUG)
     while True:
         connection.send(attempt(work, connection.recv()))
@@ -128,8 +131,8 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-class _Sender(QueueHandler):
-    """Sends records, formatted and without their arguments, through a connection."""
+class _Outlet:
+    """A connection as the queue into which a `QueueHandler` puts records, formatted, without their arguments."""
 
-    def enqueue(self, record: logging.LogRecord) -> None:
-        self.queue.send(record)
+    def __init__(self, connection: Connection) -> None:
+        self.put_nowait, self.get = connection.send, connection.recv

@@ -19,11 +19,12 @@ from rich.console import Console
 
 from fedfmd.build import Federation
 from fedfmd.engines.centralised import Training, prepare_centralised, run_centralised
-from fedfmd.errors import RunError, SettingsError, one_line
+from fedfmd.errors import RunError, SettingsError, need, one_line
 from fedfmd.experiment.display import CellDisplay, ExperimentDisplay
 from fedfmd.experiment.files import Cell, Experiment
 from fedfmd.experiment.pool import Ended, Started, attempt, run_jobs
 from fedfmd.memory import trim
+from fedfmd.report import LIBRARIES
 from fedfmd.report.comparison import read_comparison
 from fedfmd.report.selection import Selection
 from fedfmd.report.wording import WORDINGS
@@ -91,7 +92,7 @@ def run_experiment(
             assemble(task.settings, engine)
     if experiment.selection:
         experiment.selection.write(tasks[0].folder.parent)
-    if trials:
+    if trials and experiment.selection:
         _run_tasks(trials, [], experiment.selection, engine, workers, console)
         tasks = _chosen(tasks, trials, experiment.selection)
     _run_tasks(tasks, trials, experiment.selection, engine, workers, console)
@@ -285,20 +286,22 @@ def _shown(task: Task, display: ExperimentDisplay) -> Iterator[CellDisplay]:
 
 def _write_page(folder: Path, anew: bool = True) -> None:
     """Write the page of a run, or leave the one that is there; a run is not lost because that fails."""
-    from fedfmd.report.writing import PAGE, write_page
+    try:
+        need("it", *LIBRARIES)
+        from fedfmd.report.writing import PAGE, write_page
 
-    if anew or not (folder / PAGE).exists():
-        try:
+        if anew or not (folder / PAGE).exists():
             write_page(folder)
-        except Exception as error:
-            logger.warning("no report in %s: %s", folder, one_line(error))
+    except Exception as error:
+        logger.warning("no report in %s: %s", folder, one_line(error))
 
 
 def _compare(folders: Sequence[Path], out: Path, selection: Selection | None) -> str:
     """Compare several runs; says where, or why there is no comparison."""
-    from fedfmd.report.writing import write_report
-
     try:
+        need("it", *LIBRARIES)
+        from fedfmd.report.writing import write_report
+
         write_report(folders, out, selection=selection)
     except Exception as error:
         return f"no report in {out}: {one_line(error)}"

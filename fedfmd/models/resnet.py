@@ -145,7 +145,7 @@ def _residual_block(
     shortcut = None
     if stride != 1 or in_channels != out_channels:
         shortcut = nn.Sequential(conv1x1(in_channels, out_channels, stride), norm(out_channels))
-    module = block(in_channels, planes, stride, shortcut, norm_layer=norm)
+    module: nn.Module = block(in_channels, planes, stride, shortcut, norm_layer=norm)
     for name, plain in list(module.named_children()):
         if isinstance(plain, nn.Conv2d):
             made = conv(

@@ -10,6 +10,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
@@ -119,6 +120,9 @@ class Reply:
         return sum(result.images for result in self.results if result.ok)
 
 
+Row = TypeVar("Row", Assignment, ClientResult)
+
+
 def to_record(arrays: Mapping[str, np.ndarray]) -> ArrayRecord:
     """Wrap arrays for Flower, keeping 0-dim shapes and dtypes."""
     return ArrayRecord({name: to_array(np.asarray(array, order="C")) for name, array in arrays.items()})
@@ -140,7 +144,8 @@ def write_question(images: ImageFormat) -> RecordDict:
 
 def read_question(content: RecordDict) -> tuple[str, ImageFormat]:
     """The server's version of fedfmd, and what a box's images must be like."""
-    return content[CONFIG][VERSION], ImageFormat.from_lists(content[IMAGES])
+    records = content.config_records
+    return str(records[CONFIG][VERSION]), ImageFormat.from_lists(records[IMAGES])
 
 
 def write_instruction(instruction: Instruction, arrays: ArrayRecord) -> RecordDict:
@@ -169,8 +174,8 @@ def write_reply(reply: Reply) -> RecordDict:
     return RecordDict(
         {
             ARRAYS: to_record(reply.arrays),
-            WEIGHTS: MetricRecord(reply.weights),
-            SCALES: MetricRecord(reply.scales),
+            WEIGHTS: MetricRecord({**reply.weights}),
+            SCALES: MetricRecord({**reply.scales}),
             METRICS: MetricRecord({WEIGHT: reply.weight, **columns}),
             CONFIG: reasons,
         }
@@ -179,9 +184,11 @@ def write_reply(reply: Reply) -> RecordDict:
 
 def read_reply(content: RecordDict) -> Reply:
     """Unpack a node's answer."""
-    columns = dict(content[METRICS]) | dict(content[CONFIG])
-    results = tuple(_rows(columns, ClientResult))
-    return Reply(from_record(content[ARRAYS]), results, dict(content[WEIGHTS]), dict(content[SCALES]))
+    metrics = content.metric_records
+    results = tuple(_rows({**metrics[METRICS], **content.config_records[CONFIG]}, ClientResult))
+    weights: dict[str, Any] = dict(metrics[WEIGHTS])
+    scales: dict[str, Any] = dict(metrics[SCALES])
+    return Reply(from_record(content.array_records[ARRAYS]), results, weights, scales)
 
 
 def _format_record(images: ImageFormat) -> ConfigRecord:
@@ -189,11 +196,11 @@ def _format_record(images: ImageFormat) -> ConfigRecord:
     return ConfigRecord({k: list(v) if isinstance(v, tuple) else v for k, v in vars(images).items()})
 
 
-def _columns(rows: Sequence[object], cls: type) -> dict[str, list]:
+def _columns(rows: Sequence[Row], cls: type[Row]) -> dict[str, Any]:
     """One list per field, since records hold flat lists only."""
     return {field.name: [getattr(row, field.name) for row in rows] for field in fields(cls)}
 
 
-def _rows(columns: Mapping[str, list], cls: type) -> list:
+def _rows(columns: Mapping[str, Any], cls: type[Row]) -> list[Row]:
     names = [field.name for field in fields(cls)]
     return [cls(*values) for values in zip(*(columns[name] for name in names), strict=True)]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fedfmd.build import build_dataset, build_model
 from fedfmd.conv import CONVS
@@ -18,7 +18,7 @@ from fedfmd.report.packed import MANIFEST, read_packed
 from fedfmd.report.record import Run
 from fedfmd.report.selection import Choice, Selection, choose, stored_selection
 from fedfmd.report.wording import WORDINGS
-from fedfmd.runs import read_clients, read_environment, read_epochs, read_rounds
+from fedfmd.runs import EpochRow, RoundRow, read_clients, read_environment, read_epochs, read_rounds
 from fedfmd.settings import DataSettings, Settings, read_yaml
 
 TASK = ("data.", "partition.")
@@ -26,6 +26,8 @@ TASK = ("data.", "partition.")
 
 CIFAR = {"cifar10": (10, 32), "cifar100": (100, 32)}
 """Classes and pixels of the data sets whose images a report needn't have."""
+
+Row = TypeVar("Row")
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,7 @@ def _read_all(folders: Iterable[Path]) -> list[Run]:
 def _read(folder: Path) -> Run:
     """The run of a folder, with or without rounds."""
     settings = Settings.from_mapping(read_yaml(folder / "settings.yaml"))
+    rounds: list[RoundRow] | list[EpochRow]
     if settings.kind == "federated":
         rounds = _rows(read_rounds, folder / "rounds.csv")
     else:
@@ -120,7 +123,7 @@ def _read(folder: Path) -> Run:
     )
 
 
-def _rows(read: Callable[[Path], list], path: Path) -> list:
+def _rows(read: Callable[[Path], list[Row]], path: Path) -> list[Row]:
     try:
         return read(path) if path.exists() else []
     except ValueError as error:

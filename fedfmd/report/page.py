@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
 
+import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
@@ -217,15 +218,15 @@ def _titled(text: str, facet: Facet) -> str:
 
 def _splits(runs: Sequence[Run]) -> Iterator[Picture]:
     """A split per task, that of the first run which has one."""
-    shown: dict[str, Run] = {}
+    shown: dict[str, tuple[Run, np.ndarray]] = {}
     for run in runs:
         if run.label_counts is not None:
-            shown.setdefault(run.task, run)
-    for run in shown.values():
+            shown.setdefault(run.task, (run, run.label_counts))
+    for run, counts in shown.values():
         scheme = run.settings.partition.scheme
         parts = ("" if scheme in run.task else scheme, run.task, f"seed {run.seed}")
         title = ", ".join(filter(None, parts))
-        yield Picture(f"Images per client and class: {title}", plots.plot_split(run.label_counts))
+        yield Picture(f"Images per client and class: {title}", plots.plot_split(counts))
 
 
 def _timelines(groups: Iterable[Group]) -> Iterator[Picture]:

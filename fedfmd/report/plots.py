@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -35,7 +36,7 @@ FEW = 5  # seeds of which each has its own line, if there are no more groups tha
 LEGEND_COLUMNS = 3
 MANY = 40  # clients of which not each has its name
 
-STYLE = {
+STYLE: dict[Any, Any] = {  # matplotlib types the keys, and not the same way in all versions
     "font.family": "sans-serif",
     "font.size": 9,
     "axes.spines.top": False,
@@ -98,7 +99,8 @@ def _series(named: Sequence[tuple[str, Group]]) -> tuple[Series, ...]:
 def _shaded(colour: str, amount: float) -> str:
     """Nearer to black (to -1) or to white (to 1)."""
     goal = float(amount > 0)
-    return to_hex([channel + (goal - channel) * abs(amount) for channel in to_rgb(colour)])
+    red, green, blue = (channel + (goal - channel) * abs(amount) for channel in to_rgb(colour))
+    return to_hex((red, green, blue))
 
 
 def plot_curves(facets: Sequence[Facet]) -> Figure:
@@ -217,8 +219,8 @@ def plot_clients(series: Sequence[Series]) -> Figure:
         )
         box["boxes"][0].set(facecolor=one.colour, alpha=0.6)
         box["medians"][0].set(color="black")
-        worst = one.group.worst_clients
-        axes.plot(worst.mean, place, "v", color=ALARM, markersize=7, markeredgecolor="white", zorder=3)
+        if worst := one.group.worst_clients:
+            axes.plot(worst.mean, place, "v", color=ALARM, markersize=7, markeredgecolor="white", zorder=3)
     _names(axes, series)
     axes.set_xlabel("accuracy on the client's own images (%)", loc="right")
     axes.set_xlim(-2, 102)
@@ -311,12 +313,14 @@ def _draw_mean(
     thin: bool,
 ) -> None:
     """Values that are missing have no points; seeds are compared on the rounds that all of them have."""
-    seeds = [[row for row in run.rounds if value(row) is not None] for run in one.group.runs]
+    seeds = [
+        [(row, known) for row in run.rounds if (known := value(row)) is not None] for run in one.group.runs
+    ]
     x, y = (
         np.array([seed[: min(map(len, seeds))] for seed in table])
         for table in (
-            [[getattr(row, column) for row in seed] for seed in seeds],
-            [[scale * value(row) for row in seed] for seed in seeds],
+            [[getattr(row, column) for row, _ in seed] for seed in seeds],
+            [[scale * known for _, known in seed] for seed in seeds],
         )
     )
     if not y.size:
@@ -341,5 +345,5 @@ def _draw_mean(
     )
 
 
-def _line(one: Series) -> str | tuple[int, tuple[int, ...]]:
+def _line(one: Series) -> Literal["solid"] | tuple[float, Sequence[float]]:
     return (0, one.dash) if one.dash else "solid"

@@ -36,7 +36,7 @@ class Run:
 
     folder: Path
     settings: Settings
-    rounds: tuple[RoundRow, ...] | tuple[EpochRow, ...]
+    rounds: tuple[RoundRow | EpochRow, ...]
     clients: tuple[ClientRow, ...] = ()
     label_counts: np.ndarray | None = None
     environment: dict[str, Any] = field(default_factory=dict)

@@ -23,7 +23,8 @@ CONFIDENCE = 0.95
 PERCENT, MILLI, KILO, MEGA, GIGA = 1e-2, 1e-3, 1e3, 1e6, 1e9
 TRAFFIC = ("up_bytes", "down_bytes")
 
-Rows = Sequence[RoundRow] | Sequence[EpochRow]
+Rows = Sequence[RoundRow | EpochRow]
+Pairing = tuple[tuple[str, object], ...]
 
 
 @dataclass(frozen=True)
@@ -178,8 +179,10 @@ def summarise(runs: Sequence[Run], target: float | None = None, choice: Choice |
 def estimate(values: Iterable[float | None]) -> Estimate | None:
     """Mean and standard deviation of the values that exist; None if there are none."""
     known = [value for value in values if value is not None]
-    if not known:
-        return None
+    return _estimate(known) if known else None
+
+
+def _estimate(known: Sequence[float]) -> Estimate:
     if not all(map(math.isfinite, known)):
         return Estimate(fmean(known), math.nan, len(known))
     return Estimate(fmean(known), stdev(known) if len(known) > 1 else 0.0, len(known))
@@ -274,7 +277,7 @@ def _total(rounds: Rows, names: Sequence[str], unit: float) -> float | None:
     """Sum of columns of rounds; None for epochs, which lack them."""
     if isinstance(rounds[0], EpochRow):
         return None
-    return sum(getattr(row, name) for row in rounds for name in names) / unit
+    return float(sum(getattr(row, name) for row in rounds for name in names)) / unit
 
 
 def _best(rounds: Rows, name: str) -> float | None:
@@ -290,7 +293,7 @@ def _best(rounds: Rows, name: str) -> float | None:
     return 100 * max(known, key=lambda pair: pair[0])[1] if known else None
 
 
-def _apart_from_mixture(settings: Settings, chosen: Collection[str]) -> tuple[tuple[str, object], ...]:
+def _apart_from_mixture(settings: Settings, chosen: Collection[str]) -> Pairing:
     """All settings that a static network heeds but those `chosen` for each: runs that have them in common are pairs."""
     mixture = {
         *("model.conv", "model.kernels", "model.attentions", "model.attention-init"),
@@ -304,7 +307,7 @@ def _apart_from_mixture(settings: Settings, chosen: Collection[str]) -> tuple[tu
 
 
 def _group(
-    runs: Sequence[Run], baselines: Mapping[object, Run], target: float, over: Collection[str]
+    runs: Sequence[Run], baselines: Mapping[Pairing, Run], target: float, over: Collection[str]
 ) -> Group:
     first, last = runs[0], [run.rounds[-1] for run in runs]
     pairs = [
@@ -319,8 +322,8 @@ def _group(
         conv=first.conv,
         runs=tuple(runs),
         chosen=", ".join(f"{key}={first.settings.flat()[key]}" for key in over),
-        final=estimate(map(final_accuracy, runs)),
-        best=estimate(_best(run.rounds, "accuracy") for run in runs),
+        final=_estimate([final_accuracy(run) for run in runs]),
+        best=_estimate([best for run in runs if (best := _best(run.rounds, "accuracy")) is not None]),
         validation=_column(last, "validation_accuracy", PERCENT),
         top5_final=_column(last, "top5_accuracy", PERCENT),
         top5_best=estimate(_best(run.rounds, "top5_accuracy") for run in runs),
@@ -332,7 +335,7 @@ def _group(
         virtual_s=_column(last, "virtual_s"),
         train_s=_column(last, "cum_wall_s"),
         epoch_s=estimate(row.cum_wall_s / row.epoch for row in last if isinstance(row, EpochRow)),
-        gflops=_column(last, "cum_train_flops", GIGA),
+        gflops=_estimate([row.cum_train_flops / GIGA for row in last]),
         mb=estimate(_total(run.rounds, TRAFFIC, MEGA) for run in runs),
         energy_kj=estimate(_total(run.rounds, ["energy_j"], KILO) for run in runs),
         cut=estimate(map(cut_percent, runs)),
@@ -348,11 +351,10 @@ def _group(
 
 def _corrected(groups: Sequence[Group]) -> list[Group]:
     """The groups with the p-values of their differences corrected for the number of them."""
-    compared = [group for group in groups if group.difference]
-    corrected = dict(zip(compared, holm([group.difference.p for group in compared]), strict=True))
+    corrected = iter(holm([group.difference.p for group in groups if group.difference]))
     return [
-        replace(group, difference=replace(group.difference, holm_p=corrected[group]))
-        if group in corrected
+        replace(group, difference=replace(group.difference, holm_p=next(corrected)))
+        if group.difference
         else group
         for group in groups
     ]

@@ -55,7 +55,8 @@ def write_report(
         if comparison.choice:
             comparison.choice.selection.write(pack)
     out.mkdir(parents=True, exist_ok=True)
-    for name, content in zip(FILES, (text, _csv(summary), picture.getvalue(), page), strict=True):
+    contents: tuple[str | bytes, ...] = (text, _csv(summary), picture.getvalue(), page)
+    for name, content in zip(FILES, contents, strict=True):
         atomic_write(out / name, content)
     return summary, comparison.notes
 

@@ -127,7 +127,7 @@ class RunFolder:
 
 def _append(path: Path, columns: Iterable[str], rows: Iterable[Row]) -> None:
     empty = not path.exists() or path.stat().st_size == 0
-    table = [astuple(row) for row in rows]
+    table: list[Iterable[float | str | None]] = [astuple(row) for row in rows]
     append(path, csv_text([columns, *table] if empty else table))
 
 

@@ -91,7 +91,9 @@ def explain(
     A model with a single attention has only the latter, and so has a static one.
     """
     attentions = recorded_attentions(usual)
-    variants = {f"{name} only": (name,) for name in attentions} if len(attentions) > 1 else {}
+    variants: dict[str, tuple[str, ...]] = (
+        {f"{name} only": (name,) for name in attentions} if len(attentions) > 1 else {}
+    )
     variants[" + ".join(attentions) or "static"] = attentions
     columns = []
     for title, kept in variants.items():

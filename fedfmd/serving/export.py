@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -11,7 +10,7 @@ from torch import nn
 from torch.export import Dim, ExportedProgram
 
 from fedfmd.conv import dynamic_layers
-from fedfmd.errors import SettingsError
+from fedfmd.errors import need
 
 
 def export_onnx(model: nn.Module, image_size: int, path: Path) -> None:
@@ -20,8 +19,7 @@ def export_onnx(model: nn.Module, image_size: int, path: Path) -> None:
     Raises:
         SettingsError: the packages of the extra `export` are missing.
     """
-    if missing := [name for name in ("onnx", "onnxscript") if find_spec(name) is None]:
-        raise SettingsError(f"ONNX export needs {' and '.join(missing)}: pip install 'fedfmd[export]'")
+    need("ONNX export", "onnx", "onnxscript")
     torch.onnx.export(
         _program(model, image_size),
         f=path,

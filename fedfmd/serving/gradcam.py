@@ -13,7 +13,7 @@ FINE_ENOUGH = 7
 
 
 @torch.no_grad()
-def default_layer(model: nn.Sequential, images: Tensor) -> str:
+def default_layer(model: nn.Module, images: Tensor) -> str:
     """The deepest stage with features of at least 7 × 7 for these images, or the first if there is none.
 
     Deeper features are closer to the class, but small images leave too few of them to show a place: the last

@@ -49,7 +49,11 @@ def most_attended(
             device=device,
         ):
             model(inputs)
-    weights = {name: values[0].kernel.mean(0) for name, values in record.values.items()}
+    weights = {
+        name: values[0].kernel.mean(0)
+        for name, values in record.values.items()
+        if values[0].kernel is not None
+    }
     return {name: tuple(weight.topk(count).indices.tolist()) for name, weight in weights.items()}
 
 
@@ -60,13 +64,15 @@ def trained_parameters(model: nn.Module, kernels: Kernels) -> Iterator[list[Tens
     In the place of a bank stand views of its kernels to train, which get its gradient inside the `with` block:
     for the optimiser, the others don't exist, so that neither weight decay nor momentum moves them.
     """
+    layers = dynamic_layers(model)
     banks = {
         id(bank): places
         for name, places in kernels.items()
-        for bank in (model.get_submodule(name).bank, model.get_submodule(name).bias_bank)
+        for bank in (layers[name].bank, layers[name].bias_bank)
         if bank is not None and len(places) < len(bank)
     }
-    parameters, hooks = [], []
+    parameters: list[Tensor] = []
+    hooks = []
     for parameter in model.parameters():
         if id(parameter) not in banks:
             parameters.append(parameter)
@@ -74,9 +80,9 @@ def trained_parameters(model: nn.Module, kernels: Kernels) -> Iterator[list[Tens
         views = {place: parameter.detach()[place] for place in banks[id(parameter)]}
 
         def hand_over(bank: Tensor, views: Mapping[int, Tensor] = views) -> None:
+            grad, bank.grad = bank.grad, None
             for place, view in views.items():
-                view.grad = bank.grad[place]
-            bank.grad = None
+                view.grad = None if grad is None else grad[place]
 
         hooks.append(parameter.register_post_accumulate_grad_hook(hand_over))
         parameters += views.values()

@@ -56,7 +56,7 @@ def test_a_forced_mixing_does_not_fix_the_batch(tmp_path):
 
 def test_onnx_without_its_packages_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "fedfmd.serving.export.find_spec", lambda name: None if name == "onnx" else util.find_spec(name)
+        "fedfmd.errors.find_spec", lambda name: None if name == "onnx" else util.find_spec(name)
     )
     with pytest.raises(ValueError, match=r"ONNX export needs onnx: pip install 'fedfmd\[export\]'"):
         export_onnx(make_conv("static", 3, 8, 3), SIZE, tmp_path / "model.onnx")
