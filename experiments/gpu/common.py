@@ -24,6 +24,16 @@ from fedfmd.data import Dataset, ImageSet, load_dataset
 OUT_OF_TIME = "not run: out of time"
 
 
+class Failure(str):
+    """The status of what failed, other than for want of time or memory: the type and the first line of its error."""
+
+    __slots__ = ()
+
+    def __new__(cls, error: Exception) -> Failure:
+        """Tell of an error."""
+        return super().__new__(cls, f"failed: {type(error).__name__}: {error}".splitlines()[0])
+
+
 class Precision(NamedTuple):
     """What PyTorch may round: TF32 in convolutions and in matrix products, bf16 in a forward pass."""
 

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from itertools import product
 
 import torch
-from common import PRECISIONS, Deadline, Table, device_of, free, parser, precisions_of, set_mixing
+from common import PRECISIONS, Deadline, Failure, Table, device_of, free, parser, precisions_of, set_mixing
 from timing import columns, race
 
 from fedfmd.conv import MIXINGS, make_conv
@@ -84,7 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
             for (conv, mixing, phase), timing in timings.items():
                 names = {"phase": phase, "conv": conv, "mixing": mixing}
                 table.append(asdict(group) | names | columns(timing, timings[*STATIC, phase]))
-                failed += timing.status.startswith("failed")
+                failed += isinstance(timing.status, Failure)
             free(device)
     print(f"layers: {len(todo)} groups, {failed} failures")
     return int(failed > 0)

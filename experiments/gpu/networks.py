@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from itertools import product
 
 import torch
-from common import PRECISIONS, Deadline, Table, device_of, free, parser, precisions_of, set_mixing
+from common import PRECISIONS, Deadline, Failure, Table, device_of, free, parser, precisions_of, set_mixing
 from timing import columns, race
 from torch.nn.functional import cross_entropy
 
@@ -135,7 +135,7 @@ def main(arguments: list[str] | None = None) -> int:
                 own = made[variant.conv, variant.kernels].own_bytes(phase)
                 row = asdict(group) | {"phase": phase} | asdict(variant)
                 table.append(row | columns(timing, timings[STATIC, phase], own))
-                failed += timing.status.startswith("failed")
+                failed += isinstance(timing.status, Failure)
             del made
             free(device)
     print(f"networks: {len(todo)} groups, {failed} failures")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from statistics import median
 
 import torch
-from common import OUT_OF_TIME, Deadline, free, synchronise
+from common import OUT_OF_TIME, Deadline, Failure, free, synchronise
 
 OK, OUT_OF_MEMORY = "ok", "out of memory"
 REPEATS, TOY_REPEATS = 20, 2
@@ -49,7 +49,7 @@ def race(
         except torch.OutOfMemoryError:
             timings[key].status = OUT_OF_MEMORY
         except Exception as error:  # the others may do
-            timings[key].status = f"failed: {type(error).__name__}: {error}".splitlines()[0]
+            timings[key].status = Failure(error)
         if timings[key].status != OK:
             free(device)
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from common import Deadline, Table, device_of, free, parser, placed, synthetic
+from common import OUT_OF_TIME, Deadline, Failure, Table, device_of, free, parser, placed, synthetic
 from torch import nn
 
 from fedfmd.conv import TemperatureSchedule, has_temperature, set_temperature
@@ -119,7 +119,7 @@ def rows(plan: Plan, conv: str, kernels: int, deadline: Deadline) -> Iterator[di
     """Return a row per epoch, or one that says why there is none."""
     nothing = dict.fromkeys(COLUMNS, "")
     if deadline.passed:
-        yield nothing | {"status": "not run: out of time"}
+        yield nothing | {"status": OUT_OF_TIME}
         return
     try:
         needed = predicted_seconds(plan, conv, kernels)
@@ -130,7 +130,7 @@ def rows(plan: Plan, conv: str, kernels: int, deadline: Deadline) -> Iterator[di
         for columns in run(plan, conv, kernels):
             yield columns | {"status": "ok"}
     except Exception as error:  # the other networks may do
-        yield nothing | {"status": f"failed: {type(error).__name__}: {error}".splitlines()[0]}
+        yield nothing | {"status": Failure(error)}
     free(plan.device)
 
 
@@ -186,7 +186,7 @@ def main(arguments: list[str] | None = None) -> int:
             }
             for row in rows(plan, conv, int(kernels), deadline):
                 table.append(names | row)
-                failed += row["status"].startswith("failed")
+                failed += isinstance(row["status"], Failure)
                 print(network, row["epoch"], row["seconds"], row["accuracy"], row["status"], flush=True)
     return int(failed > 0)
 

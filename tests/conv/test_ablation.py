@@ -5,16 +5,23 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fedfmd.conv import CONVS, FMDConv2d, make_conv, only_attentions, record_attention, recorded_attentions
+from fedfmd.conv import (
+    CONVS,
+    FMDConv2d,
+    dynamic_layers,
+    make_conv,
+    only_attentions,
+    record_attention,
+    recorded_attentions,
+)
 
 DYNAMIC = sorted(set(CONVS) - {"static"})
-ATTENTIONS = {
-    "static": (),
-    "condconv": ("kernel",),
-    "dyconv": ("kernel",),
-    "odconv": ("input", "kernel", "output", "spatial"),
-    "fmdconv": ("input", "kernel", "output"),
-}
+
+
+def attentions(conv):
+    """What its layers say that they have."""
+    layers = dynamic_layers(make_conv(conv, 8, 4, 3)).values()
+    return tuple(sorted(name for layer in layers for name in layer.attentions))
 
 
 @pytest.fixture
@@ -40,13 +47,13 @@ def recorded(model, images):
 
 @pytest.mark.parametrize("conv", CONVS)
 def test_the_record_tells_which_attentions_there_are(conv, images):
-    assert recorded_attentions(recorded(layer(conv), images)) == ATTENTIONS[conv]
+    assert recorded_attentions(recorded(layer(conv), images)) == attentions(conv)
 
 
 @pytest.mark.parametrize("conv", DYNAMIC)
 def test_with_all_kept_the_model_is_its_own(conv, images):
     model = layer(conv)
-    with only_attentions(model, ATTENTIONS[conv], recorded(model, images)):
+    with only_attentions(model, attentions(conv), recorded(model, images)):
         inside = model(images)
     assert torch.equal(inside, model(images))
 
@@ -80,7 +87,7 @@ def test_only_what_is_kept_depends_on_the_image(conv, kept, images):
         for name, value in values._asdict().items()
         if value is not None and not (value == value[0]).all()
     ]
-    assert differing == [name for name in ATTENTIONS[conv] if name == kept]
+    assert differing == [name for name in attentions(conv) if name == kept]
 
 
 def test_the_mean_is_over_all_recorded_batches(images):
