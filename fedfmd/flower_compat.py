@@ -154,7 +154,7 @@ def dead_worker(replies: Iterable[Message]) -> str:
     """
     for reply in replies:
         if reply.has_error() and reply.error.code == ErrorCode.UNKNOWN:
-            found = _RAY_FAULT.match(reply.error.reason)
+            found = _RAY_FAULT.match(reply.error.reason or "")
             if found and found[1] in _WORKER_FAULTS:
                 return found[1]
     return ""
@@ -165,7 +165,7 @@ def error_text(reply: Message) -> str:
 
     Reasons are whole tracebacks (`flwr.server.superlink.fleet.vce.vce_api.worker`), whose last line is the error.
     """
-    lines = reply.error.reason.strip().splitlines()
+    lines = (reply.error.reason or "").strip().splitlines()
     return lines[-1].strip() if lines else f"error code {reply.error.code}"
 
 
@@ -201,8 +201,7 @@ def to_numpy(array: Array) -> np.ndarray:
     shape, in_columns, dtype = read_array_header_1_0(header)
     if dtype.hasobject:
         raise ValueError("it has an array of Python objects")
-    order = "F" if in_columns else "C"
-    return np.ndarray(shape, dtype, array.data, header.tell(), order=order)
+    return np.ndarray(shape, dtype, array.data, header.tell(), order="F" if in_columns else "C")
 
 
 class _Content(bytes):

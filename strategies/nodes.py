@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
@@ -99,7 +100,7 @@ def meet_again(
     Raises:
         RunError: fewer than `least` boxes are there after `timeout_s`.
     """
-    boxes = {node.client: node for node in known}
+    boxes = {node.client: node for node in known if node.client is not None}
     refused: set[int] = set()
     deadline = time.monotonic() + timeout_s
     while True:
@@ -108,13 +109,13 @@ def meet_again(
         unknown = online - refused - {node.id for node in boxes.values()}
         for answer in _query(grid, sorted(unknown), images, timeout_s):
             node = answer.node
-            if answer.fault or node.client not in range(clients):
+            if answer.fault or node.client is None or node.client not in range(clients):
                 logger.warning("%s", answer if answer.fault else f"node {node.id} is no box of this run")
                 refused.add(node.id)
             else:
                 boxes[node.client] = node
         if len(boxes) >= least:
-            for client in sorted({node.client for node in known} ^ boxes.keys()):
+            for client in sorted({node.client for node in known if node.client is not None} ^ boxes.keys()):
                 logger.warning(
                     "the box of client %d is %s", client, "there again" if client in boxes else "gone"
                 )
@@ -233,7 +234,7 @@ def _query(grid: Grid, node_ids: Sequence[int], images: ImageFormat, timeout_s: 
 def _answer(node_id: int, reply: Message) -> Answer:
     if reply.has_error():
         return Answer(Node(node_id, 0, None, 0, ""), fault=f"could not start: {error_text(reply)}")
-    config = reply.content[CONFIG]
+    config: dict[str, Any] = dict(reply.content.config_records[CONFIG])
     client = None if config["client"] < 0 else config["client"]
     fault = f"refuses: {config['error']}" if config["error"] else ""
     try:

@@ -73,8 +73,8 @@ def round_row(
         round_s=round_s,
         wall_s=wall_s,
         best_accuracy=best_accuracy,
-        validation_loss=validation and validation.loss,
-        validation_accuracy=validation and validation.accuracy,
+        validation_loss=validation.loss if validation else None,
+        validation_accuracy=validation.accuracy if validation else None,
         temperature=temperature,
         clients_ok=_count(clients, "ok"),
         clients_late=_count(clients, "late"),
@@ -114,13 +114,12 @@ def _client_row(
     flops_before: int,
     trip_s: float,
 ) -> ClientRow:
-    trained = result is not None and result.ok
-    status, reason = plan.status, plan.reason
+    status: str = plan.status
+    reason = plan.reason
     if result is not None and not result.ok:
         status, reason = "failed", result.reason
     elif result is None and status == "ok":
         status, reason = "failed", "its box has gone"
-    accuracy = result.accuracy if trained else None
     return ClientRow(
         round=server_round,
         client=plan.client.id,
@@ -141,17 +140,24 @@ def _client_row(
         up_bytes=plan.up_bytes,
         down_bytes=plan.down_bytes,
         energy_j=plan.energy_j,
-        loss=result.loss if trained else None,
-        accuracy=accuracy,
         latency_s=plan.latency_s,
-        ies=ies(plan.latency_s, accuracy) if trained else None,
-        rcs=rcs(accuracy, plan.latency_s) if trained else None,
-        kernel_entropy=known(result.kernel_entropy) if trained else None,
-        input_attention=known(result.input_attention) if trained else None,
-        output_attention=known(result.output_attention) if trained else None,
-        measured_transfer_s=known(trip_s - result.wall_s) if trained else None,
-        measured_latency_s=known(result.latency_s) if trained else None,
+        **(_learnt(result, plan.latency_s, trip_s) if result is not None and result.ok else {}),
     )
+
+
+def _learnt(result: ClientResult, latency_s: float, trip_s: float) -> dict[str, float | None]:
+    """The columns of a client that has trained."""
+    return {
+        "loss": result.loss,
+        "accuracy": result.accuracy,
+        "ies": ies(latency_s, result.accuracy),
+        "rcs": rcs(result.accuracy, latency_s),
+        "kernel_entropy": known(result.kernel_entropy),
+        "input_attention": known(result.input_attention),
+        "output_attention": known(result.output_attention),
+        "measured_transfer_s": known(trip_s - result.wall_s),
+        "measured_latency_s": known(result.latency_s),
+    }
 
 
 def _count(clients: Sequence[ClientRow], status: str) -> int:

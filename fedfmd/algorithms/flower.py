@@ -142,7 +142,7 @@ def _reply(strategy: FedAvg, update: Update, current: Arrays) -> Message:
 
 def _attributes(strategy: FedAvg) -> dict[str, Leaves]:
     """The leaves of each attribute that a checkpoint can keep."""
-    attributes = {}
+    attributes: dict[str, Leaves] = {}
     for name, value in kept_between_rounds(strategy).items():
         if callable(value):
             continue

@@ -26,14 +26,14 @@ def flatten(tree: object, path: str = "") -> dict[str, Any]:
     if tree is None or isinstance(tree, bool | int | float | str):
         return {path: tree}
     if type(tree) is dict:
-        entries = {_step(key): value for key, value in tree.items()}
-    elif type(tree) in (list, tuple):
+        entries: dict[str, Any] = {_step(key): value for key, value in tree.items()}
+    elif type(tree) is list or type(tree) is tuple:
         entries = {f"#{place}": value for place, value in enumerate(tree)}
     else:
         raise TypeError(type(tree).__name__)
     if not entries:
         return {path: {} if isinstance(tree, dict) else []} if path else {}
-    leaves = {}
+    leaves: dict[str, Any] = {}
     for step, value in entries.items():
         leaves |= flatten(value, f"{path}/{step}" if path else step)
     return leaves

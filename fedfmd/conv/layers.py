@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Callable
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -171,9 +172,12 @@ class DynamicConv2d(nn.Module):
             f"bias={self.bias_bank is not None}, kernels={self.kernels}, mixing={self.mixing!r}"
         )
 
-    def _apply(self, fn, recurse: bool = True) -> DynamicConv2d:  # noqa: ANN001
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # `Module.to(memory_format=channels_last)` rejects 5-D parameters: hand it the bank as a vector.
-        return super()._apply(lambda t: fn(t.reshape(-1)).view(t.shape) if t.dim() == 5 else fn(t), recurse)
+        super()._apply(  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            lambda t: fn(t.reshape(-1)).view(t.shape) if t.dim() == 5 else fn(t), recurse
+        )
+        return self
 
 
 def dynamic_layers(model: nn.Module) -> dict[str, DynamicConv2d]:

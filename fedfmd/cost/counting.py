@@ -100,7 +100,9 @@ def count(model: nn.Module, image_size: int) -> Cost:
         params=sum(p.numel() for p in model.parameters()),
         bytes=sum(t.numel() * t.element_size() for t in model.state_dict().values()),
         macs_by_kind={
-            "convolution": sum(convolution_macs(c) for c in calls if isinstance(c.layer, CONVOLUTIONS)),
+            "convolution": sum(
+                convolution_macs(c.layer, c.output) for c in calls if isinstance(c.layer, CONVOLUTIONS)
+            ),
             "linear": sum(linear_macs(c.layer) for c in calls if isinstance(c.layer, nn.Linear)),
             "attention": sum(layer.attention_macs for layer in dynamic),
             "aggregation": sum(layer.aggregation_macs for layer in dynamic),
@@ -158,10 +160,9 @@ def leaves(module: nn.Module) -> Iterator[nn.Module]:
             yield from leaves(child)
 
 
-def convolution_macs(call: Call) -> int:
+def convolution_macs(layer: nn.Conv2d | DynamicConv2d, output: torch.Size) -> int:
     """O·H'·W' outputs, each a sum over C/groups·kh·kw inputs."""
-    layer = call.layer
-    return prod(call.output[1:]) * layer.in_channels // layer.groups * prod(layer.kernel_size)
+    return prod(output[1:]) * layer.in_channels // layer.groups * prod(layer.kernel_size)
 
 
 def linear_macs(layer: nn.Linear) -> int:

@@ -257,39 +257,40 @@ def class_folders(path: Path) -> list[str]:
 
 
 def _read_folder(path: Path, image_size: int, class_names: Sequence[str] | None) -> ImageSet:
-    from torchvision.datasets.folder import ImageFolder, is_image_file
+    from torchvision.datasets.folder import make_dataset
 
-    class Shown(ImageFolder):
-        """Without hidden folders and files, such as macOS's ._x.png."""
-
-        def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
-            names = class_folders(Path(directory))
-            if not names:
-                raise FileNotFoundError("has no class folders")
-            return names, {name: label for label, name in enumerate(names)}
-
-    try:
-        folder = Shown(path, is_valid_file=lambda f: not Path(f).name.startswith(".") and is_image_file(f))
-    except FileNotFoundError as error:  # no sub-folders, or one of them without images
-        raise ValueError(f"{path}: {error}") from None
-    names = folder.classes if class_names is None else list(class_names)
-    if unknown := sorted(set(folder.classes) - set(names)):
+    found = class_folders(path)
+    names = found if class_names is None else list(class_names)
+    if not found:
+        raise ValueError(f"{path}: has no class folders")
+    if unknown := sorted(set(found) - set(names)):
         raise ValueError(
             f"{path}: class folders {', '.join(unknown)} are not among {', '.join(names)}; rename or remove them"
         )
-    needed, free = 3 * len(folder) * image_size**2, psutil.virtual_memory().available
+    labels = {name: names.index(name) for name in found}
+    try:
+        samples = make_dataset(path, labels, is_valid_file=_is_shown)
+    except FileNotFoundError as error:  # a class folder without images
+        raise ValueError(f"{path}: {error}") from None
+    needed, free = 3 * len(samples) * image_size**2, psutil.virtual_memory().available
     if needed > free:
         raise ValueError(
-            f"{path}: {len(folder):,} images of {image_size} pixels need {needed / 1e9:,.1f} GB of memory, and "
+            f"{path}: {len(samples):,} images of {image_size} pixels need {needed / 1e9:,.1f} GB of memory, and "
             f"{free / 1e9:,.1f} GB are free: set a smaller data.image-size, or take fewer images"
         )
-    images = torch.empty(len(folder), 3, image_size, image_size, dtype=torch.uint8)
-    files = [Path(file) for file, _ in folder.samples]
+    images = torch.empty(len(samples), 3, image_size, image_size, dtype=torch.uint8)
+    files = [Path(file) for file, _ in samples]
     with ThreadPoolExecutor() as pool:  # decoding lets go of Python's lock
         for index, image in enumerate(pool.map(partial(read_image, size=image_size), files)):
             images[index] = image
-    label_of = torch.tensor([names.index(name) for name in folder.classes])
-    return ImageSet(images, label_of[torch.tensor(folder.targets)])
+    return ImageSet(images, torch.tensor([label for _, label in samples]))
+
+
+def _is_shown(file: str) -> bool:
+    """Whether it is an image, and not hidden as macOS's ._x.png is."""
+    from torchvision.datasets.folder import is_image_file
+
+    return not Path(file).name.startswith(".") and bool(is_image_file(file))
 
 
 def _shape(array: np.ndarray) -> str:

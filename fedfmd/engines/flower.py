@@ -21,7 +21,6 @@ import urllib.request
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import psutil
 import tomli_w
@@ -29,6 +28,7 @@ import tomli_w
 import fedfmd
 from fedfmd.errors import RunError, SettingsError
 from fedfmd.flower_compat import (
+    Json,
     connection_config,
     flower_environment,
     health_url,
@@ -94,7 +94,7 @@ def _stage_app(app: Path, run_config: Mapping[str, bool | int | float | str]) ->
     import strategies
 
     for package in (fedfmd, strategies):
-        source = Path(package.__file__).parent
+        source = Path(package.__path__[0])
         shutil.copytree(source, app / source.name, ignore=shutil.ignore_patterns("__pycache__"))
     manifest = {
         "project": {"name": "fedfmd", "version": fedfmd.__version__, "license": "Apache-2.0"},
@@ -174,7 +174,7 @@ def _check_status(run_id: str, environment: Mapping[str, str]) -> None:
         raise RunError(f"Flower says {state.text}")
 
 
-def flwr_json(command: list[str], environment: Mapping[str, str]) -> dict[str, Any]:
+def flwr_json(command: list[str], environment: Mapping[str, str]) -> Json:
     """What a ``flwr`` command with ``--format json`` answers.
 
     Raises:
@@ -184,7 +184,8 @@ def flwr_json(command: list[str], environment: Mapping[str, str]) -> dict[str, A
         command, env=dict(environment), stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
     )
     try:
-        return json.loads(done.stdout)
+        answer: Json = json.loads(done.stdout)
+        return answer
     except json.JSONDecodeError:
         raise RunError(f"{' '.join(command[:2])} failed: {_tail(done.stdout + done.stderr)}") from None
 
@@ -214,7 +215,7 @@ def free_port() -> int:
     """A port of the loopback that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        return int(probe.getsockname()[1])
 
 
 def _tail(text: str) -> str:

@@ -160,11 +160,11 @@ def write_instruction(instruction: Instruction, arrays: ArrayRecord) -> RecordDi
 
 def read_instruction(content: RecordDict) -> tuple[Instruction, Arrays]:
     """Unpack a node's part of a round and the global arrays."""
-    config = content[CONFIG]
-    scalars = {name: config[name] for name in SCALARS}
+    config = content.config_records[CONFIG]
+    scalars: dict[str, Any] = {name: config[name] for name in SCALARS}
     images = ImageFormat.from_lists(content[IMAGES]) if IMAGES in content else None
     instruction = Instruction(assignments=tuple(_rows(config, Assignment)), images=images, **scalars)
-    return instruction, from_record(content[ARRAYS])
+    return instruction, from_record(content.array_records[ARRAYS])
 
 
 def write_reply(reply: Reply) -> RecordDict:
