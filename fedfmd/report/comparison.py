@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 from fedfmd.build import build_dataset, build_model
-from fedfmd.conv import CONVS
+from fedfmd.conv import CONVS, OPTIONS, options_of
 from fedfmd.cost import Cost, count
 from fedfmd.data import PARTITIONS
 from fedfmd.data.files import read_npz
@@ -155,10 +155,11 @@ def _state(run: Run) -> str:
 
 
 def _without_twins(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
-    """The first run of each settings, and the others."""
-    firsts: dict[str, Run] = {}
+    """The first run of each settings that it heeds, and the others."""
+    firsts: dict[tuple[tuple[str, Any], ...], Run] = {}
     for run in runs:
-        firsts.setdefault(run.settings.digest(), run)
+        heeded = _heeded(run.settings.flat()).keys() & run.settings.kept().keys() - Settings.NEUTRAL
+        firsts.setdefault(tuple(item for item in run.settings.flat().items() if item[0] in heeded), run)
     kept = list(firsts.values())
     return kept, [run for run in runs if run not in kept]
 
@@ -179,10 +180,11 @@ def _labelled(runs: Sequence[Run], chosen: Iterable[str] = ()) -> tuple[Run, ...
     variant = [key for key in differing if key not in task]
 
     def part(flat: dict[str, Any], keys: Iterable[str]) -> str:
+        heeded = _heeded(flat)
         return ", ".join(
             _text(flat[key]) if key == "model.conv" else f"{names[key]} {_text(flat[key])}"
             for key in keys
-            if key not in _of_other_splits(flat["partition.scheme"])
+            if key in heeded
         )
 
     def order(run: Run) -> tuple[Any, ...]:
@@ -195,11 +197,20 @@ def _labelled(runs: Sequence[Run], chosen: Iterable[str] = ()) -> tuple[Run, ...
     )
 
 
-def _of_other_splits(scheme: str) -> set[str]:
-    """The settings that only other ways of splitting heed."""
-    own = PARTITIONS[scheme].parameters
-    others = {name for other in PARTITIONS.values() for name in other.parameters if name not in own}
-    return {f"partition.{name.replace('_', '-')}" for name in others}
+def _heeded(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings without those that only other splits or other convolutions heed: static ones have no kernels."""
+    own, options = PARTITIONS[flat["partition.scheme"]].parameters, options_of(flat["model.conv"])
+    splits = {name for split in PARTITIONS.values() for name in split.parameters if name not in own}
+    others = {f"partition.{name}" for name in splits} | {
+        f"model.{name}" for name in OPTIONS.keys() - options.keys()
+    }
+    unused = {name.replace("_", "-") for name in others}
+    anneals = "temperature" in options
+    return {
+        key: value
+        for key, value in flat.items()
+        if key not in unused and (anneals or not key.startswith("temperature."))
+    }
 
 
 def _text(value: Any) -> str:

@@ -99,6 +99,20 @@ def test_a_second_run_of_the_same_settings_is_left_out_and_named(write_run, tmp_
     assert comparison.notes == ("Left out, because another run has the same settings: b.",)
 
 
+def test_settings_that_a_convolution_does_not_heed_neither_name_nor_tell_apart_its_runs(write_run, tmp_path):
+    for conv in ("static", "dyconv"):
+        for kernels in (1, 4):
+            settings = {"model.conv": conv, "model.kernels": kernels, "temperature.initial": 10.0 * kernels}
+            write_run(f"{conv}-{kernels}", [0.5, 0.6], **settings)
+    comparison = read_comparison([tmp_path])
+    assert [run.variant for run in comparison.runs] == [
+        "static",
+        "dyconv, kernels 1, initial 10",
+        "dyconv, kernels 4, initial 40",
+    ]
+    assert comparison.notes == ("Left out, because another run has the same settings: static-4.",)
+
+
 def test_runs_of_different_code_are_compared_but_named(runs):
     path = runs / "static-0" / "environment.json"
     path.write_text('{"commit": "0123456789abcdef"}')
