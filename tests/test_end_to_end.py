@@ -70,6 +70,7 @@ def same_arrays(folder, other):
 def test_a_run_leaves_its_results_and_they_are_the_same_each_time(run):
     whole = run("whole")
     assert sorted(path.name for path in whole.iterdir()) == [
+        ".lock",
         "checkpoints",
         "clients.csv",
         "environment.json",
