@@ -72,7 +72,8 @@ WORDINGS = {
         },
         over="rounds, time and compute",
         seconds="Seconds are those that the modelled devices and links would need: computing takes its multiply-"
-        "accumulates at the rate that a device reaches with the convolution and its kernels (fleet.efficiency).",
+        "accumulates at the rate that a device reaches with the convolution and its kernels, unless "
+        "fleet.efficiency is none.",
         latency="modelled latency (mean over the fleet)",
         response="The response time is the latency per image, or in training the virtual seconds of the last round.",
     ),
