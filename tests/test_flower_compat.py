@@ -36,9 +36,10 @@ from flwr.supercore.routers.health.router import router as health
 from flwr.superlink.cli.flower_superlink import _parse_args_run_superlink
 from flwr.superlink.grid.inmemory_grid import InMemoryGrid
 
+import fedfmd
 import fedfmd.flower_compat as compat
+import strategies
 
-ROOT = Path(__file__).parents[1]
 DOCUMENTED = {"flwr.app", "flwr.clientapp", "flwr.serverapp", "flwr.serverapp.strategy"}
 
 
@@ -52,10 +53,10 @@ def imported(path):
 
 
 def test_all_other_modules_import_only_what_flower_documents():
-    files = [path for package in ("fedfmd", "strategies") for path in (ROOT / package).rglob("*.py")]
     undocumented = {
-        (path.relative_to(ROOT).as_posix(), module)
-        for path in files
+        (path.relative_to(Path(package.__file__).parents[1]).as_posix(), module)
+        for package in (fedfmd, strategies)
+        for path in Path(package.__file__).parent.rglob("*.py")
         for module in imported(path)
         if module.partition(".")[0] == "flwr" and module not in DOCUMENTED
     }
