@@ -342,9 +342,12 @@ def _kinds(bench: _Bench, batch_sizes: Iterable[int]) -> list[tuple[int, int]]:
 def _steps_alone(turn: Sequence[float]) -> tuple[float, float]:
     """The seconds by which the long round of each network exceeds its short one, what both need aside.
 
-    A turn ends with the two rounds of largest batches of a network, and the same of the static one.
+    A turn ends with the two rounds of largest batches of a network, and the same of the static one. Where something
+    held a short one up, the long ones as they are.
     """
     *_, short, long, base_short, base_long = turn
+    if long <= short or base_long <= base_short:
+        return long, base_long
     return long - short, base_long - base_short
 
 

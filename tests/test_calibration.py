@@ -35,6 +35,15 @@ def test_rounds_tell_rate_and_fixed_seconds_apart(speed):
     assert (fit.step_s, fit.round_s) == pytest.approx((speed.step_s, speed.round_s), abs=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("turn", "seconds"),
+    [((9, 1, 3, 1, 2), (2, 1)), ((9, 4, 3, 1, 2), (3, 2)), ((9, 1, 3, 2, 2), (3, 2))],
+    ids=["quiet", "its short round held up", "the static one's"],
+)
+def test_the_seconds_of_steps_alone_are_never_negative(turn, seconds):
+    assert calibration._steps_alone(turn) == seconds
+
+
 def test_no_part_is_negative_where_a_batch_is_as_quick_as_an_image():
     fit = fit_speed([Round(1, 1, 0.2), Round(5, 1, 1.0), Round(1, 16, 0.19), Round(5, 16, 0.95)], COST, 8)
     assert fit.train_gflops == pytest.approx(FASTEST_GFLOPS)
