@@ -101,6 +101,7 @@ def meet_again(
         RunError: fewer than `least` boxes are there after `timeout_s`.
     """
     boxes = {node.client: node for node in known if node.client is not None}
+    before = set(boxes)
     refused: set[int] = set()
     deadline = time.monotonic() + timeout_s
     while True:
@@ -115,7 +116,7 @@ def meet_again(
             else:
                 boxes[node.client] = node
         if len(boxes) >= least:
-            for client in sorted({node.client for node in known if node.client is not None} ^ boxes.keys()):
+            for client in sorted(before ^ boxes.keys()):
                 logger.warning(
                     "the box of client %d is %s", client, "there again" if client in boxes else "gone"
                 )

@@ -158,8 +158,9 @@ def _without_twins(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
     """The first run of each settings that it heeds, and the others."""
     firsts: dict[tuple[tuple[str, Any], ...], Run] = {}
     for run in runs:
-        heeded = _heeded(run.settings.flat()).keys() & run.settings.kept().keys() - Settings.NEUTRAL
-        firsts.setdefault(tuple(item for item in run.settings.flat().items() if item[0] in heeded), run)
+        heeded = _heeded(run.settings.flat())
+        counted = run.settings.kept().keys() - Settings.NEUTRAL
+        firsts.setdefault(tuple(item for item in heeded.items() if item[0] in counted), run)
     kept = list(firsts.values())
     return kept, [run for run in runs if run not in kept]
 
