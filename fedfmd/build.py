@@ -199,7 +199,7 @@ def device_in_run(settings: Settings, device: Device) -> Device:
 
 
 def build_budget(settings: Settings) -> Budget:
-    """What a client may spend in a round."""
+    """Return what a client may spend in a round."""
     budget = settings.budget
     return Budget(
         deadline_s=budget.deadline_s or None,
@@ -240,13 +240,13 @@ def describe_network(settings: Settings, cost: Cost, dataset: Dataset) -> str:
 
 
 def build_temperature(settings: Settings) -> TemperatureSchedule:
-    """The temperature of the kernel attention over rounds or epochs."""
+    """Return the temperature of the kernel attention over rounds or epochs."""
     schedule = settings.temperature
     return TemperatureSchedule(schedule.initial, schedule.final, schedule.rounds, schedule.shape)
 
 
 def build_sgd(settings: Settings) -> LocalSGD:
-    """The optimiser at the start of a run, with the whole batch; μ is a client's alone."""
+    """Build the optimiser at the start of a run, with the whole batch; μ is a client's alone."""
     train = settings.train
     return LocalSGD(
         lr=train.lr,
@@ -272,7 +272,7 @@ def _upload_bytes(arrays: Arrays, parameters: Collection[str], upload: str, kern
 
 
 def torch_device(settings: Settings, backend: str = "") -> torch.device:
-    """Return the device to compute on, a box's own `backend` or the run's; "auto" takes a GPU where there is one."""
+    """Return what to compute on, the SuperNode's own `backend` or the run's; "auto" takes a GPU where there is one."""
     key, name = ("device-backend", backend) if backend else ("device", settings.device)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,4 +1,4 @@
-"""Measures this box with a client's own code: the device profile that fleets and boxes take.
+"""Measures this machine with a client's own code: the device profile that fleets and SuperNodes take.
 
 The seconds of a client's round are modelled as ``round_s + steps · step_s + FLOPs / rate``. Rounds of one step and
 of several, on single images and on batches, tell the three parts apart. The first is loading and packing the model,
@@ -111,7 +111,7 @@ class Measurement:
 def models_of(
     archs: Iterable[str], convs: Iterable[str], kernels: Iterable[int], common: Mapping[str, Any]
 ) -> list[Settings]:
-    """The settings of every network to measure, the static ones included; `common` are those of all, by dotted key.
+    """Return the settings of every network to measure, static ones included; `common` are those of all, by dotted key.
 
     Raises:
         SettingsError: an unknown name, or another setting that can't be used.
@@ -174,7 +174,7 @@ def measure(
 
 
 def fit_speed(rounds: Sequence[Round], cost: Cost, infer_gflops: float) -> Speed:
-    """The speed with the least squares of relative errors over these rounds; no part of it is negative.
+    """Fit the speed with the least squares of relative errors over these rounds; no part of it is negative.
 
     Where a batch needs no longer than an image (a GPU that waits for its next kernel) the rate is `FASTEST_GFLOPS`.
     """
@@ -208,7 +208,7 @@ def make_device(
     down_mbps: float | None = None,
     up_mbps: float | None = None,
 ) -> Device:
-    """The profile that follows from the measurements: each network's speed, and what it tells of other networks.
+    """Return the profile that follows from the measurements: each network's speed, and what it tells of other networks.
 
     For these, rates are geometric means over the architectures: of the static networks, and of what the other
     operators, with so many kernels, reach relative to them.
@@ -263,7 +263,7 @@ def total_memory_gb(device: torch.device) -> float:
 
 
 def source_of(settings: Settings, kernels: Iterable[int], image_size: int, batch_sizes: Iterable[int]) -> str:
-    """What was measured, where and when, for a row's `source`."""
+    """Tell what was measured, where and when, for a row's `source`."""
     about, model = environment(), settings.model
     machine, versions = about["machine"], about["versions"]
     gpu = torch_device(settings).type == "cuda"
@@ -276,7 +276,7 @@ def source_of(settings: Settings, kernels: Iterable[int], image_size: int, batch
 
 
 def other_rows(path: Path, name: str) -> dict[str, Device]:
-    """What a profile file holds so far, but for the row that is to be replaced.
+    """Return what a profile file holds so far, but for the row that is to be replaced.
 
     Raises:
         SettingsError: the name can't stand in `fleet.devices`, or the file can't be read or written.
@@ -293,7 +293,7 @@ def other_rows(path: Path, name: str) -> dict[str, Device]:
 
 
 def write_devices(path: Path, devices: Mapping[str, Device]) -> None:
-    """Write the file that `fleet.devices-file`, or the `device` of a box's node config, names."""
+    """Write the file that `fleet.devices-file`, or the `device` of a SuperNode's node config, names."""
     rows = {name: device_row(device) for name, device in devices.items()}
     atomic_write(path, yaml.safe_dump(rows, sort_keys=False, allow_unicode=True, width=110))
 
@@ -330,7 +330,7 @@ def _bench(settings: Settings, classes: int, image_size: int, images: int) -> It
 
 
 def _kinds(bench: _Bench, batch_sizes: Iterable[int]) -> list[tuple[int, int]]:
-    """Steps and batch size of rounds of one step and of about `ROUND_S`, the longest last; warms the network up."""
+    """Warm the network up; return steps and batch size of rounds of one step and of about `ROUND_S`, longest last."""
     kinds = []
     for size in batch_sizes:
         bench.train(1, size)
@@ -340,7 +340,7 @@ def _kinds(bench: _Bench, batch_sizes: Iterable[int]) -> list[tuple[int, int]]:
 
 
 def _steps_alone(turn: Sequence[float]) -> tuple[float, float]:
-    """The seconds by which the long round of each network exceeds its short one, what both need aside.
+    """Return the seconds by which the long round of each network exceeds its short one, what both need aside.
 
     A turn ends with the two rounds of largest batches of a network, and the same of the static one. Where something
     held a short one up, the long ones as they are.

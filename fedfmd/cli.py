@@ -45,7 +45,7 @@ class ExportFormat(StrEnum):
 
 
 class Backend(StrEnum):
-    """What a box computes on."""
+    """What an edge device computes on."""
 
     cpu = "cpu"
     cuda = "cuda"
@@ -69,10 +69,10 @@ def run(
     ] = EngineName.inline,
     workers: Annotated[
         int,
-        typer.Option(min=0, help="Nodes that train at once, or cells of a matrix; 0: one per core."),
+        typer.Option(min=0, help="Nodes that train at once, or runs of a matrix; 0: one per core."),
     ] = 0,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only list the cells and what they will cost; write nothing.")
+        bool, typer.Option("--dry-run", help="Only list the runs and what they will cost; write nothing.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the list of --dry-run as JSON.")] = False,
 ) -> None:
@@ -254,7 +254,7 @@ def calibrate(
     up_mbps: Annotated[float | None, typer.Option(min=0.001, help="The link's rate to the server.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure training and inference on this machine; write it as a device for fleets and boxes."""
+    """Measure training and inference on this machine; write it as a device for fleets and SuperNodes."""
     import torch
     from rich.console import Console
     from rich.progress import track
@@ -276,7 +276,7 @@ def calibrate(
         calibration.measure(network, classes, image_size, batch_sizes, repeats)
         for network in track(networks, "measuring", console=Console(stderr=True), transient=True)
     ]
-    box = calibration.make_device(
+    device = calibration.make_device(
         name,
         measured,
         calibration.source_of(networks[0], kernels, image_size, batch_sizes),
@@ -285,7 +285,7 @@ def calibrate(
         down_mbps=down_mbps,
         up_mbps=up_mbps,
     )
-    calibration.write_devices(out, rows | {name: box})
+    calibration.write_devices(out, rows | {name: device})
     timings = [timing for measurement in measured for timing in measurement.timings]
     show(
         [asdict(timing) for timing in timings],
@@ -293,7 +293,7 @@ def calibrate(
         as_json,
         Console(),
     )
-    typer.echo(f"{out}: {name}, {box.train_gflops:g} GFLOP/s in training", err=True)
+    typer.echo(f"{out}: {name}, {device.train_gflops:g} GFLOP/s in training", err=True)
 
 
 @cli.command(

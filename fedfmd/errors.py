@@ -42,17 +42,17 @@ def need(purpose: str, *modules: str) -> None:
 
 
 def not_one_of(name: object, names: Iterable[str]) -> str:
-    """What to say of a name that isn't among the registered ones, the nearest of which is suggested."""
+    """Say of a name that isn't among the registered ones, the nearest of which is suggested."""
     known = tuple(names)
     return f"must be one of {', '.join(known)}; did you mean {nearest_of(name, known)!r}?"
 
 
 def nearest_of(name: object, names: Iterable[str]) -> str:
-    """The one of `names` that looks most like `name`."""
+    """Return the one of `names` that looks most like `name`."""
     return difflib.get_close_matches(str(name), names, n=1, cutoff=0.0)[0]
 
 
 def one_line(error: Exception) -> str:
-    """What to say of an error in one line: its text, after its type unless it is one that a user can mend."""
+    """Tell an error in one line: its text, after its type unless it is one that a user can mend."""
     kind = "" if isinstance(error, FedfmdError | OSError) else f"{type(error).__name__}: "
     return kind + " ".join(str(error).split())

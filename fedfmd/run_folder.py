@@ -40,7 +40,7 @@ def open_run_folder(settings: Settings) -> Iterator[RunFolder]:
 
 
 def run_path(settings: Settings) -> Path:
-    """The run's folder, once it is clear that no other run is kept there.
+    """Return the run's folder, once it is clear that no other run is kept there.
 
     Raises:
         SettingsError: the folder holds a run that has other settings or code, or that is not to be resumed.
@@ -96,7 +96,7 @@ def _check_code(settings: Settings, path: Path) -> None:
 
 
 def _own_sources(settings: Settings) -> tuple[Path, ...]:
-    """The user's own code that a run depends on."""
+    """Return the user's own code that a run depends on."""
     if settings.kind == "centralised":  # which has no strategy, and needs no Flower
         return ()
     from strategies import own_sources
@@ -105,7 +105,7 @@ def _own_sources(settings: Settings) -> tuple[Path, ...]:
 
 
 def _code(facts: Mapping[str, Any]) -> str:
-    """The code that an environment.json tells of."""
+    """Return the code that an environment.json tells of."""
     version = facts.get("versions", {}).get("fedfmd", "unknown")
     commit, code = facts.get("commit"), facts.get("code", "unknown")
     return f"fedfmd {version}, {f'commit {commit[:12]}, ' if commit else ''}sources {code}"

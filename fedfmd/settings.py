@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
@@ -34,6 +35,7 @@ from fedfmd.conv import (
     is_dynamic,
     options_of,
 )
+from fedfmd.conv.mixing import EARLIER_NAMES
 from fedfmd.data import AUGMENT_CHOICES, DATASETS, PARTITIONS
 from fedfmd.edge import ASSIGNMENTS, KERNEL_CHOICES, LINKS, POLICIES
 from fedfmd.edge.devices import MAX_JITTER
@@ -59,13 +61,15 @@ PAIRS = frozenset({"fleet.devices", "model.conv-options"})
 """Settings whose text, `name:amount, …`, may also be given as a mapping."""
 
 
-def _one_of(allowed: Iterable[str]) -> BeforeValidator:
-    """Accept only registered names and suggest the nearest one."""
+def _one_of(allowed: Iterable[str], earlier: Mapping[str, str] = MappingProxyType({})) -> BeforeValidator:
+    """Accept only registered names, and `earlier` names for them; suggest the nearest one."""
     names = tuple(allowed)
 
     def check(value: object) -> object:
         if value in names:
             return value
+        if isinstance(value, str) and value in earlier:
+            return earlier[value]
         raise ValueError(not_one_of(value, names))
 
     return BeforeValidator(check)
@@ -136,7 +140,7 @@ class ModelSettings(_Section):
     norm: Literal["batch", "group"] = "group"
     width: Positive = 1.0
     reduction: Positive = 0.0625
-    mixing: Annotated[str, _one_of(("auto", *MIXINGS))] = "auto"
+    mixing: Annotated[str, _one_of(("auto", *MIXINGS), EARLIER_NAMES)] = "auto"
     conv_options: str = ""
 
     def options(self) -> dict[str, Any]:
@@ -421,12 +425,12 @@ class Settings(_Section):
         }
 
     def kept(self) -> dict[str, Scalar]:
-        """What a run's files keep: all settings that it heeds, as they were before `in_folder`."""
+        """Return what a run's files keep: all settings that it heeds, as they were before `in_folder`."""
         flat, unused = self.model_copy(update={"run_dir": "", "resume": False}).flat(), self.unused
         return {key: value for key, value in flat.items() if key not in unused}
 
     def in_folder(self, run_dir: Path) -> Settings:
-        """The same run in this folder, going on where it was stopped."""
+        """Return the same run in this folder, going on where it was stopped."""
         return self.model_copy(update={"run_dir": str(run_dir), "resume": True})
 
     def digest(self) -> str:

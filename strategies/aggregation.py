@@ -28,9 +28,9 @@ def aggregate(
     their plain mean: a server optimiser would treat running variances as weights and drive them below zero, and
     integers would not stay integers.
     """
-    comparable = algorithm.comparable(updates, current, parameters)
-    buffers = mean(_part(update, update.arrays.keys() - parameters) for update in comparable)
-    learnt = [_part(update, parameters) for update in comparable]
+    normalised = algorithm.normalise(updates, current, parameters)
+    buffers = mean(_part(update, update.arrays.keys() - parameters) for update in normalised)
+    learnt = [_part(update, parameters) for update in normalised]
     start = {name: array for name, array in current.items() if name in parameters}
     stepped, state = algorithm.step(state, server_round, start, learnt)
     trained = {name for update in learnt for name in update.arrays}

@@ -135,7 +135,7 @@ class BufferedStrategy(TrackedStrategy):
         return Origin(self._versions[version], age=max(self._versions) - version)
 
     def _dump(self) -> dict[str, Any]:
-        """The algorithm's, the clients at work, and the older arrays that they began with."""
+        """Return the algorithm's, the clients at work, and the older arrays that they began with."""
         needed = {flight.version for flight in self._flights}
         self._versions = {version: arrays for version, arrays in self._versions.items() if version in needed}
         begun = {

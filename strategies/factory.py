@@ -24,7 +24,7 @@ def make_strategy(federation: Federation, folder: RunFolder) -> TrackedStrategy:
 
 
 def own_sources(settings: Settings) -> tuple[Path, ...]:
-    """The files of a user's own algorithm; none for one of `STRATEGIES`.
+    """Return the files of a user's own algorithm; none for one of `STRATEGIES`.
 
     Raises:
         SettingsError: there is no such class.

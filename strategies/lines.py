@@ -9,7 +9,7 @@ from fedfmd.runs import RoundRow
 
 
 def header_lines(federation: Federation, own_data: bool = False) -> list[str]:
-    """What runs, on which data and fleet, and how; `own_data` if the clients are boxes with images of their own."""
+    """Say what runs, on which data and fleet, and how; `own_data` if the clients have images of their own."""
     settings = federation.settings
     server, partition = settings.server, settings.partition
     sizes = federation.sizes
@@ -33,7 +33,7 @@ def round_text(row: RoundRow, rounds: int) -> str:
     return (
         f"round {row.round:>{len(str(rounds))}}/{rounds}  virtual {row.virtual_s:9.1f} s  {_scores(row)}"
         f"clients {row.clients_ok} ok {row.clients_late} late {row.clients_failed} failed"
-        f"{cut}{'  void' if row.status == 'void' else ''}"
+        f"{cut}{'  discarded' if row.status == 'discarded' else ''}"
     )
 
 

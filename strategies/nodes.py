@@ -29,9 +29,9 @@ logger = logging.getLogger("fedfmd")
 
 @dataclass(frozen=True)
 class Node:
-    """A Flower node: a worker of a simulation hosts any client, a real box its own `client` alone.
+    """A Flower node: a worker of a simulation hosts any client, an edge device its own `client` alone.
 
-    `images` and `device` (which may be "") are what a box says of itself; `profile` is the device that its own
+    `images` and `device` (which may be "") are what an edge device says of itself; `profile` is the device that its own
     file describes, if it has one.
     """
 
@@ -52,9 +52,9 @@ class Answer:
     fault: str = ""
 
     def __str__(self) -> str:
-        """The node as a person knows it, with its fault."""
+        """Return the node as a person knows it, with its fault."""
         client = self.node.client
-        name = f"node {self.node.id}" if client is None else f"the box of client {client}"
+        name = f"node {self.node.id}" if client is None else f"the edge device of client {client}"
         return f"{name} {self.fault}"
 
 
@@ -63,8 +63,8 @@ def meet_nodes(
 ) -> tuple[Node, ...]:
     """Ask every node what it hosts, in an order that does not depend on Flower's random node ids.
 
-    Waits until a simulation's nodes are all there, or until all `clients` have a box of their own; after
-    `timeout_s` it makes do with `least` boxes. `images` tells what a box's own must be like.
+    Waits until a simulation's nodes are all there, or until all `clients` have an edge device of their own; after
+    `timeout_s` it makes do with `least` of them. `images` tells what their own must be like.
 
     Raises:
         RunError: nodes are missing after `timeout_s`, refuse, or claim the same client.
@@ -81,7 +81,7 @@ def meet_nodes(
         if _complete(nodes, max((answer.peers for answer in met.values()), default=0), clients):
             return nodes
         if time.monotonic() > deadline:
-            if has_boxes(nodes) and len(nodes) >= least:
+            if are_edge_devices(nodes) and len(nodes) >= least:
                 return nodes
             raise RunError(
                 f"{len(nodes)} of the nodes for partition.clients = {clients} came within "
@@ -93,50 +93,54 @@ def meet_nodes(
 def meet_again(
     known: Sequence[Node], grid: Grid, images: ImageFormat, clients: int, timeout_s: float, least: int
 ) -> tuple[Node, ...]:
-    """The boxes that are there now: those of the `known` ones that stayed, and those that came back or are new.
+    """Find the edge devices that are there now: `known` ones that stayed, and those that came back or are new.
 
-    A box that was restarted may have another id than before. One that refuses is left out, with a warning.
+    A device that was restarted may have another id than before. One that refuses is left out, with a warning.
 
     Raises:
-        RunError: fewer than `least` boxes are there after `timeout_s`.
+        RunError: fewer than `least` are there after `timeout_s`.
     """
-    boxes = {node.client: node for node in known if node.client is not None}
-    before = set(boxes)
+    present = {node.client: node for node in known if node.client is not None}
+    before = set(present)
     refused: set[int] = set()
     deadline = time.monotonic() + timeout_s
     while True:
         online = set(grid.get_node_ids())
-        boxes = {client: node for client, node in boxes.items() if node.id in online}
-        unknown = online - refused - {node.id for node in boxes.values()}
+        present = {client: node for client, node in present.items() if node.id in online}
+        unknown = online - refused - {node.id for node in present.values()}
         for answer in _query(grid, sorted(unknown), images, timeout_s):
             node = answer.node
             if answer.fault or node.client is None or node.client not in range(clients):
-                logger.warning("%s", answer if answer.fault else f"node {node.id} is no box of this run")
+                logger.warning(
+                    "%s", answer if answer.fault else f"node {node.id} is no edge device of this run"
+                )
                 refused.add(node.id)
             else:
-                boxes[node.client] = node
-        if len(boxes) >= least:
-            for client in sorted(before ^ boxes.keys()):
+                present[node.client] = node
+        if len(present) >= least:
+            for client in sorted(before ^ present.keys()):
                 logger.warning(
-                    "the box of client %d is %s", client, "there again" if client in boxes else "gone"
+                    "the edge device of client %d is %s",
+                    client,
+                    "there again" if client in present else "gone",
                 )
-            return _in_order(boxes.values())
+            return _in_order(present.values())
         if time.monotonic() > deadline:
             raise RunError(
-                f"{len(boxes)} of {clients} boxes are there after server.node-timeout-s = {timeout_s:g}, and "
+                f"{len(present)} of {clients} edge devices are there after server.node-timeout-s = {timeout_s:g}, and "
                 f"server.max-failed-share lets no fewer than {least} go on: start the others, then run again"
             )
         time.sleep(POLL_S)
 
 
-def on_boxes(federation: Federation, nodes: Sequence[Node]) -> Federation:
-    """Put the boxes' own numbers of images and devices in the place of the simulated ones.
+def on_edge_devices(federation: Federation, nodes: Sequence[Node]) -> Federation:
+    """Put the edge devices' own numbers of images and profiles in the place of the simulated ones.
 
-    A box that names no device keeps the one that the fleet gives its client; links stay modelled, unless the
-    box's device has its own.
+    One that names no profile keeps the one that the fleet gives its client; links stay modelled, unless the
+    profile has its own.
 
     Raises:
-        RunError: a box names an unknown device.
+        RunError: an edge device names an unknown device.
     """
     sizes, clients = list(federation.sizes), list(federation.fleet.clients)
     devices = known_devices(federation.settings)
@@ -158,7 +162,7 @@ def _device_of(node: Node, settings: Settings, known: Mapping[str, Device]) -> D
     if node.device in known:
         return known[node.device]
     raise RunError(
-        f"the box of client {node.client} has the unknown device {node.device!r}: give its --node-config "
+        f"the edge device of client {node.client} has the unknown device {node.device!r}: give its --node-config "
         f"one of {', '.join(known)}, or a YAML file of its own, or add it to fleet.devices-file"
     )
 
@@ -168,10 +172,10 @@ def assign(
 ) -> list[tuple[int, list[WorkPlan]]]:
     """Give each client of the round to a node: node id and plans, one entry per message that is to be sent.
 
-    Boxes get their own client; workers are dealt clients so that all are busy equally long. A message holds
+    Edge devices get their own client; workers are dealt clients so that all are busy equally long. A message holds
     all that a node has to do, or a single client if the updates are needed separately.
     """
-    if has_boxes(nodes):
+    if are_edge_devices(nodes):
         hands = [[plan for plan in plans if plan.client.id == node.client] for node in nodes]
     else:
         hands = deal_out(plans, len(nodes))
@@ -212,18 +216,18 @@ def empty(messages: Iterable[Message]) -> None:
 
 
 def reachable(nodes: Iterable[Node], clients: Iterable[int]) -> list[int]:
-    """Those of the clients that have a node: a box has its own, a worker takes any."""
+    """Those of the clients that have a node: an edge device has its own, a worker takes any."""
     hosted = {node.client for node in nodes}
     return [client for client in clients if client in hosted or None in hosted]
 
 
-def has_boxes(nodes: Iterable[Node]) -> bool:
-    """Whether the nodes are real boxes, each with its own client."""
+def are_edge_devices(nodes: Iterable[Node]) -> bool:
+    """Whether the nodes are edge devices, each with its own client."""
     return any(node.client is not None for node in nodes)
 
 
 def _query(grid: Grid, node_ids: Sequence[int], images: ImageFormat, timeout_s: float) -> list[Answer]:
-    """The answers of the nodes; those that don't answer, or are gone by now, are left out."""
+    """Ask the nodes and return their answers; those that don't answer, or are gone by now, are left out."""
     messages = [Message(write_question(images), node_id, MessageType.QUERY) for node_id in node_ids]
     if not messages:
         return []
@@ -240,7 +244,7 @@ def _answer(node_id: int, reply: Message) -> Answer:
     fault = f"refuses: {config['error']}" if config["error"] else ""
     try:
         profile = parse_device(config["profile"], "its device file") if config["profile"] else None
-    except ValueError as error:  # the box could read it: its version of fedfmd is another one
+    except ValueError as error:  # the device could read it: its version of fedfmd is another one
         profile, fault = None, f"can't be used: {error}"
     node = Node(node_id, config["rank"], client, config["images"], config["device"], profile)
     return Answer(node, config["nodes"], fault)
@@ -254,10 +258,12 @@ def _complete(nodes: Sequence[Node], peers: int, clients: int) -> bool:
     hosted = [node.client for node in nodes if node.client is not None]
     if 0 < len(hosted) < len(nodes):
         raise RunError(
-            "some nodes are boxes and some host any client: give all a client=N in --node-config, or none"
+            "some nodes are edge devices and some host any client: give all a client=N in --node-config, or none"
         )
     if len(set(hosted)) < len(hosted):
-        raise RunError(f"two boxes say that they are client {max(hosted, key=hosted.count)}")
+        raise RunError(f"two edge devices say that they are client {max(hosted, key=hosted.count)}")
     if any(client not in range(clients) for client in hosted):
-        raise RunError(f"a box says that it is client {max(hosted)}, but partition.clients = {clients}")
+        raise RunError(
+            f"an edge device says that it is client {max(hosted)}, but partition.clients = {clients}"
+        )
     return len(hosted) == clients if hosted else bool(nodes) and len(nodes) >= peers

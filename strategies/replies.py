@@ -120,7 +120,7 @@ def _check_arrays(
 
 
 def _named(assignment: Assignment, kernels: int) -> tuple[int, ...]:
-    """The places in a bank of the kernels that the client was told to train; none if it chose them."""
+    """Return the places in a bank of the kernels that the client was told to train; none if it chose them."""
     if assignment.first_kernel == BY_ATTENTION and assignment.kernels < kernels:
         return ()
     return rotation(assignment.first_kernel, assignment.kernels, kernels)

@@ -24,8 +24,8 @@ def client_rows(
     """One row per client of the round, in the order of `plans`.
 
     `results` holds the clients that were asked to train, `ranks` the node of each, `trips` the measured seconds
-    between a real box's message and its reply. A client that was never asked because its update would come too
-    late, or because its device can't hold the model, has no result; if its plan was fine, its box has gone while
+    between an edge device's message and its reply. A client that was never asked because its update would come too
+    late, or because its device can't hold the model, has no result; if its plan was fine, its device has gone while
     it was at work.
     """
     return [
@@ -50,18 +50,18 @@ def round_row(
     *,
     round_s: float,
     clients_cut: int,
-    void: bool,
+    discarded: bool,
     temperature: float | None,
     virtual_s: float,
     best_accuracy: float | None,
     cum_train_flops: int,
     wall_s: float,
 ) -> RoundRow:
-    """The row of a round of `round_s` virtual seconds, in which the work of `clients_cut` clients was cut.
+    """Return the row of a round of `round_s` virtual seconds, in which the work of `clients_cut` clients was cut.
 
     `evaluation` is that on the test images, None if the round's model was not evaluated, `validation` that on the
     validation images, if there are any.
-    `best_accuracy` is that after the round, `virtual_s` and `cum_train_flops` are those before it; `void` if the
+    `best_accuracy` is that after the round, `virtual_s` and `cum_train_flops` are those before it; `discarded` if the
     model stayed as it was.
     A model without a mixture of kernels has neither temperature (None) nor kernel entropy (NaN).
     """
@@ -85,14 +85,14 @@ def round_row(
         down_bytes=sum(client.down_bytes for client in clients),
         energy_j=math.fsum(client.energy_j for client in clients),
         latency_s=latency_s,
-        status="void" if void else "ok",
+        status="discarded" if discarded else "ok",
         clients_cut=clients_cut,
         **_scores(evaluation, round_s, latency_s),
     )
 
 
 def _scores(evaluation: Evaluation | None, round_s: float, latency_s: float) -> dict[str, float | None]:
-    """The columns that need an evaluation."""
+    """Return the columns that need an evaluation."""
     if evaluation is None:
         return {}
     return {
@@ -119,7 +119,7 @@ def _client_row(
     if result is not None and not result.ok:
         status, reason = "failed", result.reason
     elif result is None and status == "ok":
-        status, reason = "failed", "its box has gone"
+        status, reason = "failed", "its edge device has gone"
     return ClientRow(
         round=server_round,
         client=plan.client.id,
@@ -146,7 +146,7 @@ def _client_row(
 
 
 def _learnt(result: ClientResult, latency_s: float, trip_s: float) -> dict[str, float | None]:
-    """The columns of a client that has trained."""
+    """Return the columns of a client that has trained."""
     return {
         "loss": result.loss,
         "accuracy": result.accuracy,

@@ -40,13 +40,13 @@ from strategies.aggregation import aggregate
 from strategies.lines import header_lines, round_text
 from strategies.nodes import (
     Node,
+    are_edge_devices,
     assign,
     empty,
     exchange,
-    has_boxes,
     meet_again,
     meet_nodes,
-    on_boxes,
+    on_edge_devices,
     reachable,
 )
 from strategies.replies import client_results, read_replies
@@ -86,7 +86,7 @@ class Request:
 class Round:
     """A round between sending and aggregating: its plans, its virtual seconds, what was asked of the nodes.
 
-    At least `needed` updates must come, or it is void.
+    At least `needed` updates must come, or it is discarded.
     """
 
     plans: Sequence[WorkPlan] = ()
@@ -135,7 +135,7 @@ class TrackedStrategy(Strategy):
 
     def summary(self) -> None:
         """Log what runs, on which fleet."""
-        for line in header_lines(self.federation, own_data=has_boxes(self.nodes)):
+        for line in header_lines(self.federation, own_data=are_edge_devices(self.nodes)):
             logger.info(line)
 
     def run(self, grid: Grid) -> Progress:
@@ -176,7 +176,7 @@ class TrackedStrategy(Strategy):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """The new arrays and the number of images behind them; (None, None) if too few clients succeeded."""
+        """Return the new arrays and the number of images behind them; (None, None) if too few clients succeeded."""
         if not self._finish_round(server_round, list(replies)):
             return None, None
         images = sum(result.images for result in self.results.values() if result.ok)
@@ -194,7 +194,7 @@ class TrackedStrategy(Strategy):
 
     def _begin_round(self, server_round: int, grid: Grid) -> list[Message]:
         """Plan the round; the messages that are to be sent."""
-        if has_boxes(self.nodes) or not self.nodes:
+        if are_edge_devices(self.nodes) or not self.nodes:
             self._meet(grid, resumed=bool(self.nodes))
         self._began = time.perf_counter()
         set_temperature(self.federation.model, self.federation.temperature.at(server_round - 1))
@@ -202,7 +202,7 @@ class TrackedStrategy(Strategy):
         return [request.message for request in self._round.requests]
 
     def _plan_round(self, server_round: int, arrays: ArrayRecord) -> Round:
-        """The round's clients, their plans, and a message for each node that has work."""
+        """Return the round's clients, their plans, and a message for each node that has work."""
         budget, time_s = self.federation.budget, self.progress.virtual_s
         wanted = self.federation.settings.clients_per_round
         clients = self._sample(server_round, time_s, budget.asked(wanted))
@@ -226,7 +226,7 @@ class TrackedStrategy(Strategy):
         evaluations = self._evaluate(server_round)
         clients = self._client_rows(server_round, arrived or {})
         best = self.progress.best.or_later(*evaluations)
-        row = self._round_row(server_round, clients, evaluations, best, void=not learnt)
+        row = self._round_row(server_round, clients, evaluations, best, discarded=not learnt)
         flops = dict(enumerate(self.progress.client_flops)) | {c.client: c.cum_train_flops for c in clients}
         self.progress = replace(
             self.progress,
@@ -292,7 +292,7 @@ class TrackedStrategy(Strategy):
         places = {node.id: node.rank for node in self.nodes}
         asked = [(request, work.client) for request in self._round.requests for work in request.assignments]
         ranks = {client: places[request.message.metadata.dst_node_id] for request, client in asked}
-        measured = asked if has_boxes(self.nodes) else []
+        measured = asked if are_edge_devices(self.nodes) else []
         trips = {client: arrived[request.id] for request, client in measured if request.id in arrived}
         done = self.progress.client_flops
         return client_rows(server_round, self._round.plans, self.results, ranks, done, trips)
@@ -303,7 +303,7 @@ class TrackedStrategy(Strategy):
         clients: Sequence[ClientRow],
         evaluations: tuple[Evaluation | None, Evaluation | None],
         best: Best,
-        void: bool,
+        discarded: bool,
     ) -> RoundRow:
         temperature = self.federation.temperature.at(server_round - 1)
         return round_row(
@@ -313,7 +313,7 @@ class TrackedStrategy(Strategy):
             self.federation,
             round_s=self._round.seconds,
             clients_cut=sum(plan.is_cut for plan in self._round.plans),
-            void=void,
+            discarded=discarded,
             temperature=temperature if self._annealed else None,
             virtual_s=self.progress.virtual_s,
             best_accuracy=best.known_accuracy,
@@ -322,13 +322,13 @@ class TrackedStrategy(Strategy):
         )
 
     def _meet(self, grid: Grid, resumed: bool) -> None:
-        """A new run starts with all its boxes. Later they come and go, and it does without the failed share."""
+        """Meet the nodes: all of them for a new run; later they come and go, and it does without the failed share."""
         settings, images = self.federation.settings, self.federation.dataset.format
         clients, server = settings.partition.clients, settings.server
         least = max(1, math.ceil((1 - server.max_failed_share) * clients)) if resumed else clients
-        meet = partial(meet_again, self.nodes) if has_boxes(self.nodes) else meet_nodes
+        meet = partial(meet_again, self.nodes) if are_edge_devices(self.nodes) else meet_nodes
         self.nodes = meet(grid, images, clients, server.node_timeout_s, least)
-        self.federation = on_boxes(self.federation, self.nodes)
+        self.federation = on_edge_devices(self.federation, self.nodes)
 
     def _sample(self, server_round: int, time_s: float, count: int) -> list[int]:
         """Clients of the round among those that are there, from (seed, round) alone."""
@@ -354,7 +354,7 @@ class TrackedStrategy(Strategy):
     def _request(
         self, node: int, hand: Iterable[WorkPlan], server_round: int, done: int, arrays: ArrayRecord
     ) -> Request:
-        """The message for a node: its clients start from `arrays`, with the rates after `done` rounds.
+        """Return the message for a node: its clients start from `arrays`, with the rates after `done` rounds.
 
         `server_round` is what the clients' randomness and their rotation of kernels follow.
         """
@@ -366,17 +366,17 @@ class TrackedStrategy(Strategy):
             self.federation.temperature.at(done),
             assignments,
             run=self.progress.run,
-            images=self.federation.dataset.format if has_boxes(self.nodes) else None,
+            images=self.federation.dataset.format if are_edge_devices(self.nodes) else None,
         )
         return Request(Message(write_instruction(instruction, arrays), node, MessageType.TRAIN), assignments)
 
     def _origin(self, work: Sequence[Assignment], current: Arrays) -> Origin:
-        """What these clients were sent."""
+        """Return what these clients were sent."""
         del work
         return Origin(current)
 
     def _assignment(self, server_round: int, plan: WorkPlan) -> Assignment:
-        """A client's kernels in rotation start one further with every round, and with every client."""
+        """Name a client's kernels: in rotation they start one further with every round, and with every client."""
         client, budget = plan.client.id, self.federation.budget
         first = (server_round + client) % self.federation.cost.kernels
         if budget.kernel_choice == "attention":
@@ -384,7 +384,7 @@ class TrackedStrategy(Strategy):
         return Assignment(client, plan.steps, plan.batch_size, plan.kernels, first)
 
     def _evaluate(self, server_round: int) -> tuple[Evaluation | None, Evaluation | None]:
-        """The model's evaluations on test and validation images, None where the settings want none."""
+        """Return the model's evaluations on test and validation images, None where the settings want none."""
         server = self.federation.settings.server
         if server_round % server.evaluate_every and server_round != server.rounds:
             return None, None
@@ -421,7 +421,7 @@ class TrackedStrategy(Strategy):
         self._restore(checkpoint.state["strategy"] | arrays)
 
     def _dump(self) -> dict[str, Any]:
-        """What a resume needs beside the model and the progress, by name: arrays, and what JSON knows."""
+        """Return what a resume needs beside the model and the progress, by name: arrays, and what JSON knows."""
         return dict(self.algorithm.dump(self._state))
 
     def _restore(self, kept: Mapping[str, Any]) -> None:

@@ -307,5 +307,7 @@ def test_nothing_of_a_boxs_images_leaves_it(run_boxes, boxes, tiny_settings):
 
 def test_boxes_whose_data_is_wrong_stop_the_run_before_training(run_boxes, boxes):
     np.savez(boxes[1]["data"], images=np.zeros((2, 8, 8, 3), np.uint8), labels=np.array([3, 10]))
-    with pytest.raises(RunError, match=r"the box of client 1 refuses: .*box-1\.npz: label 10 is outside"):
+    with pytest.raises(
+        RunError, match=r"the edge device of client 1 refuses: .*box-1\.npz: label 10 is outside"
+    ):
         run_boxes(boxes)

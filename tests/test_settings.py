@@ -12,9 +12,9 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_the_quickstart_is_the_defaults_with_a_deadline():
-    (cell,) = load_experiment(ROOT / "experiments" / "quickstart.yaml").cells
+    (run,) = load_experiment(ROOT / "experiments" / "quickstart.yaml").runs
     deadline = {"budget.deadline-s": 5.0, "budget.policy": "partial"}
-    assert cell.settings.kept() == Settings().kept() | deadline
+    assert run.settings.kept() == Settings().kept() | deadline
 
 
 def test_by_default_nobody_is_cut_short():

@@ -123,7 +123,7 @@ def chosen(layer: Layer, conv: str, batch: int) -> str:
 def rows(layer: Layer, batch: int, seconds: dict[tuple[str, str, str], float]) -> Iterator[dict[str, object]]:
     """One row per convolution, way and phase."""
     for (conv, mixing, phase), taken in seconds.items():
-        folded = seconds.get((conv, "folded", phase))
+        grouped = seconds.get((conv, "grouped", phase))
         yield {
             **asdict(layer),
             "batch": batch,
@@ -133,7 +133,7 @@ def rows(layer: Layer, batch: int, seconds: dict[tuple[str, str, str], float]) -
             "auto": conv != "static" and mixing == chosen(layer, conv, batch),
             "ms": round(1000 * taken, 3),
             "to_static": round(taken / seconds["static", "", phase], 3),
-            "to_folded": round(taken / folded, 3) if folded else "",
+            "to_grouped": round(taken / grouped, 3) if grouped else "",
         }
 
 

@@ -143,14 +143,14 @@ def cuda_seconds(step: Callable[[], None]) -> float:
 def rows(place: Place, seconds: dict[tuple[Variant, str], list[float]]) -> Iterator[dict[str, object]]:
     """One row per variant and phase, with its ratios."""
     for (variant, phase), taken in seconds.items():
-        folded = seconds.get((replace(variant, mixing="folded"), phase))
+        grouped = seconds.get((replace(variant, mixing="grouped"), phase))
         yield {
             **asdict(place),
             "phase": phase,
             **asdict(variant),
             "ms": round(1000 * median(taken), 3),
             "to_static": ratio(taken, seconds[STATIC, phase]),
-            "to_folded": ratio(taken, folded) if folded else "",
+            "to_grouped": ratio(taken, grouped) if grouped else "",
         }
 
 

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Makes what a SuperLink and its SuperNodes need to trust each other: a private certificate authority, the
-# server's certificate, a secret for the server's own processes, and a key for each box.
+# server's certificate, a secret for the server's own processes, and a key for each device.
 #
-#   certificates.sh FOLDER SERVER[,SERVER…] [BOX…]
+#   certificates.sh FOLDER SERVER[,SERVER…] [DEVICE…]
 #
-# SERVER: names or IP addresses by which boxes and users reach the server; 127.0.0.1 and localhost are added.
-# BOX: a name for each box's key. Call it again with other boxes to add their keys: what is there already is
-# kept, and asking for a box's key twice is an error. DAYS (default 825) is how long certificates are valid.
+# SERVER: names or IP addresses by which devices and users reach the server; 127.0.0.1 and localhost are added.
+# DEVICE: a name for each device's key. Call it again with other names to add their keys: what is there already is
+# kept, and asking for a device's key twice is an error. DAYS (default 825) is how long certificates are valid.
 set -euo pipefail
 umask 077
 
@@ -55,5 +55,5 @@ fi
 for box in "$@"; do
   ssh-keygen -q -t ecdsa -b 384 -N "" -C "$box" -f "boxes/$box"
 done
-echo "$PWD: ca.crt for everybody; server.key, server.pem and superexec.secret for the server; boxes/NAME for its box" \
+echo "$PWD: ca.crt for everybody; server.key, server.pem and superexec.secret for the server; boxes/NAME for its device" \
   "alone; boxes/NAME.pub to register it; ca.key for a safe place offline"

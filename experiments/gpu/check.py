@@ -44,7 +44,7 @@ from fedfmd.models import make_model
 from fedfmd.training import PRECISIONS as PRECISION_SETTINGS
 from fedfmd.training import Evaluation, LocalSGD, TrainResult, evaluate, train
 
-REFERENCE = "folded"
+REFERENCE = "grouped"
 KERNELS = (1, 4)
 TEMPERATURE = 3.0  # low enough for kernels to weigh differently
 RUN_STEPS = 30

@@ -114,7 +114,7 @@ class Algorithm:
         del local
         return {}
 
-    def comparable(
+    def normalise(
         self, updates: Sequence[Update], current: Arrays, parameters: Collection[str]
     ) -> Sequence[Update]:
         """Return the updates as updates of the current arrays, so that they can be averaged."""

@@ -38,19 +38,19 @@ class FedBuff(FlowerAlgorithm, name="fedbuff"):
         """Updates that make a step."""
         return self.settings.server.buffer
 
-    def comparable(
+    def normalise(
         self, updates: Sequence[Update], current: Arrays, parameters: Collection[str]
     ) -> Sequence[Update]:
         """Return the updates as if they had begun at the current arrays, the older the shorter."""
         staleness = self.settings.server.staleness
-        return [transplant(u, current, parameters, (1 + u.age) ** -staleness) for u in updates]
+        return [rebase(u, current, parameters, (1 + u.age) ** -staleness) for u in updates]
 
     def strategy(self) -> flower.FedAvg:
         """Make a step of SGD without momentum."""
         return flower.FedAvgM(server_learning_rate=self.settings.server.lr or 1.0, server_momentum=0.0)
 
 
-def transplant(update: Update, current: Arrays, parameters: Collection[str], factor: float) -> Update:
+def rebase(update: Update, current: Arrays, parameters: Collection[str], factor: float) -> Update:
     """Return what an update would be if it had begun at `current`, and were shorter by a factor.
 
     Buffers go that share of the way from the current ones to the client's: moved like parameters, a running

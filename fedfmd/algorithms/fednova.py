@@ -30,20 +30,20 @@ class FedNova(Algorithm, name="fednova"):
             for name, tensor in trained.items()
         }
 
-    def comparable(
+    def normalise(
         self, updates: Sequence[Update], current: Arrays, parameters: Collection[str]
     ) -> Sequence[Update]:
         """Return updates as long as if every client had gone the mean way of all, by images."""
         done = [result for update in updates for result in update.results]
         way = math.fsum(r.images * self._way(r.steps) for r in done) / sum(r.images for r in done)
-        return [lengthen(update, current, parameters, way) for update in updates]
+        return [scale(update, current, parameters, way) for update in updates]
 
     def _way(self, steps: int) -> float:
         train = self.settings.train
         return effective_steps(steps, train.momentum, train.nesterov)
 
 
-def lengthen(update: Update, current: Arrays, parameters: Collection[str], factor: float) -> Update:
+def scale(update: Update, current: Arrays, parameters: Collection[str], factor: float) -> Update:
     """Multiply the way from the current parameters to those of an update by a factor; buffers stay."""
     longer = {
         name: np.asarray(current[name] + factor * (array - current[name]), array.dtype)

@@ -130,7 +130,7 @@ class _NoNodes:
 
 
 def _reply(strategy: FedAvg, update: Update, current: Arrays) -> Message:
-    """The update as a node's reply, under the names that the strategy looks for."""
+    """Return the update as a node's reply, under the names that the strategy looks for."""
     content = RecordDict(
         {
             strategy.arrayrecord_key: to_record(current | update.arrays),
@@ -141,7 +141,7 @@ def _reply(strategy: FedAvg, update: Update, current: Arrays) -> Message:
 
 
 def _attributes(strategy: FedAvg) -> dict[str, Leaves]:
-    """The leaves of each attribute that a checkpoint can keep."""
+    """Return the leaves of each attribute that a checkpoint can keep."""
     attributes: dict[str, Leaves] = {}
     for name, value in kept_between_rounds(strategy).items():
         if callable(value):

@@ -55,7 +55,7 @@ def unflatten(leaves: Leaves) -> Any:
 
 
 def _step(key: object) -> str:
-    """A dict's key as part of a path."""
+    """Return a dict's key as part of a path."""
     if type(key) is int:
         return f"={key}"
     if isinstance(key, str) and key and key[0] not in "#=" and "/" not in key:

@@ -50,7 +50,7 @@ class Host:
 
 
 def host_of(context: Context, images: ImageFormat | None) -> Host:
-    """What the node needs; `images` tells a box what its own must be like."""
+    """Return what the node needs; `images` tells an edge device what its own must be like."""
     node = NodeConfig.from_mapping(context.node_config)
     with _loading:
         return _load_host(tuple(sorted(context.run_config.items())), node.data, node.backend, images)

@@ -1,4 +1,4 @@
-"""A real box, a SuperNode with images of its own: what its ``--node-config`` says, and whether it fits a run."""
+"""An edge device, a SuperNode with images of its own: what its ``--node-config`` says, and whether it fits a run."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 
 import fedfmd
 from fedfmd.data import Dataset, ImageFormat, load_image_set
-from fedfmd.edge import device_text, read_box
+from fedfmd.edge import device_text, read_own_device
 from fedfmd.errors import SettingsError, nearest_of
 from fedfmd.flower_compat import NODES, RANK
 
 PROFILES = (".yaml", ".yml")
-"""How the name of a box's own device file ends."""
+"""How the name of an edge device's own profile ends."""
 
 KEYS = ("client", "data", "device", "device-backend", RANK, NODES)
 
@@ -25,8 +25,8 @@ class NodeConfig:
     """What a node is told when it is started; the last two by Flower's simulation.
 
     Attributes:
-        client: the client that this box is; None: a worker, which hosts any.
-        data: the box's own images, an npz file or a folder of class folders; None: it loads the run's data set
+        client: the client that this edge device is; None: a worker, which hosts any.
+        data: the edge device's own images, an npz file or a folder of class folders; None: it loads the run's data set
             and takes its client's share.
         device: name of its device profile, or a file (YAML) with its own; "" leaves that to the server.
         backend: what it computes on, cpu, cuda or cuda:N; "" takes the run's setting `device`.
@@ -55,9 +55,9 @@ class NodeConfig:
                 )
         client = config.get("client")
         if client is None and "data" in config:
-            raise SettingsError(f"data = {config['data']!r} needs client=N, the number of this box")
+            raise SettingsError(f"data = {config['data']!r} needs client=N, the number of this edge device")
         if client is not None and (type(client) is not int or client < 0):
-            raise SettingsError(f"client = {client!r}: must be a number from 0, one for each box")
+            raise SettingsError(f"client = {client!r}: must be a number from 0, one for each edge device")
         return cls(
             client=client,
             data=Path(str(config["data"])).expanduser() if "data" in config else None,
@@ -68,14 +68,14 @@ class NodeConfig:
         )
 
     def profile(self) -> str:
-        """The text of the box's own device file, "" if it has none.
+        """Return the text of the edge device's own profile, "" if it has none.
 
         Raises:
             ValueError: the file can't be read, or doesn't hold one device.
         """
         if not self.device.endswith(PROFILES):
             return ""
-        return device_text(read_box(Path(self.device).expanduser()))
+        return device_text(read_own_device(Path(self.device).expanduser()))
 
 
 def check_version(server: str) -> None:
@@ -86,14 +86,15 @@ def check_version(server: str) -> None:
     """
     if server != fedfmd.__version__:
         raise SettingsError(
-            f"this box has fedfmd {fedfmd.__version__}, the server {server}: install the same version on both"
+            f"this edge device has fedfmd {fedfmd.__version__}, the server {server}: install the same version on both"
         )
 
 
 def own_dataset(path: Path, wanted: ImageFormat, image_size: int) -> Dataset:
-    """A box's images as the run wants them, without a test set; `image_size` is the run's ``data.image-size``.
+    """Load an edge device's images as the run wants them, without a test set.
 
-    It trains on all of them: the run's validation images are the server's (see `fedfmd.build.build_dataset`).
+    `image_size` is the run's ``data.image-size``. All of them are trained on: the run's validation images are the
+    server's (see `fedfmd.build.build_dataset`).
 
     Raises:
         ValueError: they can't be read, have labels that the run doesn't know, or another size.

@@ -64,7 +64,7 @@ def run_assignments(host: Host, instruction: Instruction, arrays: Arrays) -> Rep
 def _run_client(
     host: Host, algorithm: Algorithm, instruction: Instruction, assignment: Assignment, arrays: Arrays
 ) -> tuple[ClientResult, Upload]:
-    """What became of the client, and what it sends."""
+    """Train a client; return what became of it, and what it sends."""
     client, images, started = assignment.client, 0, time.perf_counter()
     trained, attention, upload, reason = NOT_TRAINED, AttentionRecord(), Upload({}), ""
     try:
@@ -101,7 +101,7 @@ def _run_client(
 
 
 def _kept(host: Host, instruction: Instruction, client: int) -> ClientState:
-    """What the client keeps from earlier rounds."""
+    """Return what the client keeps from earlier rounds."""
     if not instruction.run:
         return ClientState()
     return _states(host, instruction).load(client, instruction.round)
@@ -148,7 +148,7 @@ def _train(
 def _upload(
     host: Host, update: Mapping[str, Tensor], arrays: Arrays, residual: Mapping[str, Tensor]
 ) -> tuple[Upload, Mapping[str, Tensor]]:
-    """What the client sends, and what rounding leaves over of it."""
+    """Return what the client sends, and what rounding leaves over of it."""
     rounding = host.settings.transport.upload
     if rounding not in ROUNDINGS:
         return Upload(update), residual
@@ -158,7 +158,7 @@ def _upload(
 def _choose_kernels(
     host: Host, assignment: Assignment, shard: ImageSet, generator: torch.Generator
 ) -> Kernels:
-    """The kernels to train in each layer; by attention only where there is a choice."""
+    """Return the kernels to train in each layer; by attention only where there is a choice."""
     count, first = assignment.kernels, assignment.first_kernel
     if first != BY_ATTENTION or count == host.settings.model.kernels:
         return rotated(host.model, first, count)

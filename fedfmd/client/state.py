@@ -43,7 +43,7 @@ class ClientStates:
     keep_checkpoints: int = 2
 
     def load(self, client: int, before_round: int) -> ClientState:
-        """The client's newest state of an earlier round; an empty one if it has none.
+        """Load the client's newest state of an earlier round; an empty one if it has none.
 
         Raises:
             ValueError: its file is damaged.
@@ -86,7 +86,7 @@ class ClientStates:
 
 
 def states_of_run(root: Path, run: str, checkpoint_every: int, keep_checkpoints: int) -> ClientStates:
-    """The states of the clients of `run` below `root`.
+    """Return the states of the clients of `run` below `root`.
 
     Raises:
         ValueError: `run` is no plain name, so nothing can be kept.

@@ -15,7 +15,7 @@ from fedfmd.conv.layers import dynamic_layers
 
 
 def recorded_attentions(record: AttentionRecord) -> tuple[str, ...]:
-    """The attentions that at least one recorded layer has, in alphabetical order; none if all are static."""
+    """Return the attentions that at least one recorded layer has, in alphabetical order; none if all are static."""
     entries = [entry for layer in record.values.values() for entry in layer]
     return tuple(
         sorted(name for name in AttentionValues._fields if any(getattr(e, name) is not None for e in entries))
@@ -63,7 +63,7 @@ def _fix(
     kept: Collection[str],
     mean: AttentionValues,
 ) -> AttentionValues:
-    """A forward hook: the means (1 × size) in place of the values (B × size) that are not kept."""
+    """Put, as a forward hook, the means (1 × size) in place of the values (B × size) that are not kept."""
     return AttentionValues(
         *(
             value if value is None or fixed is None or name in kept else fixed.expand_as(value)
@@ -73,7 +73,7 @@ def _fix(
 
 
 def _mean(entries: Collection[AttentionValues]) -> AttentionValues:
-    """The mean over all samples, 1 × size each."""
+    """Return the mean over all samples, 1 × size each."""
     return AttentionValues(
         *(
             None if values[0] is None else torch.cat(values).mean(0, keepdim=True)

@@ -39,7 +39,7 @@ class SqueezeBatchNorm(nn.BatchNorm1d):
 
 
 def squeeze_norm(norm: str, channels: int) -> nn.Module:
-    """The normalisation of the shared squeeze: "batch" as published, or "group" without batch statistics."""
+    """Return the normalisation of the shared squeeze: "batch" as published, or "group" without batch statistics."""
     if norm not in NORMS:
         raise ValueError(f"norm = {norm!r} is unknown; use one of {', '.join(NORMS)}")
     return SqueezeBatchNorm(channels) if norm == "batch" else nn.GroupNorm(1, channels)

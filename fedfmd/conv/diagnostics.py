@@ -22,7 +22,7 @@ class AttentionRecord:
     values: dict[str, deque[AttentionValues]] = field(default_factory=dict)
 
     def kernel_entropy(self) -> float:
-        """The mean over layers and samples of H(π) / ln K: 1 if the mixture is inert, 0 if one kernel wins.
+        """Return the mean over layers and samples of H(π) / ln K: 1 if the mixture is inert, 0 if one kernel wins.
 
         Weights that are no probabilities (CondConv's) are first divided by the sum of their sizes. Layers
         without a kernel attention over two or more kernels do not count; NaN if there is no other.
@@ -30,7 +30,7 @@ class AttentionRecord:
         return _mean([_entropy(share) for share in self._kernel_shares().values()])
 
     def kernel_information(self) -> float:
-        """The mean over layers of what the sample tells of the kernel: (H(mean π) − mean H(π)) / ln K.
+        """Return the mean over layers of what the sample tells of the kernel: (H(mean π) − mean H(π)) / ln K.
 
         0 if every sample has the same mixture, however uneven it is; NaN as in `kernel_entropy`.
         """
@@ -38,7 +38,7 @@ class AttentionRecord:
         return _mean([_entropy(share.mean(0, keepdim=True)) - _entropy(share).mean() for share in shares])
 
     def mean(self, attention: str) -> float:
-        """The mean of the "input", "output" or "spatial" attention over layers and samples; NaN if none."""
+        """Return the mean of the "input", "output" or "spatial" attention over layers and samples; NaN if none."""
         return _mean([value.double().flatten(1).mean(1) for value in self._by_layer(attention).values()])
 
     def _kernel_shares(self) -> dict[str, Tensor]:
@@ -49,7 +49,7 @@ class AttentionRecord:
         return {name: size / size.sum(1, keepdim=True) for name, size in weights.items()}
 
     def _by_layer(self, attention: str) -> dict[str, Tensor]:
-        """The values of all samples, by layer, where the layer has this attention."""
+        """Return the values of all samples, by layer, where the layer has this attention."""
         found = {
             name: [value for entry in entries if (value := getattr(entry, attention)) is not None]
             for name, entries in self.values.items()

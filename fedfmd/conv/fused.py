@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedfmd.conv.plain import Geometry, Operands, fold_batch, folded, mix_plainly, per_channel
+from fedfmd.conv.plain import Geometry, Operands, fold_batch, grouped, mix_plainly, per_channel
 
 # Working sets in numbers of 4 bytes, fitted on x86 CPUs: what a block needs should stay in the cache, from
 # mixing its kernels to their gradient.
@@ -79,13 +79,13 @@ class Direct:
         return max(1, BLOCK_NUMEL // (math.prod(self.kernel) + math.prod(image) + output))
 
     def forward(self, x: Tensor, mixture: Mixture, samples: slice, spatial: Tensor | None) -> Tensor:
-        """The outputs of a block; x and spatial hold its samples only."""
+        """Compute the outputs of a block; x and spatial hold its samples only."""
         return fold_batch(x, self._attend(self._kernels(mixture, samples, x.dtype), spatial), self.geometry)
 
     def backward(
         self, x: Tensor, grad: Tensor, mixture: MixtureGradient, samples: slice, spatial: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """The gradients of x and spatial; that of the kernels goes to the mixture."""
+        """Compute the gradients of x and spatial; that of the kernels goes to the mixture."""
         kernels = self._kernels(mixture, samples, x.dtype)
         weight = self._attend(kernels, spatial).flatten(0, 1)
         images, grads = x.flatten(0, 1)[None], grad.flatten(0, 1)[None]
@@ -115,7 +115,7 @@ class Unfolded:
         return TILE_SAMPLES
 
     def forward(self, x: Tensor, mixture: Mixture, samples: slice, spatial: Tensor | None) -> Tensor:
-        """The outputs of a block; x and spatial hold its samples only."""
+        """Compute the outputs of a block; x and spatial hold its samples only."""
         columns = self._by_group(self._attend(self.geometry.unfold(x, self.kernel[2:]), spatial))
         y = x.new_empty(len(x), self.kernel[0], columns.shape[2])
         for rows in self._tiles():
@@ -126,7 +126,7 @@ class Unfolded:
     def backward(
         self, x: Tensor, grad: Tensor, mixture: MixtureGradient, samples: slice, spatial: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """The gradients of x and spatial; that of the kernels goes to the mixture."""
+        """Compute the gradients of x and spatial; that of the kernels goes to the mixture."""
         raw = self.geometry.unfold(x, self.kernel[2:])
         columns = self._by_group(self._attend(raw, spatial))
         dcolumns = torch.empty_like(raw)
@@ -201,17 +201,17 @@ class MixedConv(torch.autograd.Function):
 
 
 def plain_gradients(grad: Tensor, operands: Operands, way: Way) -> list[Tensor | None]:
-    """The gradients of the operands, differentiable once more."""
+    """Compute the gradients of the operands, differentiable once more."""
     # Views make new nodes of the operands: the gradient of x must not run on through what else was made of x.
     own = Operands._make(None if t is None else t.view_as(t) for t in operands)
     wanted = [t for t in own if t is not None and t.requires_grad]
-    y = mix_plainly(folded, own, way.geometry)
+    y = mix_plainly(grouped, own, way.geometry)
     found = dict(zip(map(id, wanted), torch.autograd.grad(y, wanted, grad, create_graph=True), strict=True))
     return [found.get(id(t)) for t in own]
 
 
 def fused_gradients(grad: Tensor, operands: Operands, way: Way) -> Operands:
-    """The gradients of the operands."""
+    """Compute the gradients of the operands."""
     x, bank, pi, scale_in, scale_out, spatial, bias = operands
     mixture = MixtureGradient(bank, pi)
     dx = torch.empty_like(x)
@@ -241,7 +241,7 @@ def fused_gradients(grad: Tensor, operands: Operands, way: Way) -> Operands:
 
 
 def blocks(x: Tensor, way: Way) -> Iterator[slice]:
-    """The batch in blocks of samples."""
+    """Return the batch in blocks of samples."""
     size = way.block(tuple(x.shape[1:]))
     return (slice(start, min(start + size, len(x))) for start in range(0, len(x), size))
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
 from fedfmd.conv.attention import Attention, init_attention
-from fedfmd.conv.mixing import AUTO, MIXINGS, convolve
+from fedfmd.conv.mixing import AUTO, EARLIER_NAMES, MIXINGS, convolve
 from fedfmd.conv.plain import Geometry
 from fedfmd.conv.temperature import check_temperature
 
@@ -73,6 +73,7 @@ class DynamicConv2d(nn.Module):
             raise ValueError(
                 f"padding = {padding!r} is not supported; give a number of pixels, or one per axis"
             )
+        mixing = EARLIER_NAMES.get(mixing, mixing)
         if mixing != AUTO and mixing not in MIXINGS:
             raise ValueError(f"mixing = {mixing!r} is unknown; use {AUTO} or one of {', '.join(MIXINGS)}")
         self.in_channels, self.out_channels, self.kernels = in_channels, out_channels, kernels
@@ -165,7 +166,7 @@ class DynamicConv2d(nn.Module):
         return convolve(x, self.bank, self.bias_bank, attention, self.geometry, self.mixing)
 
     def extra_repr(self) -> str:
-        """The settings, in the form of `nn.Conv2d`."""
+        """Return the settings, in the form of `nn.Conv2d`."""
         return (
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
             f"padding={self.padding}, dilation={self.dilation}, groups={self.groups}, "

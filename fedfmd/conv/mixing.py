@@ -14,12 +14,14 @@ from torch import Tensor
 
 from fedfmd.conv.attention import AttentionValues
 from fedfmd.conv.fused import Direct, Unfolded, mix_in_blocks
-from fedfmd.conv.plain import Geometry, Operands, folded, inputs, mix_plainly, outputs
+from fedfmd.conv.plain import Geometry, Operands, grouped, inputs, mix_plainly, outputs
 
 AUTO = "auto"
-PLAIN = {"folded": folded, "outputs": outputs, "inputs": inputs}
-FUSED: dict[str, type[Direct] | type[Unfolded]] = {"unfold": Unfolded, "per_sample": Direct}
+PLAIN = {"grouped": grouped, "outputs": outputs, "inputs": inputs}
+FUSED: dict[str, type[Direct] | type[Unfolded]] = {"im2col": Unfolded, "blocked": Direct}
 MIXINGS = (*PLAIN, *FUSED)
+EARLIER_NAMES = {"folded": "grouped", "unfold": "im2col", "per_sample": "blocked"}
+"""What the ways were called in fedfmd 0.1, for settings and constructors that still say so."""
 
 
 def convolve(
@@ -61,7 +63,7 @@ def unmixed(x: Tensor, bank: Tensor, _pi: Tensor, _spatial: Tensor | None, geome
 
 
 def choose_mixing(x: Tensor, bank: Tensor, geometry: Geometry) -> str:
-    """The way for "auto", by device, batch and layer shape.
+    """Return the way for "auto", by device, batch and layer shape.
 
     The CPU's rule is fitted to `experiments/benchmarks/mixing.py`, that of other devices to an H100
     (`experiments/results/gpu/layers.csv`): there the fused ways take 4 to 7 times as long, being many small
@@ -78,10 +80,10 @@ def choose_mixing(x: Tensor, bank: Tensor, geometry: Geometry) -> str:
 def _rule(device: str, images: tuple[int, ...], kernel: tuple[int, ...], geometry: Geometry) -> str:
     batch, *image = images
     if batch == 1:
-        return "folded"  # one plain convolution
+        return "grouped"  # one plain convolution
     if device != "cpu":
         return "outputs"
     if batch <= Direct(geometry, kernel).block(tuple(image)):
-        return "folded"  # kernels and images of the whole batch fit the cache
+        return "grouped"  # kernels and images of the whole batch fit the cache
     positions = math.prod(geometry.output_size(tuple(image[1:]), kernel[2:]))
-    return "unfold" if kernel[0] // geometry.groups > positions else "per_sample"
+    return "im2col" if kernel[0] // geometry.groups > positions else "blocked"

@@ -32,7 +32,7 @@ class Geometry:
     def conv_backward(
         self, x: Tensor, weight: Tensor, grad: Tensor, samples: int = 1
     ) -> tuple[Tensor, Tensor]:
-        """The gradients of x and weight in `conv`, in one call: faster than `torch.nn.grad`'s two."""
+        """Compute the gradients of x and weight in `conv`, in one call: faster than `torch.nn.grad`'s two."""
         stride, padding, dilation = self.movement
         dx, dweight, _ = torch.ops.aten.convolution_backward(
             *(grad, x, weight, None, stride, padding, dilation),
@@ -49,11 +49,11 @@ class Geometry:
         return height, width
 
     def unfold(self, x: Tensor, kernel: tuple[int, ...]) -> Tensor:
-        """The columns B × C·kh·kw × H'·W' that turn the convolution into a matrix product."""
+        """Return the columns B × C·kh·kw × H'·W' that turn the convolution into a matrix product."""
         return F.unfold(x, kernel, self.dilation, self.padding, self.stride)
 
     def fold(self, columns: Tensor, image: tuple[int, ...], kernel: tuple[int, ...]) -> Tensor:
-        """The transpose of `unfold`."""
+        """Return the transpose of `unfold`."""
         return F.fold(columns, image, kernel, self.dilation, self.padding, self.stride)
 
 
@@ -89,7 +89,7 @@ class Operands(NamedTuple):
     bias: Tensor | None
 
     def block(self, samples: slice) -> Operands:
-        """The same for some of the samples."""
+        """Return the same for some of the samples."""
         return Operands._make(t if t is None or t is self.bank else t[samples] for t in self)
 
     def scaled_input(self) -> Tensor:
@@ -111,12 +111,12 @@ PlainWay = Callable[[Tensor, Tensor, Tensor, Tensor | None, Geometry], Tensor]
 
 
 def mix_plainly(way: PlainWay, operands: Operands, geometry: Geometry) -> Tensor:
-    """The mixed convolution, by a way of mixing."""
+    """Compute the mixed convolution, by a way of mixing."""
     y = way(operands.scaled_input(), operands.bank, operands.pi, operands.spatial, geometry)
     return operands.scaled_output(y)
 
 
-def folded(x: Tensor, bank: Tensor, pi: Tensor, spatial: Tensor | None, geometry: Geometry) -> Tensor:
+def grouped(x: Tensor, bank: Tensor, pi: Tensor, spatial: Tensor | None, geometry: Geometry) -> Tensor:
     """One grouped convolution with B mixed kernels: the usual code."""
     weight = mix(pi, bank).to(x.dtype)
     if spatial is not None:
@@ -128,7 +128,7 @@ def outputs(x: Tensor, bank: Tensor, pi: Tensor, spatial: Tensor | None, geometr
     """One convolution to K·O channels, then mix the results: nothing depends on the batch size."""
     if spatial is not None:
         x, bank, geometry = pointwise(x, bank, spatial, geometry)
-    y = geometry.conv(x, grouped(bank, geometry.groups).flatten(0, 2).to(x.dtype))
+    y = geometry.conv(x, by_group(bank, geometry.groups).flatten(0, 2).to(x.dtype))
     y = torch.unflatten(y, 1, (geometry.groups, bank.shape[0], -1))
     return torch.einsum("bgkohw,bk->bgohw", y, pi.to(x.dtype)).flatten(1, 2)
 
@@ -138,19 +138,19 @@ def inputs(x: Tensor, bank: Tensor, pi: Tensor, spatial: Tensor | None, geometry
     if spatial is not None:
         x, bank, geometry = pointwise(x, bank, spatial, geometry)
     x = torch.unflatten(x, 1, (geometry.groups, 1, -1)) * pi[:, None, :, None, None, None].to(x.dtype)
-    weight = grouped(bank, geometry.groups).transpose(1, 2).flatten(2, 3).flatten(0, 1)
+    weight = by_group(bank, geometry.groups).transpose(1, 2).flatten(2, 3).flatten(0, 1)
     return geometry.conv(x.flatten(1, 3), weight.to(x.dtype))
 
 
-def grouped(bank: Tensor, groups: int) -> Tensor:
-    """The bank as groups × K × O/groups × C/groups × kh × kw."""
+def by_group(bank: Tensor, groups: int) -> Tensor:
+    """Return the bank as groups × K × O/groups × C/groups × kh × kw."""
     return torch.unflatten(bank, 1, (groups, -1)).transpose(0, 1)
 
 
 def pointwise(
     x: Tensor, bank: Tensor, spatial: Tensor, geometry: Geometry
 ) -> tuple[Tensor, Tensor, Geometry]:
-    """The same convolution with 1 × 1 kernels, over unfolded columns scaled by the spatial attention."""
+    """Return the same convolution with 1 × 1 kernels, over unfolded columns scaled by the spatial attention."""
     kernel = bank.shape[3:]
     taps = spatial.flatten(1)[:, None, :, None].to(x.dtype)
     columns = torch.unflatten(geometry.unfold(x, kernel), 1, (x.shape[1], -1)) * taps

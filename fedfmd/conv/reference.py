@@ -36,7 +36,7 @@ NOT_IN_REFERENCES = "temperature"  # a plain attribute there
 
 
 def reference_names(model: nn.Module) -> dict[str, str]:
-    """The reference implementations' name of each state-dict entry of the model (or of one layer)."""
+    """Return the reference implementations' name of each state-dict entry of the model (or of one layer)."""
     layers = {name: module for name, module in model.named_modules() if type(module) in REFERENCE_NAMES}
     names = {}
     for own in model.state_dict():

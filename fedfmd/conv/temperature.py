@@ -9,7 +9,7 @@ SHAPES = ("linear", "cosine", "geometric", "constant")
 
 
 def check_temperature(temperature: float) -> float:
-    """The temperature as a float; an error unless it is positive and finite."""
+    """Return the temperature as a float; raise an error unless it is positive and finite."""
     if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"temperature = {temperature} must be a positive finite number")
     return float(temperature)

@@ -37,7 +37,7 @@ def rcs(accuracy: float, seconds: float) -> float:
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices of the (accuracy, cost) points that no other point beats, by rising cost.
+    """Return the indices of the (accuracy, cost) points that no other point beats, by rising cost.
 
     A point beats another if it is at least as accurate and as cheap, and better in one of the two.
     """

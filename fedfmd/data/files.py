@@ -9,7 +9,7 @@ import numpy as np
 
 
 def read_npz(path: Path, *names: str) -> tuple[np.ndarray, ...]:
-    """The named arrays of an npz file; pickled objects are never loaded.
+    """Read the named arrays of an npz file; pickled objects are never loaded.
 
     Raises:
         ValueError: the file is missing, damaged, not an npz file, or lacks one of the arrays.
@@ -35,7 +35,7 @@ def read_npz(path: Path, *names: str) -> tuple[np.ndarray, ...]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block ends without an error.
+    """Yield a temporary path beside `path` that takes its place when the block ends without an error.
 
     Readers see the old file or the whole new one, never a part of it.
     """

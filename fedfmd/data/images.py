@@ -39,7 +39,7 @@ class ImageSet:
         return self.images.shape[-1]
 
     def subset(self, indices: np.ndarray | Tensor) -> ImageSet:
-        """A copy of the images at `indices` (int64), in that order."""
+        """Return a copy of the images at `indices` (int64), in that order."""
         chosen = torch.as_tensor(indices)
         return ImageSet(self.images[chosen], self.labels[chosen])
 
@@ -63,7 +63,7 @@ class ImageFormat:
 
     @classmethod
     def from_lists(cls, values: Mapping[str, Any]) -> ImageFormat:
-        """The format whose tuples came back as lists, from JSON or from a message.
+        """Return the format whose tuples came back as lists, from JSON or from a message.
 
         Raises:
             ValueError: an augmentation that is not known.
@@ -252,7 +252,7 @@ def _read_npz(path: Path, image_size: int | None, class_names: Sequence[str] | N
 
 
 def class_folders(path: Path) -> list[str]:
-    """The names of a folder's sub-folders, sorted; not hidden ones, such as .ipynb_checkpoints."""
+    """Return the names of a folder's sub-folders, sorted; not hidden ones, such as .ipynb_checkpoints."""
     return sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 

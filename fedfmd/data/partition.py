@@ -189,7 +189,7 @@ def _make(labels: np.ndarray, split: Split) -> Partition:
 
 
 def _draw(partitioner: Partitioner, table: datasets.Dataset) -> tuple[np.ndarray, ...]:
-    """The clients' image indices, or nothing where the partitioner warns or fails."""
+    """Return the clients' image indices, or nothing where the partitioner warns or fails."""
     partitioner.dataset = table
     with warnings.catch_warnings():
         # It warns before it draws again (up to 10 times), when it leaves a class out, and when a tiny alpha

@@ -128,7 +128,7 @@ def _cifar(name: str, source: Source) -> Dataset:
 
 
 def _cifar_fault(kind: Any, folder: Path) -> str:
-    """What is wrong with the files and how to mend it, or nothing; torchvision reports all faults alike."""
+    """Tell what is wrong with the files and how to mend it, or nothing; torchvision reports all faults alike."""
     from torchvision.datasets.utils import check_integrity
 
     base = kind.base_folder
@@ -195,7 +195,7 @@ def _imagefolder(source: Source) -> Dataset:
 
 
 def _folder(setting: str, path: Path | None, root: Path | None, names: Sequence[str]) -> Path:
-    """The folder that the setting names, or else the first of the sub-folders that `data.dir` has."""
+    """Return the folder that the setting names, or else the first of the sub-folders that `data.dir` has."""
     if path is not None:
         if not path.is_dir():
             raise ValueError(

@@ -14,8 +14,8 @@ from fedfmd.edge.devices import (
     device_text,
     load_devices,
     parse_device,
-    read_box,
     read_devices,
+    read_own_device,
 )
 from fedfmd.edge.fleet import ASSIGNMENTS, Client, Fleet, make_fleet, parse_fleet
 from fedfmd.edge.iperf import link_mbps
@@ -66,7 +66,7 @@ __all__ = [
     "parse_device",
     "parse_fleet",
     "plan_work",
-    "read_box",
     "read_devices",
+    "read_own_device",
     "round_seconds",
 ]

@@ -109,7 +109,7 @@ class Bandwidth:
 
 @checked_dataclass(frozen=True, config=_STRICT)
 class Device:
-    """A kind of edge device, or one box.
+    """A kind of edge device, or a single one.
 
     Attributes:
         name: what a fleet calls it.
@@ -159,7 +159,7 @@ class Device:
         return replace(self, **asdict(speed), efficiency={}, models={})
 
     def bandwidth(self, fleet: Bandwidth) -> Bandwidth:
-        """The rates of its own link, where it has one; those of the fleet's where not."""
+        """Return the rates of its own link, where it has one; those of the fleet's where not."""
         return Bandwidth(
             1e6 * self.down_mbps if self.down_mbps else fleet.down_bps,
             1e6 * self.up_mbps if self.up_mbps else fleet.up_bps,
@@ -170,7 +170,7 @@ Value = TypeVar("Value", Factors, Speed)
 
 
 def _nearest(figures: Mapping[Scope, Value], name: str, kernels: int) -> Value | None:
-    """The figure that stands for this name and K, as `Device.running` has it; None if there is none."""
+    """Return the figure that stands for this name and K, as `Device.running` has it; None if there is none."""
     measured = [scope.kernels for scope in figures if scope.name == name and scope.kernels]
     nearest = min(measured, key=lambda k: (max(k / kernels, kernels / k), -k), default=None)
     scopes = (Scope(name, kernels), Scope(name), Scope(name, nearest))
@@ -208,7 +208,7 @@ class Link:
     source: str
 
     def sample(self, u: float) -> Bandwidth:
-        """The rates at quantile `u` in [0, 1], for both directions: who has a good link has it both ways.
+        """Return the rates at quantile `u` in [0, 1], for both directions: who has a good link has it both ways.
 
         The quantile function is log-linear between the minimum, the median and the maximum.
         """
@@ -226,7 +226,7 @@ Row = TypeVar("Row", Device, Link)
 
 
 def _load(path: Path, row_type: type[Row]) -> dict[str, Row]:
-    """The rows of a YAML file by name; anything wrong is a ValueError that names file, row and key."""
+    """Read the rows of a YAML file by name; anything wrong is a ValueError that names file, row and key."""
     return _parse(_text(path), str(path), row_type)
 
 
@@ -264,25 +264,25 @@ def _fault(error: ErrorDetails) -> str:
 
 
 def device_row(device: Device) -> dict[str, object]:
-    """The device as a row of a YAML file, under its name: only what it says, no defaults."""
+    """Return the device as a row of a YAML file, under its name: only what it says, no defaults."""
     row = TypeAdapter(Device).dump_python(device, mode="json", exclude_defaults=True)
     return {key: value for key, value in row.items() if key != "name"}
 
 
 def device_text(device: Device) -> str:
-    """The device as the text of a file that holds it alone; `parse_device` reads it."""
+    """Return the device as the text of a file that holds it alone; `parse_device` reads it."""
     return json.dumps({device.name: device_row(device)})
 
 
 def parse_device(text: str, origin: str) -> Device:
-    """The device in a text that holds one row, as a box's own file does.
+    """Parse the device in a text that holds one row, as an edge device's own file does.
 
     Raises:
         ValueError: the text holds none or several, or as `load_devices` does; the message names `origin`.
     """
     devices = _parse(text, origin, Device)
     if len(devices) != 1:
-        raise ValueError(f"{origin}: holds {len(devices)} devices, a box's file must hold its own alone")
+        raise ValueError(f"{origin}: holds {len(devices)} devices, an edge device's own file must hold one")
     return next(iter(devices.values()))
 
 
@@ -292,7 +292,7 @@ LINKS: dict[str, Link] = _load(_HERE / "links.yaml", Link)
 
 
 def load_devices(path: Path | str | None = None) -> dict[str, Device]:
-    """The built-in devices, with the rows of the file `path` added; a row of a known name replaces it.
+    """Load the built-in devices, with the rows of the file `path` added; a row of a known name replaces it.
 
     Raises:
         ValueError: the file cannot be read, or a row lacks a key, has an unknown one or a value that is no
@@ -302,7 +302,7 @@ def load_devices(path: Path | str | None = None) -> dict[str, Device]:
 
 
 def read_devices(path: Path) -> dict[str, Device]:
-    """The rows of a file by name.
+    """Read the rows of a file by name.
 
     Raises:
         ValueError: as `load_devices` does.
@@ -310,8 +310,8 @@ def read_devices(path: Path) -> dict[str, Device]:
     return _load(path, Device)
 
 
-def read_box(path: Path) -> Device:
-    """The device in a box's own file, as `fedfmd calibrate` writes it.
+def read_own_device(path: Path) -> Device:
+    """Return the device in an edge device's own file, as `fedfmd calibrate` writes it.
 
     Raises:
         ValueError: as `load_devices` does, or the file has other than one row.

@@ -45,7 +45,7 @@ class Fleet:
         return dict(sorted(Counter(client.device.name for client in self.clients).items()))
 
     def present(self, server_round: int, time_s: float) -> list[int]:
-        """The clients that are there when a round starts, at a virtual time; they stay until it ends."""
+        """Return the clients that are there when a round starts, at a virtual time; they stay until it ends."""
         return [
             client.id
             for client in self.clients
@@ -99,7 +99,7 @@ def _pairs(text: str) -> list[tuple[str, str]]:
 
 
 def _amount(name: str, amount: int | float | str) -> int | Fraction:
-    """An int is a count, all else a share, exact as it is written."""
+    """Read an amount: an int is a count, all else a share, exact as it is written."""
     text = str(amount)
     try:
         if text.endswith("%"):
@@ -173,7 +173,7 @@ def make_fleet(
 
 
 def _counts(amounts: Mapping[str, int | Fraction], clients: int) -> dict[str, int]:
-    """Counts as they are; shares rounded by largest remainder, ties in the order of the specification."""
+    """Turn amounts into counts: shares are rounded by largest remainder, ties in the order of the specification."""
     if any(isinstance(amount, int) for amount in amounts.values()):
         return {name: int(amount) for name, amount in amounts.items()}
     quotas = {name: share * clients for name, share in amounts.items()}
@@ -185,5 +185,5 @@ def _counts(amounts: Mapping[str, int | Fraction], clients: int) -> dict[str, in
 
 
 def _generator(seed: int, purpose: str) -> np.random.Generator:
-    """A stream of its own per purpose, so that no draw shifts another."""
+    """Return a stream of its own per purpose, so that no draw shifts another."""
     return np.random.default_rng([seed, *purpose.encode()])

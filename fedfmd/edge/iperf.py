@@ -1,4 +1,4 @@
-"""How fast a box's link to a server is, by iperf3 (https://software.es.net/iperf), which runs on both ends."""
+"""How fast an edge device's link to a server is, by iperf3 (https://software.es.net/iperf), which runs on both ends."""
 
 from __future__ import annotations
 

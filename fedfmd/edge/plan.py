@@ -1,7 +1,7 @@
 """Budgets → work plans: what a client is asked to do in a round, and the virtual seconds and joules it needs.
 
 A round is download, compute, upload, one after another (FedScale, arXiv:2105.11367). Clients that miss the
-deadline are ignored, and a void round keeps the model (Bonawitz et al., arXiv:1902.01046); a client may do fewer
+deadline are ignored, and a discarded round keeps the model (Bonawitz et al., arXiv:1902.01046); a client may do fewer
 local steps (FedProx, arXiv:1812.06127), or train fewer kernels of each bank, a sub-model as FedRolex
 (arXiv:2212.01548) rolls its windows over a layer.
 """
@@ -94,7 +94,7 @@ class Budget:
         kernels: for policies with fewer kernels, how many of each bank; 0: as many as fit.
         kernel_choice: a name of `KERNEL_CHOICES`: in turn, or those that the client's images use most.
         over_select: how many times the wanted clients are asked; only the first updates count.
-        min_reports: share of the wanted clients below which the round is void.
+        min_reports: share of the wanted clients below which the round is discarded.
     """
 
     deadline_s: float | None = None
@@ -126,12 +126,12 @@ class Budget:
         return _share_of(self.over_select, wanted)
 
     def needed(self, wanted: int) -> int:
-        """How many of `wanted` updates must arrive, at least one, or the round is void."""
+        """How many of `wanted` updates must arrive, at least one, or the round is discarded."""
         return max(1, _share_of(self.min_reports, wanted))
 
 
 def _share_of(share: float, count: int) -> int:
-    """Rounded up, but not for what binary fractions add: 1.1 · 10 are 11."""
+    """Return the share of a number, rounded up, but not for what binary fractions add: 1.1 · 10 are 11."""
     return math.ceil(round(share * count, 9))
 
 
@@ -223,7 +223,7 @@ def plan_work(client: Client, workload: Workload, budget: Budget, speed: float =
 
 
 def _kernel_counts(workload: Workload, budget: Budget) -> Sequence[int]:
-    """The numbers of kernels that a client may train, in rising order."""
+    """Return the numbers of kernels that a client may train, in rising order."""
     if not POLICIES[budget.policy].fewer_kernels:
         return [workload.cost.kernels]
     return [budget.kernels] if budget.kernels else range(1, workload.cost.kernels + 1)
@@ -232,7 +232,7 @@ def _kernel_counts(workload: Workload, budget: Budget) -> Sequence[int]:
 def _most_steps(
     client: Client, workload: Workload, budget: Budget, kernels: int, batch_size: int
 ) -> WorkPlan:
-    """The plan for so many kernels: all steps, or those that fit where the policy allows fewer, at least one."""
+    """Return the plan for so many kernels: all steps, or those that fit where the policy allows fewer, at least one."""
 
     def plan(steps: int) -> WorkPlan:
         return _work(client, workload, budget, kernels, batch_size, steps)
@@ -247,7 +247,7 @@ def _most_steps(
 def _work(
     client: Client, workload: Workload, budget: Budget, kernels: int, batch_size: int, steps: int
 ) -> WorkPlan:
-    """What this work costs, at the device's nominal speed."""
+    """Return what this work costs, at the device's nominal speed."""
     device, bandwidth, cost = client.device, client.bandwidth, workload.cost
     examples = workload.examples(steps, batch_size)
     train_flops = examples * training_flops(cost, kernels)
@@ -280,7 +280,7 @@ def _latency(client: Client, workload: Workload) -> float:
 
 
 def _excess(plan: WorkPlan, budget: Budget) -> str:
-    """The first limit that the plan breaks and what it needs instead; "" if it keeps them all."""
+    """Return the first limit that the plan breaks and what it needs instead; "" if it keeps them all."""
     for setting, need, limit, unit in (
         ("deadline-s", plan.total_s, budget.deadline_s, "s"),
         ("energy-j", plan.energy_j, budget.energy_j, "J"),
@@ -293,7 +293,7 @@ def _excess(plan: WorkPlan, budget: Budget) -> str:
 
 
 def keep_first(plans: Iterable[WorkPlan], wanted: int) -> list[WorkPlan]:
-    """The plans, all but the first `wanted` that finish in time being late."""
+    """Return the plans, all but the first `wanted` that finish in time being late."""
     plans = list(plans)
     finishing = sorted((p for p in plans if p.status == "ok"), key=lambda p: (p.total_s, p.client.id))
     surplus = {plan.client.id for plan in finishing[wanted:]}

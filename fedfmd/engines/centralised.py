@@ -189,7 +189,7 @@ def _resume(training: Training, optimiser: torch.optim.Optimizer, folder: RunFol
 
 
 def _momentum(model: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The momentum of each parameter that has one, by the parameter's name."""
+    """Return the momentum of each parameter that has one, by the parameter's name."""
     return {
         name: momentum
         for name, parameter in model.named_parameters()

@@ -175,7 +175,7 @@ def _check_status(run_id: str, environment: Mapping[str, str]) -> None:
 
 
 def flwr_json(command: list[str], environment: Mapping[str, str]) -> Json:
-    """What a ``flwr`` command with ``--format json`` answers.
+    """Return what a ``flwr`` command with ``--format json`` answers.
 
     Raises:
         RunError: it answers something else.
@@ -212,7 +212,7 @@ def descendants() -> set[psutil.Process]:
 
 
 def free_port() -> int:
-    """A port of the loopback that nobody listens on."""
+    """Find a port of the loopback that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -1,4 +1,4 @@
-"""What an experiment looks like in a terminal: log lines above a bar per running cell and one for all cells."""
+"""What an experiment looks like in a terminal: log lines above a bar per run in progress and one for all."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ SPEED_PERIOD_S = 3600.0
 class ExperimentDisplay:
     """The bars of an experiment, in a terminal only: anywhere else there are log lines alone.
 
-    Several cells have a bar in common too, which counts the `rounds` of all (or what `unit` says), of which
-    some may be `done`, and their lines begin with the cell's name. Use as a context manager.
+    Several runs have a bar in common too, which counts the `rounds` of all (or what `unit` says), of which
+    some may be `done`, and their lines begin with the run's name. Use as a context manager.
     """
 
-    def __init__(self, console: Console, cells: int, rounds: int, done: int = 0, unit: str = "round") -> None:
+    def __init__(self, console: Console, runs: int, rounds: int, done: int = 0, unit: str = "round") -> None:
         name = Column(no_wrap=True, overflow="ellipsis", max_width=console.width // 4)
         self.progress = Progress(
             TextColumn("{task.description}", table_column=name),
@@ -45,9 +45,9 @@ class ExperimentDisplay:
             disable=not console.is_terminal,  # in a file it would leave an empty line
             speed_estimate_period=SPEED_PERIOD_S,
         )
-        self._cells, self._cells_done = cells, 0
+        self._runs, self._runs_done = runs, 0
         self._total = self.progress.add_task(
-            self._count, total=rounds, completed=done, clients="", visible=cells > 1
+            self._count, total=rounds, completed=done, clients="", visible=runs > 1
         )
 
     def __enter__(self) -> ExperimentDisplay:
@@ -59,30 +59,30 @@ class ExperimentDisplay:
     ) -> None:
         self.progress.stop()
 
-    def cell(self, name: str, rounds: int, done: int = 0) -> CellDisplay:
-        """Show a cell that begins after `done` of its rounds."""
-        return CellDisplay(self, name if self._cells > 1 else "", rounds, done)
+    def run(self, name: str, rounds: int, done: int = 0) -> RunDisplay:
+        """Show a run that begins after `done` of its rounds."""
+        return RunDisplay(self, name if self._runs > 1 else "", rounds, done)
 
     def print(self, text: str) -> None:
         """Print lines as they are."""
         self.progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def advance(self, rounds: int) -> None:
-        """Count rounds of any cell."""
+        """Count rounds of any run."""
         self.progress.advance(self._total, rounds)
 
-    def cell_ended(self) -> None:
-        """Count a cell."""
-        self._cells_done += 1
+    def run_ended(self) -> None:
+        """Count a run."""
+        self._runs_done += 1
         self.progress.update(self._total, description=self._count)
 
     @property
     def _count(self) -> str:
-        return f"{self._cells_done}/{self._cells} cells"
+        return f"{self._runs_done}/{self._runs} runs"
 
 
-class CellDisplay(logging.Handler):
-    """Shows the records of a cell's ``fedfmd`` loggers, or its log lines from other processes, until closed."""
+class RunDisplay(logging.Handler):
+    """Shows the records of a run's ``fedfmd`` loggers, or its log lines from other processes, until closed."""
 
     def __init__(self, display: ExperimentDisplay, name: str, rounds: int, done: int) -> None:
         super().__init__(logging.DEBUG)
@@ -123,10 +123,10 @@ class CellDisplay(logging.Handler):
             self._round_done(row.round)
 
     def close(self) -> None:
-        """Take the cell's bar away and count the cell."""
+        """Take the run's bar away and count the run."""
         super().close()
         self._progress.remove_task(self._task)
-        self._display.cell_ended()
+        self._display.run_ended()
 
     def _round_done(self, server_round: int) -> None:
         self._display.advance(server_round - self._done)

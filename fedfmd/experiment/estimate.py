@@ -15,8 +15,8 @@ from rich.table import Table
 from fedfmd.build import Federation, build_sgd
 from fedfmd.edge import plan_work
 from fedfmd.engines.centralised import Training
-from fedfmd.experiment.files import Cell, Experiment
-from fedfmd.experiment.run import Engine, Layout, Task, assemble, by_data, lay_out, place_cells
+from fedfmd.experiment.files import Experiment, PlannedRun
+from fedfmd.experiment.run import Engine, Layout, Task, assemble, by_data, lay_out, place_runs
 from fedfmd.settings import Settings
 from fedfmd.training import evaluate, train
 
@@ -28,18 +28,18 @@ TEST_IMAGES = 64
 
 
 @dataclass(frozen=True)
-class CellEstimate:
-    """What a cell will cost.
+class RunEstimate:
+    """What a run will cost.
 
     Attributes:
-        cell: its name, "" if it is the only one.
+        name: its name, "" if it is the only one.
         rounds: or epochs, in all; `done` of them were finished before.
         params: parameters of its network; `macs` of a forward pass for one image.
         train_flops: of all rounds, as `cum_train_flops` counts them.
         wall_s: seconds on this machine for the rounds that are left.
     """
 
-    cell: str
+    name: str
     rounds: int
     done: int
     params: int
@@ -50,27 +50,35 @@ class CellEstimate:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What an experiment will cost, with `workers` cells at a time."""
+    """What an experiment will cost, with `workers` runs at a time."""
 
-    cells: tuple[CellEstimate, ...]
+    runs: tuple[RunEstimate, ...]
     workers: int
 
     @property
     def train_flops(self) -> int:
-        """FLOPs of all cells."""
-        return sum(cell.train_flops for cell in self.cells)
+        """FLOPs of all runs."""
+        return sum(run.train_flops for run in self.runs)
 
     @property
     def wall_s(self) -> float:
-        """Seconds on this machine until the last cell ends, each being started as soon as a worker is free."""
+        """Seconds on this machine until the last run ends, each being started as soon as a worker is free."""
         free = [0.0] * self.workers
-        for cell in self.cells:
-            heapq.heapreplace(free, free[0] + cell.wall_s)
+        for run in self.runs:
+            heapq.heapreplace(free, free[0] + run.wall_s)
         return max(free)
 
     def as_json(self) -> dict[str, Any]:
-        """The cells and the totals, as JSON knows them."""
-        return asdict(self) | {"train_flops": self.train_flops, "wall_s": self.wall_s}
+        """Return the runs, as `cells`, and the totals; the names of the keys are those of the command's ``--json``."""
+        cells = [{"cell": run.name, **asdict(run)} for run in self.runs]
+        for cell in cells:
+            del cell["name"]
+        return {
+            "cells": cells,
+            "workers": self.workers,
+            "train_flops": self.train_flops,
+            "wall_s": self.wall_s,
+        }
 
 
 @dataclass(frozen=True)
@@ -82,46 +90,46 @@ class Speed:
 
 
 def estimate_experiment(experiment: Experiment, out: Path | None, engine: Engine, workers: int) -> Estimate:
-    """Check all cells as a run does, write nothing, and say what they will cost.
+    """Check all runs as `fedfmd run` does, write nothing, and say what they will cost.
 
-    Each network is timed once, with the batches, threads and precision of its cells. Where trials are to choose
+    Each network is timed once, with the batches, threads and precision of its runs. Where trials are to choose
     values, the first value stands for the chosen one.
 
     Raises:
         SettingsError: a setting can't be used, or a folder holds another run.
     """
     trials = len(experiment.trials)
-    tasks = place_cells(replace(experiment, cells=(*experiment.trials, *_to_follow(experiment))), out)
+    tasks = place_runs(replace(experiment, runs=(*experiment.trials, *_to_follow(experiment))), out)
     layout = lay_out(len(tasks), engine, workers)
     speeds: dict[tuple[Any, ...], Speed] = {}
-    estimates: dict[Task, CellEstimate] = {}
+    estimates: dict[Task, RunEstimate] = {}
     for task in by_data(tasks):
         assembled = assemble(task.settings, engine)
         key = _what_sets_the_speed(task.settings)
         if key not in speeds:
             speeds[key] = measure_speed(assembled, task.settings.threads or layout.threads)
-        estimates[task] = estimate_cell(task, assembled, speeds[key], layout)
-    cells = [estimates[task] for task in tasks]
+        estimates[task] = estimate_run(task, assembled, speeds[key], layout)
+    runs = [estimates[task] for task in tasks]
     if trials:
-        cells[trials:] = [replace(cell, cell=f"{cell.cell} or as chosen") for cell in cells[trials:]]
-    return Estimate(tuple(cells), layout.cells)
+        runs[trials:] = [replace(run, name=f"{run.name} or as chosen") for run in runs[trials:]]
+    return Estimate(tuple(runs), layout.runs)
 
 
-def _to_follow(experiment: Experiment) -> tuple[Cell, ...]:
-    """The cells after the trials: for each variant and seed that of the first value, as the chosen one isn't known."""
+def _to_follow(experiment: Experiment) -> tuple[PlannedRun, ...]:
+    """Return the runs after the trials: each variant and seed with the first value, as the chosen one isn't known."""
     if not experiment.selection or not experiment.trials:
-        return experiment.cells
+        return experiment.runs
     over = experiment.selection.over
-    firsts: dict[tuple[Any, ...], Cell] = {}
-    for cell in experiment.cells:
-        flat = cell.settings.flat().items()
+    firsts: dict[tuple[Any, ...], PlannedRun] = {}
+    for run in experiment.runs:
+        flat = run.settings.flat().items()
         variant = tuple((key, value) for key, value in flat if key not in over)
-        firsts.setdefault(variant, cell)
+        firsts.setdefault(variant, run)
     return tuple(firsts.values())
 
 
-def estimate_cell(task: Task, assembled: Federation | Training, speed: Speed, layout: Layout) -> CellEstimate:
-    """What a cell costs; if it is federated, with all clients there and planned for devices of nominal speed."""
+def estimate_run(task: Task, assembled: Federation | Training, speed: Speed, layout: Layout) -> RunEstimate:
+    """Return what a run costs; if it is federated, with all clients there and planned for devices of nominal speed."""
     cost = assembled.cost
     images: float
     flops: float
@@ -134,8 +142,8 @@ def estimate_cell(task: Task, assembled: Federation | Training, speed: Speed, la
     if task.settings.kind == "federated":
         evaluated /= task.settings.server.evaluate_every
     round_s = images * speed.train_s / nodes + evaluated * speed.test_s
-    return CellEstimate(
-        cell=task.name,
+    return RunEstimate(
+        name=task.name,
         rounds=task.rounds,
         done=task.done,
         params=cost.params,
@@ -181,21 +189,21 @@ def measure_speed(assembled: Federation | Training, threads: int) -> Speed:
 
 
 def estimate_table(estimate: Estimate, title: str) -> Table:
-    """One line per cell, and the totals below."""
-    cells = estimate.cells
+    """One line per run, and the totals below."""
+    runs = estimate.runs
     table = Table(title=title, box=box.SIMPLE, show_footer=True, padding=(0, 0, 0, 1))
-    table.add_column("cell", footer=f"{len(cells)}, {estimate.workers} at a time", overflow="fold")
+    table.add_column("run", footer=f"{len(runs)}, {estimate.workers} at a time", overflow="fold")
     for head, total in (
-        ("rounds", f"{sum(cell.rounds for cell in cells)}"),
-        ("done", f"{sum(cell.done for cell in cells)}"),
+        ("rounds", f"{sum(run.rounds for run in runs)}"),
+        ("done", f"{sum(run.done for run in runs)}"),
         ("parameters", ""),
         ("GFLOPs", _giga(estimate.train_flops)),
         ("time left", _duration(estimate.wall_s)),
     ):
         table.add_column(head, footer=total, justify="right", no_wrap=True)
-    for cell in cells:
-        counts = str(cell.rounds), str(cell.done), f"{cell.params:,}"
-        table.add_row(cell.cell or title, *counts, _giga(cell.train_flops), _duration(cell.wall_s))
+    for run in runs:
+        counts = str(run.rounds), str(run.done), f"{run.params:,}"
+        table.add_row(run.name or title, *counts, _giga(run.train_flops), _duration(run.wall_s))
     return table
 
 

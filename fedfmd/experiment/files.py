@@ -22,8 +22,8 @@ PARTS = ("kind", "base", "matrix", "select")
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One run of an experiment; `name` tells what differs from the other cells, "" if there is one only."""
+class PlannedRun:
+    """One run of an experiment; `name` tells what differs from the others, "" if there is one only."""
 
     name: str
     settings: Settings
@@ -35,15 +35,15 @@ class Experiment:
 
     Attributes:
         name: the file's.
-        cells: its runs; if there are `trials`, those of the values that these choose are done.
+        runs: all of it; if there are `trials`, those of the values that these choose are done.
         selection: what is chosen by validation, None if nothing is.
         trials: the runs of the selection's own seeds, which come first.
     """
 
     name: str
-    cells: tuple[Cell, ...]
+    runs: tuple[PlannedRun, ...]
     selection: Selection | None = None
-    trials: tuple[Cell, ...] = ()
+    trials: tuple[PlannedRun, ...] = ()
 
 
 def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
@@ -62,35 +62,35 @@ def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
     kind = {"kind": content["kind"]} if "kind" in content else {}
     base = flatten({**kind, **_mapping(path, content, "base")})
     matrices = _matrices(path, content)
-    cells = tuple(cell for matrix in matrices for cell in _expand(base, matrix, fixed))
+    runs = tuple(run for matrix in matrices for run in _expand(base, matrix, fixed))
     if "select" not in content:
-        return Experiment(path.stem, cells)
+        return Experiment(path.stem, runs)
     selection = Selection.from_mapping(content["select"])
     if fixed.keys() >= set(selection.over):
-        return Experiment(path.stem, cells)  # the overrides have chosen
-    _check_selection(selection, cells, fixed)
+        return Experiment(path.stem, runs)  # the overrides have chosen
+    _check_selection(selection, runs, fixed)
     seeds = {"seed": list(selection.seeds)}
     others = {key: value for key, value in fixed.items() if key != "seed"}
     trials = (
-        [cell for matrix in matrices for cell in _expand(base, matrix | seeds, others)]
+        [run for matrix in matrices for run in _expand(base, matrix | seeds, others)]
         if selection.seeds
         else []
     )
-    return Experiment(path.stem, cells, selection, tuple(trials))
+    return Experiment(path.stem, runs, selection, tuple(trials))
 
 
 def load_settings(path: Path | None, overrides: Sequence[str] = ()) -> Settings:
-    """The settings of a single run: those of a YAML file, or the defaults, changed by `overrides`.
+    """Load the settings of a single run: those of a YAML file, or the defaults, changed by `overrides`.
 
     Raises:
         SettingsError: as in `load_experiment`, or the file describes several runs.
     """
     if path is None:
         return Settings.from_mapping(parse_overrides(overrides))
-    cells = load_experiment(path, overrides).cells
-    if len(cells) > 1:
-        raise SettingsError(f"{path} describes {len(cells)} runs: choose one by --set of its matrix's keys")
-    return cells[0].settings
+    runs = load_experiment(path, overrides).runs
+    if len(runs) > 1:
+        raise SettingsError(f"{path} describes {len(runs)} runs: choose one by --set of its matrix's keys")
+    return runs[0].settings
 
 
 def parse_overrides(texts: Sequence[str]) -> dict[str, Any]:
@@ -102,13 +102,13 @@ def parse_overrides(texts: Sequence[str]) -> dict[str, Any]:
     return flatten(dict(map(_override, texts)))
 
 
-def _expand(base: Mapping[str, Any], matrix: Mapping[str, Any], fixed: Mapping[str, Any]) -> list[Cell]:
+def _expand(base: Mapping[str, Any], matrix: Mapping[str, Any], fixed: Mapping[str, Any]) -> list[PlannedRun]:
     """Every combination of the matrix's values but those of `fixed` keys, the last key varying fastest."""
     matrix = {key: values for key, values in matrix.items() if key not in fixed}
     for key, values in matrix.items():
         if not isinstance(values, list) or not values:
             raise SettingsError(f"matrix: {key} = {values!r} must be a list of at least one value")
-    cells = []
+    runs = []
     for values in itertools.product(*matrix.values()):
         varied = flatten(dict(zip(matrix, values, strict=True)))
         given = {**base, **varied, **fixed}
@@ -119,26 +119,26 @@ def _expand(base: Mapping[str, Any], matrix: Mapping[str, Any], fixed: Mapping[s
             )
         flat = settings.flat()
         name = ",".join(f"{key.rpartition('.')[2]}={flat[key]}" for key in varied)
-        cells.append(Cell(name.replace("/", "-"), settings))  # the name of a folder
-    return cells
+        runs.append(PlannedRun(name.replace("/", "-"), settings))  # the name of a folder
+    return runs
 
 
-def _check_selection(selection: Selection, cells: Sequence[Cell], fixed: Mapping[str, Any]) -> None:
+def _check_selection(selection: Selection, runs: Sequence[PlannedRun], fixed: Mapping[str, Any]) -> None:
     for key in selection.over:
-        values = {cell.settings.flat()[key] for cell in cells}
+        values = {run.settings.flat()[key] for run in runs}
         if len(values) == 1 and key not in fixed:
             raise SettingsError(
                 f"select: over = {key!r}: the matrix has one value of it, {values.pop()!r}: give it several"
             )
-    for cell in cells:
-        if not cell.settings.data.validation:
+    for run in runs:
+        if not run.settings.data.validation:
             raise SettingsError(
-                f"data.validation = 0 in {cell.name}, and select: by = validation needs it in every run: set "
+                f"data.validation = 0 in {run.name}, and select: by = validation needs it in every run: set "
                 "data.validation to the share of training images to choose by, 0.1 for instance"
             )
-        if cell.settings.seed in selection.seeds:
+        if run.settings.seed in selection.seeds:
             raise SettingsError(
-                f"select: seeds = {list(selection.seeds)}: {cell.settings.seed} is a seed of the matrix too; choose by "
+                f"select: seeds = {list(selection.seeds)}: {run.settings.seed} is a seed of the matrix too; choose by "
                 "others, whose results are not reported"
             )
 
@@ -155,7 +155,7 @@ def _override(text: str) -> tuple[str, Any]:
 
 
 def _matrices(path: Path, content: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The matrix, or each one of a list."""
+    """Return the matrix, or each one of a list."""
     matrices = content.get("matrix")
     if not isinstance(matrices, list):
         matrices = [matrices]

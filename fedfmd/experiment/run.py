@@ -1,4 +1,4 @@
-"""Runs the cells of an experiment, one folder each, side by side where there are several.
+"""Runs an experiment, one folder for each run, side by side where there are several.
 
 What needs Flower is imported where it is used: centralised training does without it.
 """
@@ -20,8 +20,8 @@ from rich.console import Console
 from fedfmd.build import Federation
 from fedfmd.engines.centralised import Training, prepare_centralised, run_centralised
 from fedfmd.errors import RunError, SettingsError, need, one_line
-from fedfmd.experiment.display import CellDisplay, ExperimentDisplay
-from fedfmd.experiment.files import Cell, Experiment
+from fedfmd.experiment.display import ExperimentDisplay, RunDisplay
+from fedfmd.experiment.files import Experiment, PlannedRun
 from fedfmd.experiment.pool import Ended, Started, attempt, run_jobs
 from fedfmd.memory import trim
 from fedfmd.report import LIBRARIES
@@ -39,7 +39,7 @@ logger = logging.getLogger("fedfmd.experiment")
 
 @dataclass(frozen=True)
 class Task:
-    """A cell in its run folder, of whose rounds `done` were finished before."""
+    """A planned run in its folder, of whose rounds `done` were finished before."""
 
     name: str
     settings: Settings
@@ -63,9 +63,9 @@ class Task:
 
 @dataclass(frozen=True)
 class Layout:
-    """How cores are used: `cells` at a time, each on so many `nodes` of so many `threads`."""
+    """How cores are used: `runs` at a time, each on so many `nodes` of so many `threads`."""
 
-    cells: int
+    runs: int
     nodes: int
     threads: int
 
@@ -73,18 +73,18 @@ class Layout:
 def run_experiment(
     experiment: Experiment, out: Path | None, engine: Engine, workers: int, console: Console
 ) -> list[Path]:
-    """Run every cell, going on where it was stopped; returns the run folders.
+    """Run all that an experiment describes, going on where it was stopped; returns the run folders.
 
     `lay_out` says how it uses `workers` cores. Each folder gets a page at its end, and several a comparison beside
-    them. Where an experiment has trials they come first, and then the cells of the values that they choose.
+    them. Where an experiment has trials they come first, and then the runs with the values that they choose.
 
-    All cells are checked before the first one starts; finished ones stay as they are.
+    All runs are checked before the first one starts; finished ones stay as they are.
 
     Raises:
-        FedfmdError: a setting can't be used, the only cell can't go on, or some of several failed.
+        FedfmdError: a setting can't be used, the only run can't go on, or some of several failed.
     """
-    trials = place_cells(replace(experiment, cells=experiment.trials), out)
-    tasks = place_cells(experiment, out)
+    trials = place_runs(replace(experiment, runs=experiment.trials), out)
+    tasks = place_runs(experiment, out)
     for task in by_data([*trials, *tasks]):
         if task.finished:
             run_path(task.settings)
@@ -119,13 +119,13 @@ def _run_tasks(
             display.print(f"{name}: failed: {error}")
     if failures:
         raise RunError(
-            f"{len(failures)} of {len(tasks)} cells failed; finished rounds are kept, "
+            f"{len(failures)} of {len(tasks)} runs failed; finished rounds are kept, "
             "run the same command again to go on"
         )
 
 
 def _chosen(tasks: Sequence[Task], trials: Sequence[Task], selection: Selection) -> list[Task]:
-    """The tasks with the values that the finished trials choose for their variants."""
+    """Return the tasks with the values that the finished trials choose for their variants."""
     chosen = read_comparison([trial.folder for trial in trials], selection).runs
     apart_from_seed = {_apart_from_seed(run.settings) for run in chosen}
     return [task for task in tasks if _apart_from_seed(task.settings) in apart_from_seed]
@@ -135,27 +135,27 @@ def _apart_from_seed(settings: Settings) -> str:
     return settings.model_copy(update={"seed": 0}).digest()
 
 
-def place_cells(experiment: Experiment, out: Path | None) -> list[Task]:
-    """The cells in their folders, as far as they are.
+def place_runs(experiment: Experiment, out: Path | None) -> list[Task]:
+    """Return the runs in their folders, as far as they are.
 
     Without `out` and ``run-dir``, folders are named by experiment and settings below ``runs/`` of the current
     folder, so that runs with other settings never meet.
 
     Raises:
-        SettingsError: two cells have the same folder.
+        SettingsError: two runs have the same folder.
     """
     tasks: dict[Path, Task] = {}
-    for cell in experiment.cells:
-        folder = _folder(experiment, cell, out)
+    for run in experiment.runs:
+        folder = _folder(experiment, run, out)
         if folder in tasks:
-            raise SettingsError(f"matrix: two cells are called {cell.name}: give each value once")
+            raise SettingsError(f"matrix: two runs are called {run.name}: give each value once")
         done = latest_round(folder / "checkpoints")
-        tasks[folder] = Task(cell.name, cell.settings.in_folder(folder), done)
+        tasks[folder] = Task(run.name, run.settings.in_folder(folder), done)
     return list(tasks.values())
 
 
 def by_data(tasks: Iterable[Task]) -> list[Task]:
-    """The tasks in an order in which those with the same images follow each other, as these stay loaded."""
+    """Return the tasks in an order in which those with the same images follow each other, as these stay loaded."""
     return sorted(tasks, key=lambda task: (task.settings.data.model_dump_json(), task.settings.seed))
 
 
@@ -174,17 +174,17 @@ def assemble(settings: Settings, engine: Engine) -> Federation | Training:
     return prepare_centralised(settings)
 
 
-def lay_out(cells: int, engine: Engine, workers: int) -> Layout:
-    """Share `workers` cores out: to the nodes of a single cell, or of Flower's engine, which runs cells in turn.
+def lay_out(runs: int, engine: Engine, workers: int) -> Layout:
+    """Share `workers` cores out: to the nodes of a single run, or of Flower's engine, which takes runs in turn.
 
-    Of several cells, as many run at once, each in a process with one node and one thread, so that `workers`
+    Of several runs, as many are made at once, each in a process with one node and one thread, so that `workers`
     changes no result.
     """
     if engine == "flwr":
-        return Layout(cells=1, nodes=workers, threads=1)
-    if cells == 1:
-        return Layout(cells=1, nodes=workers, threads=max(1, available_cores() // workers))
-    return Layout(cells=workers, nodes=1, threads=1)
+        return Layout(runs=1, nodes=workers, threads=1)
+    if runs == 1:
+        return Layout(runs=1, nodes=workers, threads=max(1, available_cores() // workers))
+    return Layout(runs=workers, nodes=1, threads=1)
 
 
 def available_cores() -> int:
@@ -192,20 +192,20 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _folder(experiment: Experiment, cell: Cell, out: Path | None) -> Path:
-    """Where a cell is kept: a single run in `out` or ``run-dir`` itself, the cells of a matrix below it."""
-    if out is not None or cell.settings.run_dir:
-        return ((out or Path(cell.settings.run_dir).expanduser()) / cell.name).resolve()
-    unique = cell.settings.digest()
-    if not cell.name:
+def _folder(experiment: Experiment, run: PlannedRun, out: Path | None) -> Path:
+    """Where a run is kept: a single one in `out` or ``run-dir`` itself, those of a matrix below it."""
+    if out is not None or run.settings.run_dir:
+        return ((out or Path(run.settings.run_dir).expanduser()) / run.name).resolve()
+    unique = run.settings.digest()
+    if not run.name:
         return Path("runs", f"{experiment.name}-{unique}").resolve()
-    return Path("runs", experiment.name, f"{cell.name}-{unique}").resolve()
+    return Path("runs", experiment.name, f"{run.name}-{unique}").resolve()
 
 
 def _run_all(
     tasks: Sequence[Task], engine: Engine, layout: Layout, display: ExperimentDisplay
 ) -> dict[str, str]:
-    """Do what is left to do; returns why cells failed, by their names, where there are several."""
+    """Do what is left to do; returns why runs failed, by their names, where there are several."""
     for task in tasks:
         if task.finished:
             with _shown(task, display):
@@ -223,7 +223,7 @@ def _run_all(
 
 
 def _run_here(task: Task, engine: Engine, layout: Layout, display: ExperimentDisplay) -> None:
-    """Run a cell from this process."""
+    """Make a run from this process."""
     with _shown(task, display) as shown:
         if engine == "flwr":
             from fedfmd.engines.flower import run_flower
@@ -237,13 +237,13 @@ def _run_here(task: Task, engine: Engine, layout: Layout, display: ExperimentDis
 
 def _run_side_by_side(tasks: Sequence[Task], layout: Layout, display: ExperimentDisplay) -> dict[str, str]:
     work = partial(_run_alone, layout)
-    shown: dict[Task, CellDisplay] = {}
+    shown: dict[Task, RunDisplay] = {}
     failures = {}
-    with closing(run_jobs(work, tasks, layout.cells)) as events:
+    with closing(run_jobs(work, tasks, layout.runs)) as events:
         for task, event in events:
             match event:
                 case Started():
-                    shown[task] = display.cell(task.name, task.rounds, task.done)
+                    shown[task] = display.run(task.name, task.rounds, task.done)
                 case Ended(error):
                     if error:
                         failures[task.name] = error
@@ -255,7 +255,7 @@ def _run_side_by_side(tasks: Sequence[Task], layout: Layout, display: Experiment
 
 
 def _run_alone(layout: Layout, task: Task) -> None:
-    """Run one of several cells, in a process of its own."""
+    """Make one of several runs, in a process of its own."""
     torch.set_num_threads(task.settings.threads or layout.threads)
     _train(task.settings, layout)
     _write_page(task.folder)
@@ -277,9 +277,9 @@ def _train(settings: Settings, layout: Layout) -> None:
 
 
 @contextmanager
-def _shown(task: Task, display: ExperimentDisplay) -> Iterator[CellDisplay]:
-    """Show what this process logs as the cell's."""
-    shown = display.cell(task.name, task.rounds, task.done)
+def _shown(task: Task, display: ExperimentDisplay) -> Iterator[RunDisplay]:
+    """Show what this process logs as the run's."""
+    shown = display.run(task.name, task.rounds, task.done)
     with closing(shown), shown.handling(logging.getLogger("fedfmd")):
         yield shown
 

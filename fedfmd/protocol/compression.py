@@ -54,7 +54,7 @@ class Upload:
     scales: Mapping[str, float] = field(default_factory=dict)
 
     def restored(self, received: Received) -> dict[str, Tensor]:
-        """The client's state: rounded differences added to what it had received, in the type of that.
+        """Return the client's state: rounded differences added to what it had received, in the type of that.
 
         Raises:
             ValueError: an array has another type than it can have, or an int8 array no scale.

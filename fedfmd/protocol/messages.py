@@ -57,7 +57,7 @@ class Instruction:
         round, lr, temperature: of all its clients.
         assignments: its clients' work.
         run: a name of the run, under which clients keep what they need in later rounds; "" if nothing is kept.
-        images: what a box's own images must be like; None for workers, which have the run's data set.
+        images: what an edge device's own images must be like; None for workers, which have the run's data set.
     """
 
     round: int
@@ -77,8 +77,8 @@ class ClientResult:
 
     An empty `reason` means that the update was sent; loss and accuracy are those met while training. Kernel
     entropy (H(π)/ln K) and attentions are means over dynamic layers and the images of the last local steps, NaN
-    where the operator has no such attention. `latency_s` is a box's measured time of inference per image, NaN in a
-    simulation.
+    where the operator has no such attention. `latency_s` is an edge device's measured time of inference per image,
+    NaN in a simulation.
     """
 
     client: int
@@ -143,7 +143,7 @@ def write_question(images: ImageFormat) -> RecordDict:
 
 
 def read_question(content: RecordDict) -> tuple[str, ImageFormat]:
-    """The server's version of fedfmd, and what a box's images must be like."""
+    """Return the server's version of fedfmd, and what an edge device's images must be like."""
     records = content.config_records
     return str(records[CONFIG][VERSION]), ImageFormat.from_lists(records[IMAGES])
 

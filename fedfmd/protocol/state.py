@@ -19,7 +19,7 @@ Arrays = dict[str, np.ndarray]
 
 
 def bank_of(name: str) -> tuple[str, int] | None:
-    """The bank (`layer1.0.conv1.bank`) and the place in it of the kernel called `name`; None for other arrays."""
+    """Return the bank (`layer1.0.conv1.bank`) and the place in it of the kernel `name`; None for other arrays."""
     bank, _, place = name.rpartition(".")
     return (bank, int(place)) if bank.rpartition(".")[2] in BANKS else None
 
@@ -58,7 +58,7 @@ def pack(module: nn.Module) -> Arrays:
 
 
 def shared_arrays(module: nn.Module) -> Arrays:
-    """The module's state as arrays named as on the wire, which on the CPU share its memory."""
+    """Return the module's state as arrays named as on the wire, which on the CPU share its memory."""
     return {name: view.numpy(force=True) for name, view in wire_views(module).items()}
 
 

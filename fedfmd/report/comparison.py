@@ -86,7 +86,7 @@ def read_comparison(folders: Iterable[Path], selection: Selection | None = None)
 
 
 def _read_all(folders: Iterable[Path]) -> list[Run]:
-    """The runs in the order of their folders; one that is packed beside its folder is read from the folder."""
+    """Read the runs in the order of their folders; one that is packed beside its folder is read from the folder."""
     found = {
         name: {path.parent.resolve() for folder in folders for path in folder.rglob(name)}
         for name in (MANIFEST, "rounds.csv", "epochs.csv", "environment.json")
@@ -98,7 +98,7 @@ def _read_all(folders: Iterable[Path]) -> list[Run]:
 
 
 def _read(folder: Path) -> Run:
-    """The run of a folder, with or without rounds."""
+    """Read the run of a folder, with or without rounds."""
     settings = Settings.from_mapping(read_yaml(folder / "settings.yaml"))
     rounds: list[RoundRow] | list[EpochRow]
     if settings.kind == "federated":
@@ -141,7 +141,7 @@ def _cost(settings: Settings) -> Cost | None:
 
 
 def _shape(data: DataSettings) -> tuple[int, int]:
-    """Number of classes; height and width in pixels."""
+    """Return the number of classes; height and width in pixels."""
     if data.dataset in CIFAR:
         classes, pixels = CIFAR[data.dataset]
         return classes, data.image_size or pixels
@@ -155,7 +155,7 @@ def _state(run: Run) -> str:
 
 
 def _without_twins(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
-    """The first run of each settings that it heeds, and the others."""
+    """Return the first run of each settings that it heeds, and the others."""
     firsts: dict[tuple[tuple[str, Any], ...], Run] = {}
     for run in runs:
         heeded = _heeded(run.settings.flat())
@@ -166,7 +166,7 @@ def _without_twins(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
 
 
 def _labelled(runs: Sequence[Run], chosen: Iterable[str] = ()) -> tuple[Run, ...]:
-    """The runs with `task` and `variant`, as short as they tell them apart, in the order of their values.
+    """Return the runs with `task` and `variant`, as short as they tell them apart, in the order of their values.
 
     The labels don't tell what is `chosen` for each.
     """
@@ -199,7 +199,7 @@ def _labelled(runs: Sequence[Run], chosen: Iterable[str] = ()) -> tuple[Run, ...
 
 
 def _heeded(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings without those that only other splits or other convolutions heed: static ones have no kernels."""
+    """Leave out settings that only other splits or other convolutions heed: static ones have no kernels."""
     own, options = PARTITIONS[flat["partition.scheme"]].parameters, options_of(flat["model.conv"])
     splits = {name for split in PARTITIONS.values() for name in split.parameters if name not in own}
     others = {f"partition.{name}" for name in splits} | {

@@ -99,7 +99,7 @@ def write_packed(runs: Sequence[Run], folder: Path) -> None:
 
 
 def read_packed(folder: Path) -> list[Run]:
-    """The runs that are packed in `folder`.
+    """Read the runs that are packed in `folder`.
 
     Raises:
         SettingsError: a file is missing or damaged, or goes with another manifest; it names file and place.
@@ -134,7 +134,7 @@ def read_packed(folder: Path) -> list[Run]:
 
 
 def _reported_clients(run: Run) -> list[ClientRow]:
-    """What a report reads of the clients: the last round, and each client's last row with an accuracy."""
+    """Return what a report reads of the clients: the last round, and each client's last row with an accuracy."""
     lasts = {row.client: row for row in run.clients if row.accuracy is not None}
     return [row for row in run.clients if row.round == run.rounds[-1].round or row is lasts.get(row.client)]
 
@@ -149,7 +149,7 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 
 def _table(row_type: type, names: Sequence[str], rows: Sequence[Iterable[Any]]) -> str:
-    """The rows of all runs as CSV, after the name of their run."""
+    """Return the rows of all runs as CSV, after the name of their run."""
     header = (RUN_COLUMN, *(field.name for field in fields(row_type)))
     lines = ((name, *astuple(row)) for name, own in zip(names, rows, strict=True) for row in own)
     return csv_text([header, *lines])
@@ -229,7 +229,7 @@ def _settings(path: Path, values: Mapping[str, Scalar], name: str) -> Settings:
 
 
 def _read_table(path: Path, row_type: type[Row], counts: Mapping[str, int]) -> dict[str, list[Row]]:
-    """The rows of each run, which must be so many."""
+    """Return the rows of each run, which must be so many."""
     try:
         table = read_table(path, row_type, counts)
     except FileNotFoundError:

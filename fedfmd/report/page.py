@@ -43,7 +43,7 @@ class Section:
 
 
 def render_page(summary: Summary, sheets: Sequence[Sheet], notes: Sequence[str]) -> str:
-    """The whole page. What is not known of the runs is said in its place."""
+    """Return the whole page. What is not known of the runs is said in its place."""
     runs = [run for group in summary.groups for run in group.runs]
     with rc_context(plots.STYLE):
         sections = list(_sections(summary, plots.make_facets(summary.groups), runs))
@@ -207,7 +207,7 @@ def _entropy(facets: Sequence[Facet]) -> Section:
 
 
 def _facets_with(facets: Sequence[Facet], keep: Callable[[Group], object]) -> list[Facet]:
-    """The facets without the groups that have nothing to show; without empty facets."""
+    """Return the facets without the groups that have nothing to show; without empty facets."""
     kept = (Facet(facet.title, tuple(one for one in facet.series if keep(one.group))) for facet in facets)
     return [facet for facet in kept if facet.series]
 
@@ -217,7 +217,7 @@ def _titled(text: str, facet: Facet) -> str:
 
 
 def _splits(runs: Sequence[Run]) -> Iterator[Picture]:
-    """A split per task, that of the first run which has one."""
+    """Return a split per task, that of the first run which has one."""
     shown: dict[str, tuple[Run, np.ndarray]] = {}
     for run in runs:
         if run.label_counts is not None:
@@ -261,7 +261,7 @@ def _plots(name: str, pictures: Sequence[Picture]) -> str:
 
 
 def inline_svg(figure: Figure, name: str, description: str) -> str:
-    """The figure as an SVG element that fills its box; `name` keeps its ids apart from those of others."""
+    """Return the figure as an SVG element that fills its box; `name` keeps its ids apart from those of others."""
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     svg = text.getvalue()
@@ -295,7 +295,7 @@ def _table(sheet: Sheet) -> str:
 
 
 def _overview(runs: Sequence[Run]) -> str:
-    """What was run, in a sentence."""
+    """Tell what was run, in a sentence."""
 
     def values(pick: Callable[[Settings], object]) -> str:
         return ", ".join(dict.fromkeys(str(pick(run.settings)) for run in runs))

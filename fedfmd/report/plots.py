@@ -70,7 +70,7 @@ class Facet:
 
 
 def make_facets(groups: Sequence[Group]) -> list[Facet]:
-    """A facet per task, if several groups share one; else all in one."""
+    """Return a facet per task, if several groups share one; else all in one."""
     tasks = dict.fromkeys(group.task for group in groups)
     if len(tasks) in (1, len(groups)):
         return [Facet("", _series([(group.label, group) for group in groups]))]
@@ -159,7 +159,7 @@ def plot_entropy(series: Sequence[Series]) -> Figure:
 
 
 def plot_scores(series: Sequence[Series], values: Sequence[Estimate | None], label: str) -> Figure:
-    """A bar per group, with its standard deviation."""
+    """Draw a bar per group, with its standard deviation."""
     figure, axes = _panel(height=0.8 + 0.28 * len(series))
     for place, (one, value) in enumerate(zip(series, values, strict=True)):
         if value is not None and np.isfinite(value.mean):
@@ -177,7 +177,7 @@ def plot_scores(series: Sequence[Series], values: Sequence[Estimate | None], lab
 
 
 def plot_front(series: Sequence[Series], field: str, label: str) -> Figure:
-    """Final accuracy against a cost, standard deviations as error bars; the Pareto front as a grey line."""
+    """Draw final accuracy against a cost, standard deviations as error bars; the Pareto front as a grey line."""
     figure, axes = _panel()
     known = [one for one in series if getattr(one.group, field) is not None]
     best = front([one.group for one in known], field)
@@ -203,7 +203,7 @@ def plot_front(series: Sequence[Series], field: str, label: str) -> Figure:
 
 
 def plot_clients(series: Sequence[Series]) -> Figure:
-    """The clients' accuracies, all seeds: box of the middle half, whiskers to the extremes, worst 10 % as ▼."""
+    """Draw the clients' accuracies, all seeds: box of the middle half, whiskers to the extremes, worst 10 % as ▼."""
     figure, axes = _panel(height=0.8 + 0.34 * len(series))
     for place, one in enumerate(series):
         values = [value for run in one.group.runs for value in client_accuracies(run.clients)]
@@ -284,7 +284,7 @@ def plot_timeline(rows: Sequence[ClientRow], deadline_s: float) -> Figure:
 
 
 def _curves(series: Sequence[Series]) -> Mapping[str, str]:
-    """The columns that their runs' curves are drawn against, and what these are called."""
+    """Return the columns that their runs' curves are drawn against, and what these are called."""
     return WORDINGS[series[0].group.kind].curves
 
 
@@ -299,7 +299,7 @@ def _short(value: float) -> str:
 
 
 def _names(axes: Axes, series: Sequence[Series]) -> None:
-    """The groups' names, the first one on top."""
+    """Return the groups' names, the first one on top."""
     axes.set_yticks(range(len(series)), [one.name for one in series])
     axes.set_ylim(len(series) - 0.4, -0.6)
 

@@ -128,14 +128,14 @@ def make_sheets(summary: Summary) -> list[Sheet]:
 
 
 def markdown(sheet: Sheet) -> str:
-    """The sheet under its title, as a table for a README."""
+    """Return the sheet under its title, as a table for a README."""
     lines = [sheet.columns, ("---", *["---:"] * (len(sheet.columns) - 1)), *sheet.lines]
     table = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
     return f"### {sheet.title}\n\n{sheet.caption}\n\n{table}"
 
 
 def terminal_table(sheet: Sheet) -> Table:
-    """The sheet for a terminal of 100 columns: numbers are never broken, names only if they must be."""
+    """Return the sheet for a terminal of 100 columns: numbers are never broken, names only if they must be."""
     table = Table(title=sheet.title, title_justify="left", box=box.SIMPLE, padding=(0, 0, 0, 1))
     for number, column in enumerate(sheet.columns):
         table.add_column(column, justify="right" if number else "left", no_wrap=number > 0, overflow="fold")
@@ -270,7 +270,7 @@ def _amount(value: Estimate | None, missing: str = NOTHING) -> str:
 
 
 def _spent(until_target: Estimate | None, whole: Estimate | None) -> str:
-    """What it took to reach the target; nothing if runs of this kind don't have such a cost at all."""
+    """Return what it took to reach the target; nothing if runs of this kind don't have such a cost at all."""
     return _amount(until_target, "not reached" if whole else NOTHING)
 
 

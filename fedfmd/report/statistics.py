@@ -260,7 +260,7 @@ def to_target(runs: Sequence[Run], target: float) -> Target:
 
 
 def _until(rounds: Rows, target: float) -> Rows:
-    """The rounds or epochs up to the first that reaches the target; none if none does."""
+    """Return the rounds or epochs up to the first that reaches the target; none if none does."""
     for number, row in enumerate(rounds, start=1):
         if row.accuracy is not None and 100 * row.accuracy >= target:
             return rounds[:number]
@@ -281,7 +281,7 @@ def _total(rounds: Rows, names: Sequence[str], unit: float) -> float | None:
 
 
 def _best(rounds: Rows, name: str) -> float | None:
-    """A percentage of the round or epoch with the highest validation accuracy; None if there is none.
+    """Return a percentage of the round or epoch with the highest validation accuracy; None if there is none.
 
     Without validation images it is the column's highest.
     """
@@ -350,7 +350,7 @@ def _group(
 
 
 def _corrected(groups: Sequence[Group]) -> list[Group]:
-    """The groups with the p-values of their differences corrected for the number of them."""
+    """Return the groups with the p-values of their differences corrected for the number of them."""
     corrected = iter(holm([group.difference.p for group in groups if group.difference]))
     return [
         replace(group, difference=replace(group.difference, holm_p=next(corrected)))
@@ -361,7 +361,7 @@ def _corrected(groups: Sequence[Group]) -> list[Group]:
 
 
 def _with_fronts(groups: Sequence[Group]) -> tuple[Group, ...]:
-    """The groups with the fronts that they are on, among those of their task; a lone group is on none."""
+    """Return the groups with the fronts that they are on, among those of their task; a lone group is on none."""
     fronts: dict[str, list[str]] = {group.label: [] for group in groups}
     for task in dict.fromkeys(group.task for group in groups):
         for field, name in COSTS.items():
@@ -372,6 +372,6 @@ def _with_fronts(groups: Sequence[Group]) -> tuple[Group, ...]:
 
 
 def front(groups: Sequence[Group], field: str) -> list[Group]:
-    """The groups that no other beats in the means of final accuracy and this cost, by rising cost."""
+    """Return the groups that no other beats in the means of final accuracy and this cost, by rising cost."""
     points = [(group.final.mean, getattr(group, field).mean) for group in groups]
     return [groups[index] for index in pareto_front(points)]

@@ -73,7 +73,7 @@ def write_page(folder: Path) -> None:
 
 
 def _csv(summary: Summary) -> str:
-    """A line per group, numbers with six digits."""
+    """Return a line per group, numbers with six digits."""
     rows = [flat_row(group, summary.target) for group in summary.groups]
     text = io.StringIO()
     writer = csv.DictWriter(text, rows[0], lineterminator="\n")

@@ -95,7 +95,7 @@ def save_checkpoint(
 
 
 def latest_checkpoint(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint that can be read, or None; a broken one is skipped with a warning.
+    """Return the newest checkpoint that can be read, or None; a broken one is skipped with a warning.
 
     Raises:
         SettingsError: a newer version of fedfmd wrote it.
@@ -114,12 +114,12 @@ def latest_checkpoint(folder: Path) -> Checkpoint | None:
 
 
 def latest_round(folder: Path) -> int:
-    """The round of the newest checkpoint, which is not read; 0 if there is none."""
+    """Return the round of the newest checkpoint, which is not read; 0 if there is none."""
     return max(map(_round, folder.glob("round-*.json")), default=0)
 
 
 def load_model(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The arrays of a checkpoint's .safetensors file, and the settings of its run ({} if it holds none).
+    """Load the arrays of a checkpoint's .safetensors file, and the settings of its run ({} if it holds none).
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -132,7 +132,7 @@ def load_model(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
 
 def read_header(path: Path) -> Header:
-    """What a checkpoint's .safetensors file says of itself, without its arrays.
+    """Read what a checkpoint's .safetensors file says of itself, without its arrays.
 
     Raises:
         As `load_model`.
@@ -194,6 +194,6 @@ def _prune(folder: Path, round: int, keep: int) -> None:
 
 
 def _round(path: Path) -> int:
-    """The round that a checkpoint's file belongs to, -1 for any other file."""
+    """Return the round that a checkpoint's file belongs to, -1 for any other file."""
     match = re.match(r"\.?round-(\d+)\.", path.name)
     return int(match[1]) if match else -1

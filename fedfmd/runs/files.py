@@ -57,7 +57,7 @@ def _encoded(content: bytes | str) -> bytes:
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """A file beside `path` to write; it takes that one's place once all of it is on the disk."""
+    """Yield a file beside `path` to write; it takes that one's place once all of it is on the disk."""
     temporary = path.with_name(f".{path.name}.partial")
     with _explained(path):
         try:

@@ -119,7 +119,7 @@ class RunFolder:
                 atomic_write(path, "".join([header, *kept]))
 
     def log_handler(self) -> logging.Handler:
-        """A handler that appends to `log.txt`, for the caller to add to its loggers and to close."""
+        """Return a handler that appends to `log.txt`, for the caller to add to its loggers and to close."""
         handler = logging.FileHandler(self.log, encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         return handler
@@ -132,7 +132,7 @@ def _append(path: Path, columns: Iterable[str], rows: Iterable[Row]) -> None:
 
 
 def read_environment(folder: Path) -> dict[str, Any]:
-    """The environment.json of a run folder; empty if there is none.
+    """Read the environment.json of a run folder; empty if there is none.
 
     Raises:
         ValueError: it is damaged.
@@ -163,7 +163,7 @@ def environment(*own: Path) -> dict[str, Any]:
 
 
 def _version(library: str) -> str | None:
-    """The installed version; none where it is missing: centralised training does without Flower."""
+    """Return the installed version; none where it is missing: centralised training does without Flower."""
     try:
         return metadata.version(library)
     except metadata.PackageNotFoundError:
@@ -171,7 +171,7 @@ def _version(library: str) -> str | None:
 
 
 def _processor() -> str:
-    """The board's or the processor's name, where Linux tells it."""
+    """Return the board's or the processor's name, where Linux tells it."""
     board, cpu = Path("/proc/device-tree/model"), Path("/proc/cpuinfo")
     if board.exists():
         return board.read_text().strip("\0\n")
@@ -181,7 +181,7 @@ def _processor() -> str:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that the package runs from, `-dirty` if it was changed; None without one.
+    """Return the commit of the checkout that the package runs from, `-dirty` if it was changed; None without one.
 
     The package may lie in an environment inside another project's repository, so git must know its files.
     """

@@ -29,7 +29,7 @@ def code_digest(*own: Path) -> str:
 
 
 def _sources() -> Iterator[tuple[str, Path]]:
-    """The packages' files, by their names inside."""
+    """Return the packages' files, by their names inside."""
     for package in PACKAGES:
         spec = find_spec(package)
         assert spec is not None

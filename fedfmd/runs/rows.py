@@ -39,7 +39,7 @@ class RoundRow:
         latency_s: modelled seconds of inference per image, mean over the clients.
         ies_train, rcs_train: round_s / accuracy, accuracy / round_s.
         ies_infer, rcs_infer: latency_s / accuracy, accuracy / latency_s.
-        status: ok, or void: too few updates came, and the model stayed as it was.
+        status: ok, or discarded: too few updates came, and the model stayed as it was.
         clients_cut: clients that were to do fewer steps, or train fewer kernels, than without limits.
     """
 
@@ -77,7 +77,7 @@ class RoundRow:
 class ClientRow:
     """One client in one round. Energy in joules; accuracy in [0, 1]; seconds are virtual but for `WALL_COLUMNS`.
 
-    On real boxes compare compute_s with wall_s, down_s + up_s with measured_transfer_s, and latency_s with
+    On edge devices compare compute_s with wall_s, down_s + up_s with measured_transfer_s, and latency_s with
     measured_latency_s.
 
     Attributes:
@@ -96,9 +96,9 @@ class ClientRow:
         kernel_entropy: mean over dynamic layers and images of H(π)/ln K; like the next two, over the images of
             its last eight local steps at most, and None where the operator has no such attention.
         input_attention, output_attention: means over layers, images and channels.
-        measured_transfer_s: seconds from sending a box its message until its reply was there, without wall_s: both
-            transfers, Flower's polling and the start of a process; like the next one, None in a simulation.
-        measured_latency_s: seconds of inference of one image on the box, after training.
+        measured_transfer_s: seconds from sending an edge device its message until its reply was there, without wall_s:
+            both transfers, Flower's polling and the start of a process; like the next one, None in a simulation.
+        measured_latency_s: seconds of inference of one image on the edge device, after training.
     """
 
     round: int
@@ -211,7 +211,7 @@ def _cell(value: float | str | None) -> str:
 
 
 def whole_lines(path: Path) -> list[str]:
-    """The lines of a file that were written to their end, line breaks included.
+    """Return the lines of a file that were written to their end, line breaks included.
 
     Raises:
         ValueError: a line is no text; the message names file and line.
@@ -226,7 +226,7 @@ def whole_lines(path: Path) -> list[str]:
 
 
 def read_rounds(path: Path) -> list[RoundRow]:
-    """The rows of a rounds.csv; a last line that was never finished is left out.
+    """Read the rows of a rounds.csv; a last line that was never finished is left out.
 
     Raises:
         ValueError: a cell is no value of its column; the text names file, line and column.
@@ -235,17 +235,17 @@ def read_rounds(path: Path) -> list[RoundRow]:
 
 
 def read_clients(path: Path) -> list[ClientRow]:
-    """The rows of a clients.csv, as `read_rounds` does; a round that rounds.csv lacks was never finished."""
+    """Read the rows of a clients.csv, as `read_rounds` does; a round that rounds.csv lacks was never finished."""
     return _read(path, ClientRow)
 
 
 def read_epochs(path: Path) -> list[EpochRow]:
-    """The rows of an epochs.csv, as `read_rounds` does."""
+    """Read the rows of an epochs.csv, as `read_rounds` does."""
     return _read(path, EpochRow)
 
 
 def read_table(path: Path, row_type: type[Row], names: Iterable[str]) -> dict[str, list[Row]]:
-    """The rows of a table of several runs, by the run's name in the column `run`; `names` are all there may be.
+    """Read the rows of a table of several runs, by the run's name in the column `run`; `names` are all there may be.
 
     Raises:
         ValueError: as in `read_rounds`, or a row is of another run.
@@ -281,12 +281,12 @@ def _records(path: Path, row_type: type[Row]) -> Iterator[tuple[int, dict[str, s
 
 
 def round_line(row: RoundRow) -> str:
-    """A round as a line for the log, `fedfmd-round {"round":1,…}`, so that remote runs can be recovered."""
+    """Return a round as a line for the log, `fedfmd-round {"round":1,…}`, so that remote runs can be recovered."""
     return _ROUND_LINE + TypeAdapter(RoundRow).dump_json(row).decode()
 
 
 def parse_round_line(line: str) -> RoundRow | None:
-    """The round in a line of a log, whatever stands before and after it; None if there is none."""
+    """Return the round in a line of a log, whatever stands before and after it; None if there is none."""
     _, found, text = line.partition(_ROUND_LINE)
     if not found:
         return None

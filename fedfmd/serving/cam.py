@@ -86,7 +86,7 @@ def write_cam(
 def explain(
     model: nn.Module, layer: str, inputs: Tensor, classes: Tensor, usual: AttentionRecord
 ) -> list[Column]:
-    """A column for each attention that the model has, alone, and one for all together.
+    """Make a column for each attention that the model has, alone, and one for all together.
 
     A model with a single attention has only the latter, and so has a static one.
     """
@@ -139,13 +139,13 @@ def plot_cam(
 
 
 def _prediction(probabilities: Tensor, explained: int, class_names: Sequence[str]) -> str:
-    """The most probable class, and the explained one if that is another."""
+    """Return the most probable class, and the explained one if that is another."""
     classes = dict.fromkeys((int(probabilities.argmax()), explained))
     return ", ".join(f"{class_names[index]}: {probabilities[index]:.0%}" for index in classes)
 
 
 def _read(images: Sequence[str], dataset: Dataset) -> ImageSet:
-    """The images at the size of the run's, in colour, with their labels where these are known."""
+    """Read the images at the size of the run's, in colour, with their labels where these are known."""
     pixels, labels = zip(*(_read_one(image, dataset) for image in images), strict=True)
     return ImageSet(torch.stack(pixels), torch.tensor(labels))
 
@@ -165,7 +165,7 @@ def _read_one(image: str, dataset: Dataset) -> tuple[Tensor, int]:
 
 
 def _typical_attention(model: nn.Module, dataset: Dataset) -> AttentionRecord:
-    """What the attentions do on images spread evenly over the training set, which may be sorted by class."""
+    """Average what the attentions do on images spread evenly over the training set, which may be sorted by class."""
     chosen = torch.linspace(0, len(dataset.train) - 1, min(TYPICAL_IMAGES, len(dataset.train))).long()
     with record_attention(model) as record, torch.no_grad():
         for inputs in _inputs(dataset.train.subset(chosen), dataset):
@@ -174,7 +174,7 @@ def _typical_attention(model: nn.Module, dataset: Dataset) -> AttentionRecord:
 
 
 def _inputs(images: ImageSet, dataset: Dataset, batch_size: int = 32) -> Iterator[Tensor]:
-    """The images in batches, normalised as in training."""
+    """Return the images in batches, normalised as in training."""
     for inputs, _ in batches(
         images, batch_size, generator=None, augment="none", mean=dataset.mean, std=dataset.std
     ):

@@ -24,7 +24,7 @@ CLASSIFIER_ENDING = ".model.safetensors"
 
 
 def trained_model(checkpoint: Path) -> tuple[nn.Module, Settings]:
-    """The model of a run's ``checkpoints/round-….safetensors`` on the CPU, and the run's settings.
+    """Load the model of a run's ``checkpoints/round-….safetensors`` on the CPU, and the run's settings.
 
     Raises:
         SettingsError: no such file, or it holds no model of a run.

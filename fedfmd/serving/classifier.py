@@ -1,4 +1,4 @@
-"""A trained model with all that it takes to classify images: one file, for boxes that have nothing else of its run."""
+"""A trained model with all that it takes to classify images: one file, all that an edge device needs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Classifier:
     images: ImageFormat
 
     def __call__(self, path: Path | str) -> dict[str, float]:
-        """The classes' names and probabilities for an image file.
+        """Return the classes' names and probabilities for an image file.
 
         Raises:
             ValueError: the file is no image; one line that starts with the path.

@@ -14,7 +14,7 @@ FINE_ENOUGH = 7
 
 @torch.no_grad()
 def default_layer(model: nn.Module, images: Tensor) -> str:
-    """The deepest stage with features of at least 7 × 7 for these images, or the first if there is none.
+    """Return the deepest stage with features of at least 7 × 7 for these images, or the first if there is none.
 
     Deeper features are closer to the class, but small images leave too few of them to show a place: the last
     stage of a ResNet-18 has 4 × 4 at 32 × 32 pixels.

@@ -19,12 +19,12 @@ Kernels = Mapping[str, tuple[int, ...]]
 
 
 def rotation(first: int, count: int, kernels: int) -> tuple[int, ...]:
-    """The places of `count` of `kernels` kernels in a circle, from `first` on."""
+    """Return the places of `count` of `kernels` kernels in a circle, from `first` on."""
     return tuple((first + step) % kernels for step in range(count))
 
 
 def rotated(model: nn.Module, first: int, count: int) -> Kernels:
-    """The same rotation in all layers."""
+    """Return the same rotation in all layers."""
     return {name: rotation(first, count, layer.kernels) for name, layer in dynamic_layers(model).items()}
 
 
@@ -32,7 +32,7 @@ def rotated(model: nn.Module, first: int, count: int) -> Kernels:
 def most_attended(
     model: nn.Module, images: ImageSet, dataset: Dataset, count: int, device: torch.device | str = "cpu"
 ) -> Kernels:
-    """The `count` kernels that weigh most in each layer's mixture: largest mean π over `images`.
+    """Return the `count` kernels that weigh most in each layer's mixture: largest mean π over `images`.
 
     Layers choose on their own, since the kernels of different layers have nothing to do with each other. The
     model is run in evaluation mode on images as they are.
@@ -59,7 +59,7 @@ def most_attended(
 
 @contextmanager
 def trained_parameters(model: nn.Module, kernels: Kernels) -> Iterator[list[Tensor]]:
-    """The parameters for an optimiser that trains all of the model but the banks' other kernels.
+    """Return the parameters for an optimiser that trains all of the model but the banks' other kernels.
 
     In the place of a bank stand views of its kernels to train, which get its gradient inside the `with` block:
     for the optimiser, the others don't exist, so that neither weight decay nor momentum moves them.

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedfmd.algorithms.fednova import FedNova, effective_steps, lengthen
+from fedfmd.algorithms.fednova import FedNova, effective_steps, scale
 
 PARAMETERS = {"w"}
 
@@ -13,7 +13,7 @@ def state(w, running_var):
 
 def test_lengthening_stretches_the_way_of_parameters_only(update):
     before = update(state(1.0, 2.0))
-    longer = lengthen(before, state(100.0, 1.0), PARAMETERS, 0.5)
+    longer = scale(before, state(100.0, 1.0), PARAMETERS, 0.5)
     np.testing.assert_allclose(longer.arrays["w"], 100 - 0.5 * 99)
     np.testing.assert_allclose(longer.arrays["running_var"], 2)
     assert longer.weights == before.weights
@@ -23,7 +23,7 @@ def test_the_server_goes_the_mean_way_of_its_clients_by_images(tiny_settings, up
     """30 images did 2 steps, 10 images 6: the mean way is 3."""
     algorithm = FedNova(tiny_settings(**{"train.momentum": 0.0, "train.nesterov": False}))
     said = [update(state(1.0, 1.0), images=30, steps=2), update(state(-1.0, 1.0), images=10, steps=6)]
-    first, second = algorithm.comparable(said, state(0.0, 5.0), PARAMETERS)
+    first, second = algorithm.normalise(said, state(0.0, 5.0), PARAMETERS)
     assert (first.arrays["w"].tolist(), second.arrays["w"].tolist()) == ([3, 3], [-3, -3])
     assert first.arrays["running_var"].tolist() == [1, 1]
 

@@ -517,7 +517,9 @@ def test_a_box_refuses_a_server_of_another_version(tiny_settings, box):
     question = write_question(IMAGES)
     question[CONFIG]["version"] = "9.9.9"
     told = ask(tiny_settings(), {"client": 0, "data": box}, question)[CONFIG]
-    assert re.fullmatch(r"this box has fedfmd .*, the server 9\.9\.9: install the same .*", told["error"])
+    assert re.fullmatch(
+        r"this edge device has fedfmd .*, the server 9\.9\.9: install the same .*", told["error"]
+    )
 
 
 def test_a_box_trains_on_its_own_images(tiny_settings, box):

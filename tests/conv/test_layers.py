@@ -9,6 +9,8 @@ from torch.nn import functional as F
 
 from fedfmd.conv import CONVS, CondConv2d, DyConv2d, FMDConv2d, ODConv2d, dynamic_layers, make_conv
 from fedfmd.conv.layers import bank_names
+from fedfmd.conv.mixing import EARLIER_NAMES
+from fedfmd.settings import Settings
 
 DYNAMIC = [name for name in CONVS if name != "static"]
 
@@ -228,10 +230,16 @@ def test_a_traced_layer_takes_batches_of_any_size(name):
     torch.testing.assert_close(traced(more), conv(more))
 
 
-@pytest.mark.parametrize("mixing", ["auto", "per_sample"])
+@pytest.mark.parametrize("mixing", ["auto", "blocked"])
 def test_a_compiled_layer(mixing):
     conv, x = layer("fmdconv", mixing=mixing).eval(), images()
     torch.testing.assert_close(torch.compile(conv, backend="eager")(x), conv(x))
+
+
+@pytest.mark.parametrize(("earlier", "name"), EARLIER_NAMES.items())
+def test_a_way_of_mixing_may_be_called_as_in_fedfmd_0_1(earlier, name):
+    assert layer("fmdconv", mixing=earlier).mixing == name
+    assert Settings.from_mapping({"model.mixing": earlier}) == Settings.from_mapping({"model.mixing": name})
 
 
 @pytest.mark.parametrize("name", ["odconv", "fmdconv"])
@@ -249,7 +257,7 @@ def test_export_leaves_the_batch_size_free(name):
         ({"kernels": -1}, "kernels = -1 must be at least 1"),
         ({"groups": 3}, "groups = 3 must divide in_channels = 8 and out_channels = 12"),
         ({"padding": "same"}, "padding = 'same' is not supported"),
-        ({"mixing": "magic"}, "mixing = 'magic' is unknown; use auto or one of folded"),
+        ({"mixing": "magic"}, "mixing = 'magic' is unknown; use auto or one of grouped"),
         ({"temperature": 0.0}, "temperature = 0.0 must be a positive finite number"),
         ({"attentions": ()}, r"attentions = \(\) must be a non-empty subset of input, kernel, output"),
         ({"attentions": ("spatial",)}, "must be a non-empty subset"),

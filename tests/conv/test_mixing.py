@@ -124,14 +124,14 @@ def test_gradients_only_where_they_are_wanted(mixing):
 @pytest.mark.parametrize(
     ("channels", "out_channels", "size", "stride", "batch", "expected"),
     [
-        (64, 64, 32, 1, 1, "folded"),  # one sample: a plain convolution
-        (16, 16, 32, 1, 32, "folded"),  # ResNet-8 and 20: all kernels and images fit the cache
-        (64, 64, 8, 1, 32, "folded"),
-        (64, 64, 32, 1, 32, "per_sample"),  # ResNet-18
-        (128, 128, 16, 1, 32, "per_sample"),
-        (128, 256, 16, 2, 32, "unfold"),
-        (512, 512, 4, 1, 32, "unfold"),
-        (512, 512, 4, 1, 2, "unfold"),
+        (64, 64, 32, 1, 1, "grouped"),  # one sample: a plain convolution
+        (16, 16, 32, 1, 32, "grouped"),  # ResNet-8 and 20: all kernels and images fit the cache
+        (64, 64, 8, 1, 32, "grouped"),
+        (64, 64, 32, 1, 32, "blocked"),  # ResNet-18
+        (128, 128, 16, 1, 32, "blocked"),
+        (128, 256, 16, 2, 32, "im2col"),
+        (512, 512, 4, 1, 32, "im2col"),
+        (512, 512, 4, 1, 2, "im2col"),
     ],
 )
 def test_auto_follows_shape_and_batch(channels, out_channels, size, stride, batch, expected):

@@ -40,13 +40,13 @@ def test_a_box_that_dies_costs_its_update_and_may_come_back(deployment):
     deployment.wait_for_rounds("run", 1)
 
     deployment.kill("box2")
-    deployment.wait_for(lambda: "the box of client 2 is gone" in deployment.log("run/log.txt"))
+    deployment.wait_for(lambda: "the edge device of client 2 is gone" in deployment.log("run/log.txt"))
     assert "failed" in status_of(deployment, 2)
     reasons = {row.reason for row in deployment.clients("run") if row.status == "failed"}
     assert any("heartbeat" in reason for reason in reasons)
 
     deployment.restart("box2")
-    deployment.wait_for(lambda: "the box of client 2 is there again" in deployment.log("run/log.txt"))
+    deployment.wait_for(lambda: "the edge device of client 2 is there again" in deployment.log("run/log.txt"))
     before = len(status_of(deployment, 2))
     deployment.wait_for(lambda: "ok" in status_of(deployment, 2)[before:])
     assert [row.round for row in deployment.rounds("run")] == list(

@@ -16,7 +16,7 @@ from fedfmd.edge import (
     device_text,
     load_devices,
     parse_device,
-    read_box,
+    read_own_device,
 )
 
 BOARD = "{train_gflops: 18.2, infer_gflops: 20, memory_gb: 2, power_w: 6, source: measured here}"
@@ -127,7 +127,7 @@ def write_devices(path, *devices):
 
 @pytest.mark.parametrize("device", [BOX, *DEVICES.values()], ids=lambda device: device.name)
 def test_a_device_survives_a_file_and_a_message(device, tmp_path):
-    assert read_box(write_devices(tmp_path / "box.yaml", device)) == device
+    assert read_own_device(write_devices(tmp_path / "box.yaml", device)) == device
     assert parse_device(device_text(device), "message") == device
 
 
@@ -142,8 +142,10 @@ def test_a_row_says_nothing_that_goes_without_saying():
 
 
 def test_a_box_has_one_device(tmp_path):
-    with pytest.raises(ValueError, match=r"two\.yaml: holds 2 devices, a box's file must hold its own alone"):
-        read_box(write_devices(tmp_path / "two.yaml", BOX, DEVICES["pi-4"]))
+    with pytest.raises(
+        ValueError, match=r"two\.yaml: holds 2 devices, an edge device's own file must hold one"
+    ):
+        read_own_device(write_devices(tmp_path / "two.yaml", BOX, DEVICES["pi-4"]))
 
 
 @pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES.keys())

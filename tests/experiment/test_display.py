@@ -44,7 +44,7 @@ def bars(display):
 
 
 def test_records_are_printed_as_they_are(terminal, logger):
-    with ExperimentDisplay(terminal, 1, 3) as display, display.cell("", 3).handling(logger):
+    with ExperimentDisplay(terminal, 1, 3) as display, display.run("", 3).handling(logger):
         logger.info("accuracy [0.5] %s", "long " * 20)
         logger.debug("a detail")
     text = terminal.file.getvalue()
@@ -55,17 +55,17 @@ def test_records_are_printed_as_they_are(terminal, logger):
 def test_a_file_gets_the_lines_alone(logger):
     console = Console(file=io.StringIO())
     with ExperimentDisplay(console, 1, 3) as display:
-        cell = display.cell("", 3)
-        with cell.handling(logger):
+        run = display.run("", 3)
+        with run.handling(logger):
             logger.info("round 2", extra={"round_row": ROW})
-        cell.line("the end")
+        run.line("the end")
     assert console.file.getvalue() == "round 2\nthe end\n"
 
 
-def test_lines_of_several_cells_begin_with_the_cells_name(logger):
+def test_lines_of_several_runs_begin_with_the_runs_name(logger):
     console = Console(file=io.StringIO())
     with ExperimentDisplay(console, 2, 6) as display:
-        first, second = display.cell("seed=0", 3), display.cell("seed=1", 3)
+        first, second = display.run("seed=0", 3), display.run("seed=1", 3)
         first.handle(logging.makeLogRecord({"msg": "round %d", "args": (1,), "levelno": logging.INFO}))
         second.line("a line\nand another")
         display.print("report")
@@ -73,7 +73,7 @@ def test_lines_of_several_cells_begin_with_the_cells_name(logger):
 
 
 def test_the_bar_counts_rounds_and_the_clients_of_the_round(terminal, logger):
-    with ExperimentDisplay(terminal, 1, 3) as display, display.cell("", 3).handling(logger):
+    with ExperimentDisplay(terminal, 1, 3) as display, display.run("", 3).handling(logger):
         for client in (0, 1):
             logger.debug("client %d", client, extra={"client": client})
         assert bars(display) == [("training", 0, 3, ", 2 clients trained")]
@@ -83,33 +83,33 @@ def test_the_bar_counts_rounds_and_the_clients_of_the_round(terminal, logger):
 
 def test_the_bar_may_count_epochs(terminal):
     with ExperimentDisplay(terminal, 1, 3, unit="epoch") as display:
-        display.cell("", 3)
+        display.run("", 3)
     assert " epochs " in terminal.file.getvalue()
 
 
 def test_the_log_of_another_process_moves_the_bar_too(terminal):
     with ExperimentDisplay(terminal, 1, 3) as display:
-        cell = display.cell("", 3)
-        cell.line("round 2 of 3")
-        cell.line(f"INFO: {round_line(ROW)}")
+        run = display.run("", 3)
+        run.line("round 2 of 3")
+        run.line(f"INFO: {round_line(ROW)}")
         assert bars(display) == [("training", 2, 3, "")]
     assert "round 2 of 3" in terminal.file.getvalue()
     assert "fedfmd-round" not in terminal.file.getvalue()
 
 
-def test_several_cells_have_a_bar_each_while_they_run_and_one_for_all_rounds(terminal):
+def test_several_runs_have_a_bar_each_while_they_run_and_one_for_all_rounds(terminal):
     with ExperimentDisplay(terminal, 2, 6, done=1) as display:
-        with closing(display.cell("seed=0", 3, done=1)) as cell:
-            assert bars(display) == [("0/2 cells", 1, 6, ""), ("seed=0", 1, 3, "")]
-            cell.line(round_line(ROW))
-            assert bars(display) == [("0/2 cells", 2, 6, ""), ("seed=0", 2, 3, "")]
-        assert bars(display) == [("1/2 cells", 2, 6, "")]
+        with closing(display.run("seed=0", 3, done=1)) as run:
+            assert bars(display) == [("0/2 runs", 1, 6, ""), ("seed=0", 1, 3, "")]
+            run.line(round_line(ROW))
+            assert bars(display) == [("0/2 runs", 2, 6, ""), ("seed=0", 2, 3, "")]
+        assert bars(display) == [("1/2 runs", 2, 6, "")]
 
 
 def test_the_logger_is_left_as_it_was(terminal, logger):
     logger.setLevel(logging.ERROR)
     display = ExperimentDisplay(terminal, 1, 1)
-    with pytest.raises(KeyboardInterrupt), display, display.cell("", 1).handling(logger):
+    with pytest.raises(KeyboardInterrupt), display, display.run("", 1).handling(logger):
         raise KeyboardInterrupt
     assert logger.handlers == []
     assert logger.level == logging.ERROR

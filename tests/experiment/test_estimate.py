@@ -5,15 +5,15 @@ from fedfmd.engines.centralised import prepare_centralised
 from fedfmd.errors import SettingsError
 from fedfmd.experiment import load_experiment
 from fedfmd.experiment.estimate import (
-    CellEstimate,
     Estimate,
+    RunEstimate,
     Speed,
-    estimate_cell,
     estimate_experiment,
+    estimate_run,
     estimate_table,
     measure_speed,
 )
-from fedfmd.experiment.run import Layout, Task, place_cells
+from fedfmd.experiment.run import Layout, Task, place_runs
 
 TRAIN, TEST = 1437, 360
 """Digits to train on, 479 for each of three clients, and to test on."""
@@ -23,21 +23,21 @@ SPEED = Speed(train_s=0.01, test_s=0.001)
 
 @pytest.fixture
 def estimate(tiny_settings):
-    """Estimates a cell of two rounds of two epochs on one node, of which `done` are finished."""
+    """Estimates a run of two rounds of two epochs on one node, of which `done` are finished."""
 
     def estimate(done=0, nodes=1, **changes):
         settings = tiny_settings(**{"server.rounds": 2, "train.local-epochs": 2} | changes)
-        layout = Layout(cells=1, nodes=nodes, threads=1)
-        return estimate_cell(Task("a", settings, done), build_federation(settings), SPEED, layout)
+        layout = Layout(runs=1, nodes=nodes, threads=1)
+        return estimate_run(Task("a", settings, done), build_federation(settings), SPEED, layout)
 
     return estimate
 
 
-def test_a_cell_costs_its_images_times_what_an_image_costs(estimate):
-    cell = estimate()
-    assert (cell.cell, cell.rounds, cell.done) == ("a", 2, 0)
-    assert cell.train_flops == 2 * 2 * TRAIN * 3 * 2 * cell.macs
-    assert cell.wall_s == pytest.approx(2 * (2 * TRAIN * 0.01 + TEST * 0.001))
+def test_a_run_costs_its_images_times_what_an_image_costs(estimate):
+    run = estimate()
+    assert (run.name, run.rounds, run.done) == ("a", 2, 0)
+    assert run.train_flops == 2 * 2 * TRAIN * 3 * 2 * run.macs
+    assert run.wall_s == pytest.approx(2 * (2 * TRAIN * 0.01 + TEST * 0.001))
 
 
 @pytest.mark.parametrize(
@@ -51,14 +51,14 @@ def test_a_cell_costs_its_images_times_what_an_image_costs(estimate):
     ids=["two of three", "over-selection", "fedbuff", "all late"],
 )
 def test_those_asked_compute_and_those_that_count_take_time(estimate, changes, asked, trained):
-    cell = estimate(**changes)
-    assert cell.train_flops == 2 * 2 * asked * 479 * 3 * 2 * cell.macs
-    assert cell.wall_s == pytest.approx(2 * (2 * trained * 479 * 0.01 + TEST * 0.001))
+    run = estimate(**changes)
+    assert run.train_flops == 2 * 2 * asked * 479 * 3 * 2 * run.macs
+    assert run.wall_s == pytest.approx(2 * (2 * trained * 479 * 0.01 + TEST * 0.001))
 
 
 def test_validation_images_are_evaluated_and_not_trained_on(estimate):
-    cell = estimate(**{"data.validation": 237})
-    assert cell.wall_s == pytest.approx(2 * (2 * (TRAIN - 237) * 0.01 + (TEST + 237) * 0.001))
+    run = estimate(**{"data.validation": 237})
+    assert run.wall_s == pytest.approx(2 * (2 * (TRAIN - 237) * 0.01 + (TEST + 237) * 0.001))
 
 
 def test_after_the_trials_only_one_value_of_each_variant_is_counted(write_yaml):
@@ -67,17 +67,17 @@ def test_after_the_trials_only_one_value_of_each_variant_is_counted(write_yaml):
         select={"over": "train.lr", "by": "validation", "seeds": [7]},
         **{"data.validation": 0.1},
     )
-    names = [cell.cell for cell in estimate_experiment(load_experiment(file), None, "inline", 1).cells]
+    names = [run.name for run in estimate_experiment(load_experiment(file), None, "inline", 1).runs]
     assert len(names) == 2 * 3 + 2 * 2
     assert names[6:8] == ["conv=static,seed=0,lr=0.1 or as chosen", "conv=static,seed=1,lr=0.1 or as chosen"]
 
 
 def test_centralised_training_passes_over_all_images(write_centralised):
     experiment = load_experiment(write_centralised())
-    (task,) = place_cells(experiment, None)
-    cell = estimate_cell(task, prepare_centralised(task.settings), SPEED, Layout(1, 2, 1))
-    assert cell.train_flops == 2 * TRAIN * 3 * 2 * cell.macs
-    assert cell.wall_s == pytest.approx(2 * (TRAIN * 0.01 + TEST * 0.001))
+    (task,) = place_runs(experiment, None)
+    run = estimate_run(task, prepare_centralised(task.settings), SPEED, Layout(1, 2, 1))
+    assert run.train_flops == 2 * TRAIN * 3 * 2 * run.macs
+    assert run.wall_s == pytest.approx(2 * (TRAIN * 0.01 + TEST * 0.001))
 
 
 def test_only_what_is_left_takes_time_and_nodes_share_it(estimate):
@@ -86,20 +86,20 @@ def test_only_what_is_left_takes_time_and_nodes_share_it(estimate):
     assert estimate(nodes=2).wall_s == pytest.approx(2 * (TRAIN * 0.01 + TEST * 0.001))
 
 
-def cells(*seconds):
-    return tuple(CellEstimate(f"seed={n}", 5, 0, 1000, 10, 10**9, s) for n, s in enumerate(seconds))
+def runs(*seconds):
+    return tuple(RunEstimate(f"seed={n}", 5, 0, 1000, 10, 10**9, s) for n, s in enumerate(seconds))
 
 
 @pytest.mark.parametrize(
     ("seconds", "workers", "expected"),
     [((3, 1, 1), 1, 5), ((3, 1, 1), 2, 3), ((1, 1, 3), 2, 4), ((3, 1), 8, 3)],
 )
-def test_workers_take_the_cells_in_turn(seconds, workers, expected):
-    assert Estimate(cells(*seconds), workers).wall_s == expected
+def test_workers_take_the_runs_in_turn(seconds, workers, expected):
+    assert Estimate(runs(*seconds), workers).wall_s == expected
 
 
-def test_the_table_has_a_line_per_cell_and_the_totals():
-    table = estimate_table(Estimate(cells(90, 7200), 1), "study")
+def test_the_table_has_a_line_per_run_and_the_totals():
+    table = estimate_table(Estimate(runs(90, 7200), 1), "study")
     assert [list(column.cells) for column in table.columns] == [
         ["seed=0", "seed=1"],
         ["5", "5"],
@@ -111,7 +111,7 @@ def test_the_table_has_a_line_per_cell_and_the_totals():
     assert [column.footer for column in table.columns] == ["2, 1 at a time", "10", "0", "", "2", "2.0 h"]
 
 
-def test_a_network_of_several_cells_is_timed_once(write_yaml, tmp_path, monkeypatch):
+def test_a_network_of_several_runs_is_timed_once(write_yaml, tmp_path, monkeypatch):
     timed = []
     monkeypatch.setattr(
         "fedfmd.experiment.estimate.measure_speed",
@@ -131,7 +131,7 @@ def test_a_network_of_several_cells_is_timed_once(write_yaml, tmp_path, monkeypa
     assert set(tmp_path.iterdir()) == before
 
 
-def test_an_impossible_cell_is_refused(write_yaml):
+def test_an_impossible_run_is_refused(write_yaml):
     with pytest.raises(SettingsError, match=r"fleet\.devices names 3 devices, partition\.clients is 4"):
         estimate_experiment(load_experiment(write_yaml(**{"partition.clients": 4})), None, "inline", 1)
 

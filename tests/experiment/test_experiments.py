@@ -30,13 +30,13 @@ RUNS = {
 }
 
 
-def cells(name):
-    return load_experiment(ROOT / f"{name}.yaml").cells
+def runs(name):
+    return load_experiment(ROOT / f"{name}.yaml").runs
 
 
 def values(name, pick):
     """How many runs have each value."""
-    return Counter(pick(cell.settings) for cell in cells(name))
+    return Counter(pick(run.settings) for run in runs(name))
 
 
 def test_every_file_is_known_here():
@@ -44,14 +44,14 @@ def test_every_file_is_known_here():
     assert files == set(RUNS)
 
 
-@pytest.mark.parametrize(("name", "runs"), RUNS.items())
-def test_a_file_describes_so_many_different_runs(name, runs):
-    found = cells(name)
-    assert len(found) == runs
-    assert len({cell.settings.digest() for cell in found}) == runs
-    assert len({cell.name for cell in found}) == runs
+@pytest.mark.parametrize(("name", "number"), RUNS.items())
+def test_a_file_describes_so_many_different_runs(name, number):
+    found = runs(name)
+    assert len(found) == number
+    assert len({run.settings.digest() for run in found}) == number
+    assert len({run.name for run in found}) == number
     kind = "centralised" if name.startswith("paper/") else "federated"
-    assert {cell.settings.kind for cell in found} == {kind}
+    assert {run.settings.kind for run in found} == {kind}
 
 
 @pytest.mark.parametrize("name", [name for name, runs in RUNS.items() if runs > 1])
@@ -69,18 +69,16 @@ def test_comparisons_have_every_convolution(name):
     "name", ["paper/operators", "paper/attentions", "paper/temperature", "paper/kernels"]
 )
 def test_full_size_files_follow_the_papers_recipe(name):
-    for cell in cells(name):
-        train = cell.settings.train
+    for run in runs(name):
+        train = run.settings.train
         assert (train.epochs, train.lr, train.momentum, train.weight_decay) == (100, 0.1, 0.9, 1e-4)
-        assert (train.schedule, train.nesterov, cell.settings.model.norm) == ("step", False, "batch")
+        assert (train.schedule, train.nesterov, run.settings.model.norm) == ("step", False, "batch")
 
 
 @pytest.mark.parametrize("size", ["", "-small"])
 def test_ablations_vary_what_the_paper_varies(size):
     def varied(name, pick):
-        dynamic = (
-            cell.settings for cell in cells(f"paper/{name}{size}") if cell.settings.model.conv != "static"
-        )
+        dynamic = (run.settings for run in runs(f"paper/{name}{size}") if run.settings.model.conv != "static")
         return set(map(pick, dynamic))
 
     assert (
@@ -98,6 +96,6 @@ def test_small_files_have_a_static_network_to_compare_with(name):
 
 @pytest.mark.parametrize("name", ["compare", "compare-small"])
 def test_every_client_of_a_comparison_has_a_device(name):
-    for settings in {cell.settings.partition.clients: cell.settings for cell in cells(name)}.values():
+    for settings in {run.settings.partition.clients: run.settings for run in runs(name)}.values():
         clients = settings.partition.clients
         assert len(build_fleet(settings, [500] * clients).clients) == clients

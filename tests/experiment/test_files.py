@@ -19,47 +19,47 @@ def write(tmp_path):
 
 def test_a_base_alone_is_one_run(write):
     experiment = load_experiment(write("base: {seed: 3, model: {conv: odconv}}"))
-    (cell,) = experiment.cells
-    assert (experiment.name, cell.name) == ("study", "")
-    assert cell.settings == Settings.from_mapping({"seed": 3, "model.conv": "odconv"})
+    (run,) = experiment.runs
+    assert (experiment.name, run.name) == ("study", "")
+    assert run.settings == Settings.from_mapping({"seed": 3, "model.conv": "odconv"})
 
 
 def test_a_matrix_is_every_combination_and_its_last_key_varies_fastest(write):
     experiment = load_experiment(
         write("base: {seed: 9, train.lr: 0.2}\nmatrix: {model.conv: [static, fmdconv], seed: [0, 1]}")
     )
-    assert [cell.name for cell in experiment.cells] == [
+    assert [run.name for run in experiment.runs] == [
         "conv=static,seed=0",
         "conv=static,seed=1",
         "conv=fmdconv,seed=0",
         "conv=fmdconv,seed=1",
     ]
-    assert [(cell.settings.model.conv, cell.settings.seed) for cell in experiment.cells] == [
+    assert [(run.settings.model.conv, run.settings.seed) for run in experiment.runs] == [
         ("static", 0),
         ("static", 1),
         ("fmdconv", 0),
         ("fmdconv", 1),
     ]
-    assert {cell.settings.train.lr for cell in experiment.cells} == {0.2}
+    assert {run.settings.train.lr for run in experiment.runs} == {0.2}
 
 
 def test_a_kind_holds_for_all_runs(write):
     text = "kind: centralised\nbase: {train.epochs: 3, server.keep-checkpoints: 1}\nmatrix: {seed: [0, 1]}"
-    cells = load_experiment(write(text)).cells
-    assert [(cell.settings.kind, cell.settings.length) for cell in cells] == [("centralised", 3)] * 2
+    runs = load_experiment(write(text)).runs
+    assert [(run.settings.kind, run.settings.length) for run in runs] == [("centralised", 3)] * 2
 
 
 def test_a_matrix_may_vary_several_settings_at_once(write):
     matrix = "{temperature: [{initial: 30}, {initial: 34, shape: constant}], seed: [0]}"
-    cells = load_experiment(write(f"matrix: {matrix}")).cells
-    assert [cell.name for cell in cells] == ["initial=30.0,seed=0", "initial=34.0,shape=constant,seed=0"]
-    assert [cell.settings.temperature.shape for cell in cells] == ["linear", "constant"]
+    runs = load_experiment(write(f"matrix: {matrix}")).runs
+    assert [run.name for run in runs] == ["initial=30.0,seed=0", "initial=34.0,shape=constant,seed=0"]
+    assert [run.settings.temperature.shape for run in runs] == ["linear", "constant"]
 
 
 def test_several_matrices_add_up(write):
     text = "matrix: [{budget.policy: [wait, drop]}, {server.strategy: [fedbuff], seed: [0, 1]}]"
     names = ["policy=wait", "policy=drop", "strategy=fedbuff,seed=0", "strategy=fedbuff,seed=1"]
-    assert [cell.name for cell in load_experiment(write(text)).cells] == names
+    assert [run.name for run in load_experiment(write(text)).runs] == names
 
 
 @pytest.mark.parametrize(
@@ -71,21 +71,21 @@ def test_several_matrices_add_up(write):
         ("{model: [{conv: static}, {conv: fmdconv, kernels: 2}]}", ["conv=static", "conv=fmdconv,kernels=2"]),
     ],
 )
-def test_a_cell_is_named_so_that_it_can_name_a_folder(matrix, names, write):
-    assert [cell.name for cell in load_experiment(write(f"matrix: {matrix}")).cells] == names
+def test_a_run_is_named_so_that_it_can_name_a_folder(matrix, names, write):
+    assert [run.name for run in load_experiment(write(f"matrix: {matrix}")).runs] == names
 
 
 def test_overrides_win_over_base_and_matrix(write):
     path = write("base: {train.lr: 0.2}\nmatrix: {model.conv: [static, fmdconv], seed: [0, 1]}")
-    cells = load_experiment(path, ["train.lr=0.3", "model.conv=odconv"]).cells
-    assert [cell.name for cell in cells] == ["seed=0", "seed=1"]
-    assert {(cell.settings.train.lr, cell.settings.model.conv) for cell in cells} == {(0.3, "odconv")}
+    runs = load_experiment(path, ["train.lr=0.3", "model.conv=odconv"]).runs
+    assert [run.name for run in runs] == ["seed=0", "seed=1"]
+    assert {(run.settings.train.lr, run.settings.model.conv) for run in runs} == {(0.3, "odconv")}
 
 
 def test_an_override_wins_over_one_of_several_settings_that_vary_at_once(write):
     path = write("matrix: {temperature: [{initial: 30, rounds: 3}, {initial: 34, rounds: 3}]}")
-    cells = load_experiment(path, ["temperature.rounds=5"]).cells
-    assert [cell.name for cell in cells] == ["initial=30.0,rounds=5", "initial=34.0,rounds=5"]
+    runs = load_experiment(path, ["temperature.rounds=5"]).runs
+    assert [run.name for run in runs] == ["initial=30.0,rounds=5", "initial=34.0,rounds=5"]
 
 
 @pytest.mark.parametrize(
@@ -156,13 +156,13 @@ select: {over: train.lr, by: validation, seeds: [100]}
 def test_trials_are_every_variant_and_value_with_the_seeds_that_choose(write):
     experiment = load_experiment(write(SELECT))
     assert experiment.selection == Selection(("train.lr",), (100,))
-    assert [cell.name for cell in experiment.trials] == [
+    assert [run.name for run in experiment.trials] == [
         "conv=static,lr=0.02,seed=100",
         "conv=static,lr=0.1,seed=100",
         "conv=fmdconv,lr=0.02,seed=100",
         "conv=fmdconv,lr=0.1,seed=100",
     ]
-    assert len(experiment.cells) == 8
+    assert len(experiment.runs) == 8
     trial, *_ = load_experiment(write(SELECT), ["seed=3"]).trials
     assert trial.settings.seed == 100  # an override's seed is for what is reported
 
@@ -170,13 +170,13 @@ def test_trials_are_every_variant_and_value_with_the_seeds_that_choose(write):
 def test_without_seeds_of_its_own_a_selection_is_among_all_runs(write):
     experiment = load_experiment(write(SELECT.replace(", seeds: [100]", "")))
     assert (experiment.selection, experiment.trials) == (Selection(("train.lr",)), ())
-    assert len(experiment.cells) == 8
+    assert len(experiment.runs) == 8
 
 
 def test_an_override_leaves_nothing_to_select(write):
     experiment = load_experiment(write(SELECT), ["train.lr=0.3"])
     assert (experiment.selection, experiment.trials) == (None, ())
-    assert {cell.settings.train.lr for cell in experiment.cells} == {0.3}
+    assert {run.settings.train.lr for run in experiment.runs} == {0.3}
 
 
 @pytest.mark.parametrize(

@@ -158,7 +158,7 @@ def started(monkeypatch):
 
 
 @pytest.mark.parametrize("engine", ["inline", "flwr"])
-def test_an_engine_runs_every_cell_in_a_folder_of_its_own(engine, run, pools, started, write_yaml, tmp_path):
+def test_an_engine_runs_each_run_in_a_folder_of_its_own(engine, run, pools, started, write_yaml, tmp_path):
     folders, _ = run(write_yaml(matrix=CONVS), engine=engine)
     assert pools == ([2] if engine == "inline" else [])
     assert [folder.parent for folder in folders] == [tmp_path / "runs" / "tiny"] * 2
@@ -167,21 +167,21 @@ def test_an_engine_runs_every_cell_in_a_folder_of_its_own(engine, run, pools, st
 
 
 @pytest.mark.parametrize(
-    ("cells", "engine", "layout"),
+    ("runs", "engine", "layout"),
     [
-        (1, "inline", Layout(cells=1, nodes=2, threads=3)),
-        (5, "inline", Layout(cells=2, nodes=1, threads=1)),
-        (1, "flwr", Layout(cells=1, nodes=2, threads=1)),
-        (5, "flwr", Layout(cells=1, nodes=2, threads=1)),
+        (1, "inline", Layout(runs=1, nodes=2, threads=3)),
+        (5, "inline", Layout(runs=2, nodes=1, threads=1)),
+        (1, "flwr", Layout(runs=1, nodes=2, threads=1)),
+        (5, "flwr", Layout(runs=1, nodes=2, threads=1)),
     ],
 )
-def test_cores_go_to_the_nodes_of_one_cell_or_to_several_cells(cells, engine, layout, monkeypatch):
+def test_cores_go_to_the_nodes_of_one_run_or_to_several_runs(runs, engine, layout, monkeypatch):
     monkeypatch.setattr("fedfmd.experiment.run.available_cores", lambda: 6)
-    assert lay_out(cells, engine, workers=2) == layout
+    assert lay_out(runs, engine, workers=2) == layout
 
 
 @pytest.mark.parametrize("engine", ["inline", "flwr"])
-def test_a_cell_that_fails_does_not_stop_the_others(engine, run, pools, started, write_yaml, monkeypatch):
+def test_a_run_that_fails_does_not_stop_the_others(engine, run, pools, started, write_yaml, monkeypatch):
     def fail_static(*arguments):
         config = next(argument for argument in arguments if isinstance(argument, dict))
         if config["model.conv"] == "static":
@@ -191,7 +191,7 @@ def test_a_cell_that_fails_does_not_stop_the_others(engine, run, pools, started,
     for name in ("inline.run_inline", "flower.run_flower"):
         monkeypatch.setattr(f"fedfmd.engines.{name}", fail_static)
     with pytest.raises(
-        RunError, match=r"^1 of 2 cells failed; finished rounds are kept, run the same command"
+        RunError, match=r"^1 of 2 runs failed; finished rounds are kept, run the same command"
     ):
         run(write_yaml(matrix=CONVS), engine=engine)
     assert started == ["fmdconv"]
@@ -213,7 +213,7 @@ SELECT = {"over": "train.lr", "by": "validation", "seeds": [100]}
 RATES = {"train.lr": [1e-6, 0.05], "seed": [0, 1]}  # the lower one learns nothing
 
 
-def test_trials_come_first_and_then_the_cells_of_the_values_that_they_choose(
+def test_trials_come_first_and_then_the_runs_of_the_values_that_they_choose(
     run, pools, no_plots, write_yaml, tmp_path
 ):
     file = write_yaml(matrix=RATES, select=SELECT, **{"data.validation": 0.1, "model.conv": "static"})
@@ -233,7 +233,7 @@ def test_a_trial_that_fails_leaves_the_choice_open(run, pools, no_plots, started
             raise RunError("round 1: all clients failed")
 
     monkeypatch.setattr("fedfmd.engines.inline.run_inline", fail_slow)
-    with pytest.raises(RunError, match=r"^1 of 2 cells failed"):
+    with pytest.raises(RunError, match=r"^1 of 2 runs failed"):
         run(write_yaml(matrix=RATES, select=SELECT, **{"data.validation": 0.1}))
     assert pools == [2]
 
@@ -265,14 +265,14 @@ def test_a_folder_is_chosen_by_out_or_run_dir(matrix, out, name, run, started, w
     assert folder == tmp_path / name
 
 
-def test_all_cells_are_checked_before_the_first_one_starts(run, started, write_yaml):
+def test_all_runs_are_checked_before_the_first_one_starts(run, started, write_yaml):
     with pytest.raises(SettingsError, match=r"fleet\.devices names 3 devices, partition\.clients is 4"):
         run(write_yaml(matrix={"partition.clients": [3, 4]}))
     assert started == []
 
 
-def test_cells_that_would_share_a_folder_are_refused(run, started, write_yaml):
-    with pytest.raises(SettingsError, match="matrix: two cells are called seed=1: give each value once"):
+def test_runs_that_would_share_a_folder_are_refused(run, started, write_yaml):
+    with pytest.raises(SettingsError, match="matrix: two runs are called seed=1: give each value once"):
         run(write_yaml(matrix={"seed": [1, 0, 1]}))
     assert started == []
 
@@ -282,7 +282,7 @@ def test_there_is_a_core_to_run_on():
 
 
 def start(file, out, workers):
-    """The command in a session of its own, as a terminal has it, on a matrix of four cells."""
+    """The command in a session of its own, as a terminal has it, on a matrix of four runs."""
     command = [Path(sys.executable).with_name("fedfmd"), "run", file, "--out", out, "--workers", str(workers)]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
@@ -307,7 +307,7 @@ def rows(folder):
     for path in folder.rglob("*.csv"):
         with path.open(encoding="utf-8", newline="") as file:
             tables[path.relative_to(folder)] = [
-                {name: cell for name, cell in row.items() if name != "wall_s"} for row in csv.DictReader(file)
+                {name: run for name, run in row.items() if name != "wall_s"} for row in csv.DictReader(file)
             ]
     return tables
 

@@ -60,7 +60,7 @@ def test_a_way_that_fails_is_a_row_and_the_next_case_runs(run, monkeypatch):
     assert status == 1
     notes = {row["note"] for row in rows if row["ok"] == "False"}
     assert notes == {"failed: RuntimeError: no kernel image"}
-    assert rows[-1]["mixing"] == "per_sample"
+    assert rows[-1]["mixing"] == "blocked"
     assert rows[-1]["ok"] == "True"
 
 

@@ -41,7 +41,7 @@ def test_a_long_step_is_run_once(script, monkeypatch):
 def test_the_fit_orders_ways_by_their_time(script):
     fit = script("fit")
     common = {"conv": "fmdconv", "precision": "bf16", "phase": "train", "channels": "64", "size": "32"}
-    ms = {("32", "folded"): "2", ("32", "outputs"): "1", ("128", "folded"): "8", ("128", "outputs"): "1"}
+    ms = {("32", "grouped"): "2", ("32", "outputs"): "1", ("128", "grouped"): "8", ("128", "outputs"): "1"}
     rows = [common | {"batch": b, "mixing": m, "ms": value} for (b, m), value in ms.items()]
     rows += [
         common | {"batch": "32", "mixing": "", "ms": "0.5"},
@@ -49,7 +49,7 @@ def test_the_fit_orders_ways_by_their_time(script):
     ]
     assert list(fit.lines(rows)) == [
         "fmdconv, bf16, train",
-        "  64×32×32, batch 32: 1.000 ms  outputs 1.00  folded 2.00",
-        "  64×32×32, batch 128: 1.000 ms  outputs 1.00  folded 8.00",
-        "  everywhere: outputs 1.00  folded 4.00",
+        "  64×32×32, batch 32: 1.000 ms  outputs 1.00  grouped 2.00",
+        "  64×32×32, batch 128: 1.000 ms  outputs 1.00  grouped 8.00",
+        "  everywhere: outputs 1.00  grouped 4.00",
     ]

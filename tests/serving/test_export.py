@@ -49,9 +49,9 @@ def test_a_whole_network_is_one_file_and_stays_in_training(tmp_path):
 
 
 def test_a_forced_mixing_does_not_fix_the_batch(tmp_path):
-    layer = make_conv("fmdconv", 3, 8, 3, mixing="folded")
+    layer = make_conv("fmdconv", 3, 8, 3, mixing="grouped")
     assert_same_for_batches_of_1_and_7(program_function(layer, tmp_path / "model.pt2"), layer)
-    assert layer.mixing == "folded"
+    assert layer.mixing == "grouped"
 
 
 def test_onnx_without_its_packages_says_what_to_install(tmp_path, monkeypatch):

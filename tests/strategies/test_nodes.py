@@ -9,7 +9,7 @@ from fedfmd.data import ImageFormat
 from fedfmd.edge import Device, Speed, device_text, plan_work
 from fedfmd.engines.inline import InlineGrid
 from fedfmd.errors import RunError
-from strategies.nodes import Node, assign, empty, exchange, meet_again, meet_nodes, on_boxes, reachable
+from strategies.nodes import Node, assign, empty, exchange, meet_again, meet_nodes, on_edge_devices, reachable
 
 IMAGES = ImageFormat(("cat", "dog"), 8, (0.5,) * 3, (0.25,) * 3, "none")
 
@@ -66,10 +66,10 @@ def test_missing_nodes_are_an_error_after_the_wait(make_grid, configs, came):
 @pytest.mark.parametrize(
     ("configs", "message"),
     [
-        ([box(0), box(1, error="no file x.npz")], "the box of client 1 refuses: no file x.npz"),
-        ([box(0), box(2), box(2)], "two boxes say that they are client 2"),
-        ([box(0), box(3)], "a box says that it is client 3, but partition.clients = 3"),
-        ([box(0), worker(0, 1)], "some nodes are boxes and some host any client"),
+        ([box(0), box(1, error="no file x.npz")], "the edge device of client 1 refuses: no file x.npz"),
+        ([box(0), box(2), box(2)], "two edge devices say that they are client 2"),
+        ([box(0), box(3)], "an edge device says that it is client 3, but partition.clients = 3"),
+        ([box(0), worker(0, 1)], "some nodes are edge devices and some host any client"),
         ([{"client": "first"}], "node 1000 could not start: .*first"),
         ([worker(0, 1) | {"error": "unknown key clients = 0"}], "node 1000 refuses: unknown key clients = 0"),
     ],
@@ -109,8 +109,8 @@ def test_boxes_that_go_and_come_back_are_noticed(come_and_go, caplog):
     assert back == (known[0], Node(1002, 1, 1, 9, ""))
 
     assert [record.message for record in caplog.records] == [
-        "the box of client 1 is gone",
-        "the box of client 1 is there again",
+        "the edge device of client 1 is gone",
+        "the edge device of client 1 is there again",
     ]
 
 
@@ -125,10 +125,10 @@ def test_a_restarted_box_takes_the_place_of_its_old_self(come_and_go):
 @pytest.mark.parametrize(
     ("stranger", "warning"),
     [
-        (box(1, error="no file x.npz"), "the box of client 1 refuses: no file x.npz"),
+        (box(1, error="no file x.npz"), "the edge device of client 1 refuses: no file x.npz"),
         ({"client": "first"}, "node 1002 could not start: .*first"),
-        (worker(0, 2), "node 1002 is no box of this run"),
-        (box(2), "node 1002 is no box of this run"),
+        (worker(0, 2), "node 1002 is no edge device of this run"),
+        (box(2), "node 1002 is no edge device of this run"),
     ],
 )
 def test_strangers_that_cannot_be_used_are_left_out(come_and_go, caplog, stranger, warning):
@@ -145,7 +145,9 @@ def test_too_few_boxes_end_the_run_after_the_wait(come_and_go):
     grid = come_and_go([box(0), box(1)], there)
     known = meet(grid, clients=2)
     there.clear()
-    with pytest.raises(RunError, match=r"0 of 2 boxes .*node-timeout-s = 0\.05.*max-failed-share .* 1 go on"):
+    with pytest.raises(
+        RunError, match=r"0 of 2 edge devices .*node-timeout-s = 0\.05.*max-failed-share .* 1 go on"
+    ):
         meet_again(known, grid, IMAGES, 2, 0.05, least=1)
 
 
@@ -157,7 +159,7 @@ def test_clients_are_reachable_if_a_node_can_train_them():
 def test_boxes_bring_their_own_images_and_devices(make_federation):
     simulated = make_federation()
     boxes = (Node(5, 0, 0, 7, "pi-5"), Node(6, 1, 1, 8, ""), Node(7, 2, 2, 9, "jetson-nano"))
-    federation = on_boxes(simulated, boxes)
+    federation = on_edge_devices(simulated, boxes)
     assert federation.sizes == (7, 8, 9)
     assert federation.fleet.counts == {"jetson-nano": 1, "pi-4": 1, "pi-5": 1}
     assert federation.fleet.clients[1] == simulated.fleet.clients[1]
@@ -168,13 +170,15 @@ def test_boxes_bring_their_own_images_and_devices(make_federation):
 
 def test_workers_change_nothing(make_federation):
     federation = make_federation()
-    assert on_boxes(federation, (Node(5, 0, None, 0, ""),)) == federation
+    assert on_edge_devices(federation, (Node(5, 0, None, 0, ""),)) == federation
 
 
 def test_a_box_may_have_a_device_of_the_devices_file(make_federation, tmp_path):
     file = tmp_path / "devices.yaml"
     file.write_text("toaster: {train_gflops: 1, infer_gflops: 2, memory_gb: 3, power_w: 4, source: me}")
-    federation = on_boxes(make_federation({"fleet.devices-file": str(file)}), (Node(5, 0, 0, 7, "toaster"),))
+    federation = on_edge_devices(
+        make_federation({"fleet.devices-file": str(file)}), (Node(5, 0, 0, 7, "toaster"),)
+    )
     assert federation.fleet.clients[0].device.power_w == 4
 
 
@@ -182,7 +186,7 @@ def test_a_box_with_an_unknown_device_is_named(make_federation):
     with pytest.raises(
         RunError, match=r"client 2 has the unknown device 'toaster': .*pi-4.*fleet\.devices-file"
     ):
-        on_boxes(make_federation(), (Node(5, 2, 2, 7, "toaster"),))
+        on_edge_devices(make_federation(), (Node(5, 2, 2, 7, "toaster"),))
 
 
 TOASTER = Device("toaster", 3, 2, 1, 4, "me", models={"resnet8/static": Speed(7, 6, 0.5, 0.25)}, down_mbps=80)
@@ -193,7 +197,9 @@ def test_a_box_may_bring_its_own_device(make_grid, make_federation):
     nodes = meet_nodes(make_grid([box(0, **told), box(1), box(2)]), IMAGES, clients=3, timeout_s=1, least=3)
     assert [node.profile for node in nodes] == [TOASTER, None, None]
     simulated = make_federation({"model.conv": "static", "fleet.jitter": 0.3}).fleet.clients[0]
-    client = on_boxes(make_federation({"model.conv": "static", "fleet.jitter": 0.3}), nodes).fleet.clients[0]
+    client = on_edge_devices(
+        make_federation({"model.conv": "static", "fleet.jitter": 0.3}), nodes
+    ).fleet.clients[0]
     assert client.device == replace(
         TOASTER, train_gflops=7, infer_gflops=6, step_s=0.5, round_s=0.25, models={}, jitter=0.3
     )
@@ -203,7 +209,7 @@ def test_a_box_may_bring_its_own_device(make_grid, make_federation):
 def test_a_box_whose_device_the_server_cannot_read_is_named(make_grid):
     grid = make_grid([box(0, device="box.yaml", profile='{"x": {"watts": 3}}'), box(1), box(2)])
     with pytest.raises(
-        RunError, match=r"the box of client 0 can't be used: its device file: row 'x', .*'watts'"
+        RunError, match=r"the edge device of client 0 can't be used: its device file: row 'x', .*'watts'"
     ):
         meet_nodes(grid, IMAGES, clients=3, timeout_s=1, least=3)
 

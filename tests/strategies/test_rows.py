@@ -128,7 +128,7 @@ def test_a_failed_client_keeps_its_reason_and_costs(clients):
 
 def test_a_client_whose_box_went_while_it_was_at_work_failed(federation):
     gone = rows_of(federation, {0: result(0)})[2]
-    assert (gone.status, gone.reason, gone.node, gone.loss) == ("failed", "its box has gone", 1, None)
+    assert (gone.status, gone.reason, gone.node, gone.loss) == ("failed", "its edge device has gone", 1, None)
 
 
 def test_an_unfit_client_costs_nothing(federation):
@@ -149,7 +149,7 @@ def test_a_client_that_trains_some_kernels_sends_less(federation):
     assert row.up_s == pytest.approx(2 * 0.5)
 
 
-def make_round(federation, clients, accuracy=0.8, kernel_entropy=0.9, void=False, validation=None):
+def make_round(federation, clients, accuracy=0.8, kernel_entropy=0.9, discarded=False, validation=None):
     return round_row(
         7,
         clients,
@@ -158,7 +158,7 @@ def make_round(federation, clients, accuracy=0.8, kernel_entropy=0.9, void=False
         federation,
         round_s=50.0,
         clients_cut=2,
-        void=void,
+        discarded=discarded,
         temperature=12.0,
         virtual_s=100.0,
         best_accuracy=0.85,
@@ -202,9 +202,9 @@ def test_a_round_has_what_the_validation_images_say(federation, clients):
     assert (row.loss, row.accuracy, row.kernel_entropy) == (0.5, 0.8, 0.9)
 
 
-@pytest.mark.parametrize(("void", "status"), [(False, "ok"), (True, "void")])
-def test_a_round_says_whether_it_was_void(federation, clients, void, status):
-    assert make_round(federation, clients, void=void).status == status
+@pytest.mark.parametrize(("discarded", "status"), [(False, "ok"), (True, "discarded")])
+def test_a_round_says_whether_it_was_discarded(federation, clients, discarded, status):
+    assert make_round(federation, clients, discarded=discarded).status == status
 
 
 def test_unfit_clients_count_as_failed(federation):

@@ -305,7 +305,7 @@ def test_clients_that_are_away_are_not_picked(make, make_federation, make_grid, 
     }
 
 
-def test_a_round_with_nobody_there_is_void_and_waits_for_the_next_window(
+def test_a_round_with_nobody_there_is_discarded_and_the_server_waits_for_the_next_window(
     make, make_federation, make_grid, tmp_path, caplog
 ):
     trace = tmp_path / "trace.csv"
@@ -315,10 +315,10 @@ def test_a_round_with_nobody_there_is_void_and_waits_for_the_next_window(
     with caplog.at_level(logging.INFO, "fedfmd"):
         strategy.run(make_grid())
     rounds, clients = rows(strategy)
-    assert [(row.status, row.clients_ok) for row in rounds] == [("void", 0), ("ok", 3)]
+    assert [(row.status, row.clients_ok) for row in rounds] == [("discarded", 0), ("ok", 3)]
     assert (rounds[0].round_s, rounds[0].virtual_s) == (25, 25)
     assert {row.round for row in clients} == {2}
-    assert any(line.startswith("round 1/2") and line.endswith("void") for line in caplog.messages)
+    assert any(line.startswith("round 1/2") and line.endswith("discarded") for line in caplog.messages)
 
 
 @pytest.mark.parametrize(("deadline_s", "seconds"), [(0, 60), (7, 7)])
@@ -328,7 +328,7 @@ def test_where_the_dice_leave_nobody_the_server_tries_again(
     budget = {"budget.policy": "partial", "budget.deadline-s": deadline_s}
     strategy = make(make_federation({"fleet.availability": 1e-9} | budget))
     strategy.run(make_grid())
-    assert [(row.status, row.round_s) for row in rows(strategy)[0]] == [("void", seconds)] * 2
+    assert [(row.status, row.round_s) for row in rows(strategy)[0]] == [("discarded", seconds)] * 2
 
 
 def test_a_round_with_too_few_reports_keeps_the_model(make, make_federation, make_grid, caplog):
@@ -339,12 +339,12 @@ def test_a_round_with_too_few_reports_keeps_the_model(make, make_federation, mak
     with caplog.at_level(logging.INFO, "fedfmd"):
         strategy.run(make_grid(behave=behave))
     rounds, _ = rows(strategy)
-    assert [(row.status, row.clients_ok) for row in rounds] == [("void", 2), ("ok", 3)]
+    assert [(row.status, row.clients_ok) for row in rounds] == [("discarded", 2), ("ok", 3)]
     np.testing.assert_allclose(
         pack(federation.model)["fc.bias"], before["fc.bias"] + 14 / 6, rtol=1e-5, atol=1e-5
     )
     lines = [line for line in caplog.messages if line.startswith(("round 1/2", "round 2/2"))]
-    assert [line.endswith("void") for line in lines] == [True, False]
+    assert [line.endswith("discarded") for line in lines] == [True, False]
 
 
 def test_of_too_many_clients_the_first_are_kept(make, make_federation, make_grid):
