@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 
 from fedfmd.build import Federation
 from fedfmd.cost import ies, rcs
@@ -11,6 +12,14 @@ from fedfmd.edge import WorkPlan
 from fedfmd.protocol.messages import ClientResult
 from fedfmd.runs import ClientRow, RoundRow, known
 from fedfmd.training import Evaluation
+
+
+def _names(of: type[ClientResult] | type[ClientRow] | type[WorkPlan]) -> set[str]:
+    return {field.name for field in fields(of)}
+
+
+TOLD = sorted(_names(ClientResult) & _names(ClientRow) - _names(WorkPlan))
+"""What a client measures under the name of its column; plans say the rest."""
 
 
 def client_rows(
@@ -136,25 +145,24 @@ def _client_row(
         down_s=plan.down_s,
         up_s=plan.up_s,
         total_s=plan.total_s,
-        wall_s=result.wall_s if result is not None else None,
         up_bytes=plan.up_bytes,
         down_bytes=plan.down_bytes,
         energy_j=plan.energy_j,
         latency_s=plan.latency_s,
-        **(_learnt(result, plan.latency_s, trip_s) if result is not None and result.ok else {}),
+        **_told(result, plan.latency_s, trip_s),
     )
 
 
-def _learnt(result: ClientResult, latency_s: float, trip_s: float) -> dict[str, float | None]:
-    """Return the columns of a client that has trained."""
+def _told(result: ClientResult | None, latency_s: float, trip_s: float) -> dict[str, float | None]:
+    """Return the columns that the client tells; one that failed tells how long it was at work."""
+    if result is None:
+        return {}
+    if not result.ok:
+        return {"wall_s": known(result.wall_s)}
     return {
-        "loss": result.loss,
-        "accuracy": result.accuracy,
+        **{name: known(getattr(result, name)) for name in TOLD},
         "ies": ies(latency_s, result.accuracy),
         "rcs": rcs(result.accuracy, latency_s),
-        "kernel_entropy": known(result.kernel_entropy),
-        "input_attention": known(result.input_attention),
-        "output_attention": known(result.output_attention),
         "measured_transfer_s": known(trip_s - result.wall_s),
         "measured_latency_s": known(result.latency_s),
     }
