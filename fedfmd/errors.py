@@ -13,6 +13,7 @@ EXTRAS = {
     "sklearn": "server",
     "onnx": "export",
     "onnxscript": "export",
+    "ray": "simulation",
 }
 """The extra of fedfmd that installs a library which edge devices do without, by the name of its module."""
 

@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from fedfmd.errors import SettingsError
-from fedfmd.runs import RoundRow, RunFolder, code_digest, environment, read_environment, round_line
+from fedfmd.runs import (
+    CHECKPOINTS,
+    RoundRow,
+    RunFolder,
+    code_digest,
+    environment,
+    kept_settings,
+    read_environment,
+    round_line,
+)
 from fedfmd.settings import Settings, read_yaml
 
 logger = logging.getLogger("fedfmd")
@@ -51,9 +60,11 @@ def run_path(settings: Settings) -> Path:
 
 
 def _check(settings: Settings, path: Path) -> None:
-    known = path / "settings.yaml"
-    if known.exists():
-        _check_same(settings, Settings.from_mapping(read_yaml(known)), path)
+    known, kept = path / "settings.yaml", kept_settings(path / CHECKPOINTS)
+    told = ([read_yaml(known)] if known.exists() else []) + ([kept] if kept else [])
+    for values in told:
+        _check_same(settings, Settings.from_mapping(values), path)
+    if told:
         _check_code(settings, path)
 
 

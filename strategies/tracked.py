@@ -32,7 +32,7 @@ from fedfmd.protocol.messages import (
     to_record,
     write_instruction,
 )
-from fedfmd.protocol.state import Arrays, load, parameter_names, shared_arrays
+from fedfmd.protocol.state import Arrays, first_non_finite, load, parameter_names, shared_arrays
 from fedfmd.runs import ClientRow, RoundRow, RunFolder, latest_checkpoint, save_checkpoint
 from fedfmd.seeds import derive_seed
 from fedfmd.training import Best, Evaluation, evaluate_on_both, learning_rate
@@ -249,7 +249,7 @@ class TrackedStrategy(Strategy):
         """Let the model take the algorithm's step; False if too few clients succeeded.
 
         Raises:
-            RunError: a worker of Flower's simulation died.
+            RunError: a worker of Flower's simulation died, or the step gave no usable model.
         """
         current = shared_arrays(self.federation.model)
         updates = self._updates(server_round, replies, current)
@@ -258,6 +258,8 @@ class TrackedStrategy(Strategy):
             new, self._state = aggregate(
                 self.algorithm, self._state, server_round, updates, current, self._parameters
             )
+            if broken := first_non_finite(new):
+                raise self._diverged(server_round, f"NaN or infinite values in {broken}")
             load(self.federation.model, new)
         answered = {answered_id(reply) for reply in replies}
         empty([*replies, *(request.message for request in self._round.requests if request.id in answered)])
@@ -389,7 +391,20 @@ class TrackedStrategy(Strategy):
         if server_round % server.evaluate_every and server_round != server.rounds:
             return None, None
         federation = self.federation
-        return evaluate_on_both(federation.model, federation.dataset, federation.device)
+        both = evaluate_on_both(federation.model, federation.dataset, federation.device)
+        for evaluation in both:
+            if evaluation and not math.isfinite(evaluation.loss):
+                raise self._diverged(server_round, f"a loss of {evaluation.loss}")
+        return both
+
+    def _diverged(self, server_round: int, sign: str) -> RunError:
+        """Make the error of a global model that can't be used; rows and checkpoints are those before its round."""
+        server, train = self.federation.settings.server, self.federation.settings.train
+        step = f"server.lr below {server.lr:g} or " if server.lr else ""
+        return RunError(
+            f"round {server_round}: training diverged, the new global model has {sign}; finished rounds are kept. "
+            f"Choose {step}train.lr below {train.lr:g}, and another run folder"
+        )
 
     def _save(self) -> None:
         settings, kept = self.federation.settings, self._dump()
@@ -404,6 +419,7 @@ class TrackedStrategy(Strategy):
             arrays,
             keep=settings.server.keep_checkpoints,
             class_names=self.federation.dataset.class_names,
+            records=self.folder.records,
         )
 
     def _resume(self) -> None:

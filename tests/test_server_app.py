@@ -7,6 +7,7 @@ import yaml
 
 from fedfmd.errors import SettingsError
 from fedfmd.run_folder import open_run_folder
+from fedfmd.runs import save_checkpoint
 from fedfmd.server_app import prepare
 
 
@@ -54,6 +55,18 @@ def test_a_run_with_other_settings_is_told_which(check, tiny_settings, tmp_path)
     ):
         check(other)
     assert kept(tmp_path) == before
+
+
+@pytest.mark.parametrize("check", [prepare, opened])
+def test_a_checkpoint_knows_its_settings_where_their_file_is_gone(check, tiny_settings, tmp_path):
+    settings = tiny_settings().in_folder(tmp_path)
+    folder = opened(settings)
+    save_checkpoint(folder.checkpoints, 1, {}, {}, settings.kept())
+    folder.settings.unlink()
+    with pytest.raises(SettingsError, match=r"other settings \(train\.lr was 0\.05, is 0\.5\)"):
+        check(tiny_settings(**{"train.lr": 0.5}).in_folder(tmp_path))
+    assert opened(settings).path == tmp_path
+    assert folder.settings.exists()
 
 
 @pytest.mark.parametrize("check", [prepare, opened])

@@ -171,6 +171,7 @@ def _save(
         _momentum(training.model, optimiser),
         keep=settings.server.keep_checkpoints,
         class_names=training.dataset.class_names,
+        records=folder.records,
     )
 
 

@@ -19,14 +19,13 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
-from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
 import tomli_w
 
 import fedfmd
-from fedfmd.errors import RunError, SettingsError
+from fedfmd.errors import RunError, need
 from fedfmd.flower_compat import (
     Json,
     connection_config,
@@ -61,10 +60,7 @@ def run_flower(
         SettingsError: Ray is missing.
         RunError: Flower can't start, or the ServerApp failed.
     """
-    if find_spec("ray") is None:
-        raise SettingsError(
-            "the engine flwr needs ray: pip install 'fedfmd[simulation]', or take --engine inline"
-        )
+    need("--engine flwr", "ray")
     before = descendants()
     _adopt_orphans()
     folder.mkdir(parents=True, exist_ok=True)

@@ -29,7 +29,7 @@ from fedfmd.report.comparison import read_comparison
 from fedfmd.report.selection import Selection
 from fedfmd.report.wording import WORDINGS
 from fedfmd.run_folder import run_path
-from fedfmd.runs import latest_round
+from fedfmd.runs import CHECKPOINTS, latest_round
 from fedfmd.settings import Settings
 
 Engine = Literal["inline", "flwr"]
@@ -149,7 +149,7 @@ def place_runs(experiment: Experiment, out: Path | None) -> list[Task]:
         folder = _folder(experiment, run, out)
         if folder in tasks:
             raise SettingsError(f"matrix: two runs are called {run.name}: give each value once")
-        done = latest_round(folder / "checkpoints")
+        done = latest_round(folder / CHECKPOINTS)
         tasks[folder] = Task(run.name, run.settings.in_folder(folder), done)
     return list(tasks.values())
 
@@ -232,6 +232,7 @@ def _run_here(task: Task, engine: Engine, layout: Layout, display: ExperimentDis
             run_flower(task.settings.flat(), layout.nodes, task.folder, shown.line)
         else:
             _train(task.settings, layout)
+        _check_end(task)
         _write_page(task.folder)
 
 
@@ -258,6 +259,7 @@ def _run_alone(layout: Layout, task: Task) -> None:
     """Make one of several runs, in a process of its own."""
     torch.set_num_threads(task.settings.threads or layout.threads)
     _train(task.settings, layout)
+    _check_end(task)
     _write_page(task.folder)
 
 
@@ -274,6 +276,20 @@ def _train(settings: Settings, layout: Layout) -> None:
         run_inline(server_app, client_app, settings.flat(), layout.nodes, threads)
     else:
         run_centralised(settings, layout.nodes * threads)
+
+
+def _check_end(task: Task) -> None:
+    """Refuse a run that ended early without an error, whatever ended it.
+
+    Raises:
+        RunError: its last round or epoch isn't there as the run wrote it.
+    """
+    if (done := latest_round(task.folder / CHECKPOINTS)) < task.rounds:
+        unit = WORDINGS[task.settings.kind].unit
+        raise RunError(
+            f"the run ended after {unit} {done} of {task.rounds} without an error; finished ones are kept, run the "
+            "same command again to go on"
+        )
 
 
 @contextmanager

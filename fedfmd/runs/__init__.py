@@ -4,6 +4,7 @@ from fedfmd.runs.checkpoint import (
     FORMAT_VERSION,
     Checkpoint,
     check_format,
+    kept_settings,
     latest_checkpoint,
     latest_round,
     load_model,
@@ -11,7 +12,7 @@ from fedfmd.runs.checkpoint import (
     save_checkpoint,
 )
 from fedfmd.runs.files import atomic_write, save_tensors
-from fedfmd.runs.folder import RunFolder, environment, read_environment
+from fedfmd.runs.folder import CHECKPOINTS, RunFolder, environment, read_environment
 from fedfmd.runs.provenance import code_digest
 from fedfmd.runs.rows import (
     CLIENT_COLUMNS,
@@ -33,6 +34,7 @@ from fedfmd.runs.rows import (
 )
 
 __all__ = [
+    "CHECKPOINTS",
     "CLIENT_COLUMNS",
     "EPOCH_COLUMNS",
     "FORMAT_VERSION",
@@ -49,6 +51,7 @@ __all__ = [
     "code_digest",
     "csv_text",
     "environment",
+    "kept_settings",
     "known",
     "latest_checkpoint",
     "latest_round",

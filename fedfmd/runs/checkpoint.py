@@ -1,17 +1,21 @@
 """Checkpoints: the arrays and the state that a run needs to go on as if it had never stopped.
 
 `round-00010.safetensors` holds the global model, `round-00010.state.safetensors` further arrays of the
-strategy, and `round-00010.json` the rest, written last: without it a checkpoint was never finished.
+strategy, and `round-00010.json` the rest, written last: without it a checkpoint was never finished. It also holds
+the digests of the other two, of the run's records up to this round, and of itself: what has changed since is not
+taken for what the run wrote. Checkpoints of fedfmd 0.1 have no digests, and are taken as they are.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +23,8 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from fedfmd.errors import SettingsError
+from fedfmd.errors import RunError, SettingsError
+from fedfmd.runs.digests import Digest
 from fedfmd.runs.files import atomic_write, save_tensors
 
 FORMAT_VERSION = 1
@@ -66,6 +71,7 @@ def save_checkpoint(
     extra_arrays: Arrays | None = None,
     keep: int = 2,
     class_names: Sequence[str] = (),
+    records: Iterable[Path] = (),
 ) -> None:
     """Save the checkpoint of a round; of the folder's other ones only the newest `keep - 1` before it stay.
 
@@ -79,6 +85,7 @@ def save_checkpoint(
         extra_arrays: arrays of the strategy, such as momentum.
         keep: number of checkpoints to keep, this one included.
         class_names: the classes in the order of the model's logits; kept in the model's file.
+        records: files of the run that belong to the checkpoint as they are now; later they may only grow.
 
     Raises:
         OSError: the files can't be written, on a full disk for instance; earlier checkpoints stay usable.
@@ -86,56 +93,97 @@ def save_checkpoint(
     mark = folder / f"round-{round:05d}.json"
     mark.unlink(missing_ok=True)
     _prune(folder, round - 1, max(1, keep - 1))  # first, so that the disk needs no room for one more
-    _save_arrays(mark.with_suffix(".safetensors"), arrays, settings, class_names)
+    model, further = mark.with_suffix(".safetensors"), mark.with_suffix(".state.safetensors")
+    _save_arrays(model, arrays, settings, class_names)
     if extra_arrays:
-        _save_arrays(mark.with_suffix(".state.safetensors"), extra_arrays, {})
-    content = {"round": round, "extra_arrays": bool(extra_arrays), "state": dict(state)}
-    atomic_write(mark, json.dumps(content, indent=1))
+        _save_arrays(further, extra_arrays, {})
+    content = {
+        "round": round,
+        "extra_arrays": bool(extra_arrays),
+        "state": dict(state),
+        "files": _digests(folder, [model, further] if extra_arrays else [model]),
+        "records": _digests(folder, records),
+    }
+    atomic_write(mark, json.dumps(content | {"sha256": _own_digest(content)}, indent=1))
     _prune(folder, round, keep)
 
 
 def latest_checkpoint(folder: Path) -> Checkpoint | None:
-    """Return the newest checkpoint that can be read, or None; a broken one is skipped with a warning.
+    """Load the newest checkpoint that is as the run wrote it; None if there is none.
+
+    One that is not is skipped with a warning that names the file.
 
     Raises:
         SettingsError: a newer version of fedfmd wrote it.
+        RunError: there are checkpoints, and none can be used.
     """
-    for mark in sorted(folder.glob("round-*.json"), key=_round, reverse=True):
+    fault = ""
+    for mark in _marks(folder):
         try:
-            content = json.loads(mark.read_text(encoding="utf-8"))
-            arrays, settings = load_model(mark.with_suffix(".safetensors"))
-            extra = load_model(mark.with_suffix(".state.safetensors"))[0] if content["extra_arrays"] else {}
-            return Checkpoint(content["round"], arrays, content["state"], settings, extra)
+            content = _verified(mark)
+            arrays, header = _load(mark.with_suffix(".safetensors"))
+            extra = _load(mark.with_suffix(".state.safetensors"))[0] if content["extra_arrays"] else {}
+            return Checkpoint(content["round"], arrays, content["state"], header.settings, extra)
         except SettingsError:
             raise
         except (OSError, ValueError, KeyError, TypeError) as error:
-            log.warning("%s is broken and skipped: %s", mark, error)
+            fault = f"{mark} is broken: {error}"
+            log.warning("%s; it is skipped", fault)
+    if fault:
+        raise RunError(
+            f"no checkpoint can be used: {fault}. Put the file back as it was, or delete the run's folder to start "
+            "again"
+        )
     return None
 
 
 def latest_round(folder: Path) -> int:
-    """Return the round of the newest checkpoint, which is not read; 0 if there is none."""
-    return max(map(_round, folder.glob("round-*.json")), default=0)
+    """Return the round of the checkpoint that `latest_checkpoint` would load; 0 if there is none."""
+    for mark in _marks(folder):
+        try:
+            return int(_verified(mark)["round"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return 0
 
 
-def load_model(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Load the arrays of a checkpoint's .safetensors file, and the settings of its run ({} if it holds none).
+def kept_settings(folder: Path) -> dict[str, Any] | None:
+    """Read the settings in the newest checkpoint whose model can be read; None if there is none.
+
+    Raises:
+        SettingsError: a newer version of fedfmd wrote it.
+    """
+    for mark in _marks(folder):
+        try:
+            return read_header(mark.with_suffix(".safetensors")).settings
+        except SettingsError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return None
+
+
+def load_model(path: Path) -> tuple[dict[str, torch.Tensor], Header]:
+    """Load the arrays of a checkpoint's .safetensors file, and what it says of itself.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged.
+        ValueError: the file is damaged, or not the one of the checkpoint that it lies in.
         SettingsError: a newer version of fedfmd wrote it.
     """
-    with _opened(path) as file:
-        header = _header(path, file.metadata())
-        return {name: file.get_tensor(name) for name in file.keys()}, header.settings  # noqa: SIM118 - no mapping
+    mark = path.with_suffix(".json")
+    if mark.exists() and (
+        listed := json.loads(mark.read_text(encoding="utf-8")).get("files", {}).get(path.name)
+    ):
+        Digest(**listed).check(path)
+    return _load(path)
 
 
 def read_header(path: Path) -> Header:
     """Read what a checkpoint's .safetensors file says of itself, without its arrays.
 
     Raises:
-        As `load_model`.
+        As `load_model`, but for changes that leave a readable file.
     """
     with _opened(path) as file:
         return _header(path, file.metadata())
@@ -152,6 +200,42 @@ def check_format(path: Path, version: int) -> None:
             f"{path} has format {version}, and this fedfmd reads formats up to {FORMAT_VERSION}: "
             "install the version of fedfmd that wrote it, or a newer one"
         )
+
+
+def _load(path: Path) -> tuple[dict[str, torch.Tensor], Header]:
+    with _opened(path) as file:
+        header = _header(path, file.metadata())
+        return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118 - no mapping
+
+
+def _marks(folder: Path) -> list[Path]:
+    """Return the files that finish checkpoints, newest first."""
+    return sorted(folder.glob("round-*.json"), key=_round, reverse=True)
+
+
+def _verified(mark: Path) -> dict[str, Any]:
+    """Read a checkpoint's JSON file, once it is clear that all its files are as they were.
+
+    Raises:
+        ValueError, KeyError, TypeError, OSError: a file is missing or has changed.
+    """
+    content: dict[str, Any] = json.loads(mark.read_text(encoding="utf-8"))
+    if "sha256" in content and content.pop("sha256") != _own_digest(content):
+        raise ValueError("it is not as the run wrote it")
+    for name, listed in content.get("files", {}).items():
+        Digest(**listed).check(mark.parent / name)
+    for name, listed in content.get("records", {}).items():
+        Digest(**listed).check(mark.parent / name, grows=True)
+    return content
+
+
+def _digests(folder: Path, paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
+    """Return the digests of files, by their paths from the folder."""
+    return {Path(os.path.relpath(path, folder)).as_posix(): asdict(Digest.of(path)) for path in paths}
+
+
+def _own_digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 @contextmanager

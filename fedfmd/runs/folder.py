@@ -33,6 +33,7 @@ from fedfmd.runs.rows import (
     whole_lines,
 )
 
+CHECKPOINTS = "checkpoints"
 _LIBRARIES = ("flwr", "numpy", "torch", "torchvision")
 
 
@@ -53,7 +54,7 @@ class RunFolder:
         self.rounds = self.path / "rounds.csv"
         self.clients = self.path / "clients.csv"
         self.epochs = self.path / "epochs.csv"
-        self.checkpoints = self.path / "checkpoints"
+        self.checkpoints = self.path / CHECKPOINTS
         self.log = self.path / "log.txt"
         self.lock = self.path / ".lock"
         try:
@@ -62,6 +63,11 @@ class RunFolder:
             raise ValueError(
                 f"run-dir = {self.path} can't be made: {error.strerror}; give a folder that you may write to"
             ) from error
+
+    @property
+    def records(self) -> list[Path]:
+        """The files that tell of the rounds or epochs so far; they only grow."""
+        return [path for path in (self.rounds, self.clients, self.epochs) if path.exists()]
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -111,18 +117,22 @@ class RunFolder:
         _append(self.epochs, EPOCH_COLUMNS, [row])
 
     def truncate_after(self, round: int) -> None:
-        """Drop all rows after this round or epoch and an unfinished last line, before a run goes on from there."""
-        for path in (self.rounds, self.clients, self.epochs):
-            if path.exists():
-                header, *rows = whole_lines(path) or [""]
-                kept = [row for row in rows if int(row.partition(",")[0]) <= round]
-                atomic_write(path, "".join([header, *kept]))
+        """Drop all rows after this round or epoch, and lines that are none, before a run goes on from there."""
+        for path in self.records:
+            header, *rows = whole_lines(path) or [""]
+            atomic_write(path, "".join([header, *(row for row in rows if _is_until(round, row))]))
 
     def log_handler(self) -> logging.Handler:
         """Return a handler that appends to `log.txt`, for the caller to add to its loggers and to close."""
         handler = logging.FileHandler(self.log, encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         return handler
+
+
+def _is_until(round: int, line: str) -> bool:
+    """Whether a line is a row of this round or epoch, or of an earlier one."""
+    number = line.partition(",")[0]
+    return number.isdecimal() and int(number) <= round
 
 
 def _append(path: Path, columns: Iterable[str], rows: Iterable[Row]) -> None:

@@ -11,7 +11,7 @@ import io
 import json
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
@@ -267,8 +267,16 @@ def _records(path: Path, row_type: type[Row]) -> Iterator[tuple[int, dict[str, s
     """Each line's number, its cells by column, and the row that they make."""
     adapter = TypeAdapter(row_type)
     reader = csv.DictReader(whole_lines(path))
+    required = [f.name for f in fields(row_type) if f.default is MISSING]
+    if reader.fieldnames and (missing := [name for name in required if name not in reader.fieldnames]):
+        raise ValueError(
+            f"{path}, line 1: no column {missing[0]}, among {', '.join(reader.fieldnames)}; it must be UTF-8 without a "
+            "byte order mark, with commas between columns"
+        )
     try:
         for record in reader:
+            if None in record:
+                raise ValueError(f"{path}, line {reader.line_num}: more values than columns")
             row = adapter.validate_python({name: cell for name, cell in record.items() if cell})
             yield reader.line_num, record, row
     except ValidationError as error:

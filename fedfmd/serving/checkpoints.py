@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fedfmd.build import build_dataset, build_model
 from fedfmd.errors import SettingsError
-from fedfmd.runs import load_model, read_header
+from fedfmd.runs import load_model
 from fedfmd.serving.classifier import Classifier
 from fedfmd.serving.export import export_onnx, export_program
 from fedfmd.settings import Settings
@@ -30,14 +30,13 @@ def trained_model(checkpoint: Path) -> tuple[nn.Module, Settings]:
         SettingsError: no such file, or it holds no model of a run.
     """
     try:
-        arrays, values = load_model(checkpoint)
-        class_names = read_header(checkpoint).class_names
+        arrays, header = load_model(checkpoint)
     except (OSError, ValueError) as error:
         raise SettingsError(f"cannot read the checkpoint: {error}") from None
-    classes = len(class_names) or _classes_by_shape(arrays)
-    if not values or not classes:
+    classes = len(header.class_names) or _classes_by_shape(arrays)
+    if not header.settings or not classes:
         raise SettingsError(f"{checkpoint} holds no model of a run")
-    settings = Settings.from_mapping(values)
+    settings = Settings.from_mapping(header.settings)
     model = build_model(settings, classes)
     try:
         model.load_state_dict(arrays)

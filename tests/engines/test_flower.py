@@ -70,7 +70,7 @@ def test_failing_server_app_is_an_error_with_its_reason(tmp_path):
 
 
 def test_without_ray_it_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setattr("fedfmd.engines.flower.find_spec", lambda name: None)
+    monkeypatch.setattr("fedfmd.errors.find_spec", lambda name: None)
     with pytest.raises(SettingsError, match=r"needs ray: pip install 'fedfmd\[simulation\]'"):
         run_flower(Settings().flat(), 1, tmp_path, print)
     assert not list(tmp_path.iterdir())

@@ -107,6 +107,73 @@ def test_what_is_finished_is_neither_assembled_nor_trained_again(
         assert f"finished before: {folder}\n" in text
 
 
+QUITTER = """
+import sys
+from flwr.serverapp.strategy import FedAvg
+
+class Quitter(FedAvg):
+    def aggregate_train(self, server_round, replies):
+        return sys.exit() if server_round == 2 else super().aggregate_train(server_round, replies)
+"""
+
+
+def test_a_strategy_that_exits_fails_the_run(run, write_yaml, monkeypatch):
+    Path("quitter.py").write_text(QUITTER)
+    monkeypatch.syspath_prepend(Path.cwd())
+    with pytest.raises(RunError, match=r"the code of server\.strategy = quitter:Quitter calls sys\.exit"):
+        run(write_yaml(**{"server.rounds": 2}), "server.strategy=quitter:Quitter")
+
+
+@pytest.mark.parametrize("matrix", [None, CONVS])
+def test_a_run_that_ends_early_without_an_error_fails(matrix, run, pools, no_plots, write_yaml, monkeypatch):
+    monkeypatch.setattr("fedfmd.engines.inline.serve", lambda *arguments: None)
+    with pytest.raises(
+        RunError, match="ended after round 0 of 1 without an error" if not matrix else "2 of 2 runs"
+    ):
+        run(write_yaml(matrix=matrix))
+
+
+def delete_a_row(folder):
+    rows = (folder / "rounds.csv").read_text().splitlines(keepends=True)
+    (folder / "rounds.csv").write_text("".join([rows[0], *rows[2:]]))
+
+
+def flip_a_byte(folder):
+    file = next((folder / "checkpoints").glob("round-*2.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"), [(delete_a_row, r"rounds\.csv"), (flip_a_byte, r"round-0*2\.safetensors")]
+)
+def test_what_has_changed_since_it_was_written_is_not_finished(change, fault, run, no_plots, write_yaml):
+    """With one checkpoint there is none to go back to."""
+    file = write_yaml(**{"server.rounds": 2, "server.checkpoint-every": 2})
+    ((folder,), _) = run(file)
+    change(folder)
+    with pytest.raises(RunError, match=rf"no checkpoint can be used: .*{fault} is not as the run wrote it"):
+        run(file)
+
+
+def empty_the_mark(folder):
+    (folder / "checkpoints" / "round-00002.json").write_bytes(b"")
+
+
+@pytest.mark.parametrize("change", [flip_a_byte, empty_the_mark])
+def test_the_round_of_a_changed_checkpoint_is_done_again(change, run, no_plots, write_yaml):
+    file = write_yaml(**{"server.rounds": 2, "server.checkpoint-every": 1})
+    ((folder,), _) = run(file)
+    before = read_rounds(folder / "rounds.csv")
+    change(folder)
+    _, text = run(file)
+    assert "round-00002.json is broken: " in text
+    assert "going on after round 1" in text
+    after = read_rounds(folder / "rounds.csv")
+    assert [(row.round, row.loss) for row in after] == [(row.round, row.loss) for row in before]
+
+
 @pytest.mark.parametrize("matrix", [None, CONVS])
 def test_a_folder_of_other_code_is_refused_before_anything_starts(matrix, run, pools, no_plots, write_yaml):
     file = write_yaml(matrix=matrix)
@@ -146,6 +213,7 @@ def test_a_centralised_run_is_checked_before_it_starts(override, engine, message
 def started(monkeypatch):
     """Runs that would have been started: the engine and the run folder of each."""
     runs = []
+    monkeypatch.setattr("fedfmd.experiment.run._check_end", lambda task: None)  # nothing is trained
     monkeypatch.setattr(
         "fedfmd.engines.inline.run_inline",
         lambda server, client, config, workers, threads: runs.append(("inline", config["run-dir"])),

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 import fedfmd.runs.checkpoint
-from fedfmd.errors import SettingsError
+from fedfmd.errors import RunError, SettingsError
 from fedfmd.runs import (
     FORMAT_VERSION,
+    kept_settings,
     latest_checkpoint,
     latest_round,
     load_model,
@@ -71,9 +72,9 @@ def test_a_checkpoint_holds_what_it_was_given(tmp_path):
 def test_the_models_file_can_be_used_on_its_own(tmp_path):
     save(tmp_path, 10)
     (tmp_path / "round-00010.safetensors").rename(tmp_path / "mine.safetensors")
-    arrays, settings = load_model(tmp_path / "mine.safetensors")
+    arrays, header = load_model(tmp_path / "mine.safetensors")
     assert same(arrays, ARRAYS)
-    assert settings == SETTINGS
+    assert header.settings == SETTINGS
 
 
 def test_a_models_file_tells_its_classes(tmp_path):
@@ -86,10 +87,9 @@ def test_a_file_without_a_version_is_still_read(tmp_path):
     path = tmp_path / "round-00010.safetensors"
     tensors = {name: torch.as_tensor(array) for name, array in ARRAYS.items()}
     save_tensors(path, tensors, {"settings": json.dumps(SETTINGS)})
-    arrays, settings = load_model(path)
+    arrays, header = load_model(path)
     assert same(arrays, ARRAYS)
-    assert settings == SETTINGS
-    assert read_header(path).class_names == ()
+    assert header == read_header(path) == Header(SETTINGS)
 
 
 def test_a_newer_file_is_refused_in_one_line_not_skipped(tmp_path, monkeypatch):
@@ -184,6 +184,84 @@ def test_a_broken_checkpoint_is_skipped_with_a_warning(tmp_path, caplog, end, da
         assert latest_checkpoint(tmp_path).round == 10
     never_finished = (end, damage) == ("json", "missing")
     assert ("round-00020.json is broken" in caplog.text) != never_finished
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def zero(path):
+    arrays, header = load_model(path)
+    kept = {"version": FORMAT_VERSION, "settings": header.settings, "class_names": []}
+    save_tensors(path, {n: torch.zeros_like(t) for n, t in arrays.items()}, {"checkpoint": json.dumps(kept)})
+
+
+@pytest.mark.parametrize(
+    ("change", "end"),
+    [
+        (flip, "safetensors"),
+        (flip, "state.safetensors"),
+        (zero, "safetensors"),
+        (
+            lambda path: path.write_bytes((path.parent / "round-00010.safetensors").read_bytes()),
+            "safetensors",
+        ),
+        (
+            lambda path: path.write_text(path.read_text().replace('"virtual_s": 6.6', '"virtual_s": 0.6')),
+            "json",
+        ),
+    ],
+    ids=["a bit of the model", "a bit of the state", "zeros", "the model of another round", "the progress"],
+)
+def test_a_checkpoint_that_was_changed_is_skipped_with_a_warning(tmp_path, caplog, change, end):
+    save(tmp_path, 10, extra_arrays={"momentum": torch.ones(3)})
+    arrays = {name: array + 1 for name, array in ARRAYS.items()}
+    state = {"virtual_s": 20 / 3}
+    save_checkpoint(tmp_path, 20, arrays, state, SETTINGS, {"momentum": torch.ones(3)}, keep=2)
+    assert latest_round(tmp_path) == 20
+    change(tmp_path / f"round-00020.{end}")
+    assert latest_checkpoint(tmp_path).round == latest_round(tmp_path) == 10
+    assert "not as the run wrote it; it is skipped" in caplog.text
+    assert f"round-00020.{end}" in caplog.text
+
+
+def test_a_checkpoint_knows_the_records_that_it_continues(tmp_path):
+    record, folder = tmp_path / "rounds.csv", tmp_path / "checkpoints"
+    folder.mkdir()
+    record.write_text("round\n1\n2\n")
+    save(folder, 2, records=[record])
+    record.write_text("round\n1\n2\n3\n")  # a round after it
+    assert latest_checkpoint(folder).round == latest_round(folder) == 2
+    record.write_text("round\n2\n")
+    assert latest_round(folder) == 0
+    with pytest.raises(
+        RunError, match=r"no checkpoint can be used: .*rounds\.csv is not as the run wrote it"
+    ):
+        latest_checkpoint(folder)
+
+
+def test_a_model_that_was_changed_is_not_loaded_from_its_checkpoint(tmp_path):
+    save(tmp_path, 10)
+    flip(tmp_path / "round-00010.safetensors")
+    with pytest.raises(ValueError, match=r"round-00010\.safetensors is not as the run wrote it"):
+        load_model(tmp_path / "round-00010.safetensors")
+
+
+def test_a_checkpoint_without_digests_is_still_read(tmp_path):
+    """As fedfmd 0.1 wrote it."""
+    save(tmp_path, 10)
+    mark = tmp_path / "round-00010.json"
+    content = json.loads(mark.read_text())
+    mark.write_text(json.dumps({name: content[name] for name in ("round", "extra_arrays", "state")}))
+    assert latest_checkpoint(tmp_path).round == latest_round(tmp_path) == 10
+
+
+def test_the_settings_are_those_of_the_newest_model(tmp_path):
+    assert kept_settings(tmp_path) is None
+    save(tmp_path, 10)
+    assert kept_settings(tmp_path) == SETTINGS
 
 
 def test_on_a_full_disk_the_checkpoint_before_stays(tmp_path, monkeypatch):

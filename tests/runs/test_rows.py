@@ -195,6 +195,23 @@ def test_a_line_that_is_no_text_or_no_csv_is_an_error_that_names_it(line, messag
         read_rounds(folder.rounds)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: "\ufeff" + text, r"rounds\.csv, line 1: no column round, .*without a byte order mark"),
+        (lambda text: text.replace(",", ";"), r"rounds\.csv, line 1: no column round, .*with commas"),
+        (lambda text: text.rstrip("\n") + ",1\n", r"rounds\.csv, line 2: more values than columns"),
+    ],
+    ids=["byte order mark", "semicolons", "a value too many"],
+)
+def test_a_table_that_another_program_has_saved_is_refused_in_one_line(change, message, tmp_path):
+    RunFolder(tmp_path).append_round(ROUND, [])
+    path = tmp_path / "rounds.csv"
+    path.write_text(change(path.read_text()))
+    with pytest.raises(ValueError, match=message):
+        read_rounds(path)
+
+
 def test_a_table_of_several_runs_is_read_by_their_names(tmp_path):
     path = tmp_path / "rounds.csv"
     later = replace(ROUND, round=4)

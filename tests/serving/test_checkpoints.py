@@ -85,6 +85,8 @@ def test_what_is_no_checkpoint_is_one_line(checkpoint, tmp_path, tiny_settings):
     refused(tmp_path / "none.safetensors", r"cannot read the checkpoint: .*none\.safetensors")
     refused(tmp_path, "cannot read the checkpoint")
     checkpoint.write_bytes(checkpoint.read_bytes()[:100])
+    refused(checkpoint, r"round-00007\.safetensors is not as the run wrote it")
+    checkpoint.with_suffix(".json").unlink()  # a file of its own
     refused(checkpoint, "is damaged")
     save_checkpoint(tmp_path, 8, {"mean": torch.zeros(1)}, {}, tiny_settings().flat())
     refused(tmp_path / "round-00008.safetensors", "holds no model of a run")

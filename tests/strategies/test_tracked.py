@@ -160,6 +160,19 @@ def test_too_many_failures_stop_the_run_but_not_its_finished_rounds(make, make_f
     assert latest_checkpoint(strategy.folder.checkpoints).round == 2
 
 
+@pytest.mark.parametrize(("lr", "sign"), [(1e42, "NaN or infinite values in "), (1e12, "a loss of ")])
+def test_a_step_of_the_server_that_diverges_stops_the_run(make, make_federation, make_grid, lr, sign):
+    settings = {"server.strategy": "fedadam", "server.lr": lr}
+    strategy = make(make_federation(settings))
+    with pytest.raises(
+        RunError,
+        match=rf"^round 1: training diverged, .* {sign}.* Choose server\.lr below 1e\+\d\d or train\.lr",
+    ):
+        strategy.run(make_grid())
+    assert not strategy.folder.rounds.exists()
+    assert latest_checkpoint(strategy.folder.checkpoints) is None
+
+
 def test_a_dead_ray_worker_stops_the_run(make, make_federation, make_grid):
     """Flower tells of it by the error of a message; the round is not counted, so that a resume does it anew."""
     fault = (
