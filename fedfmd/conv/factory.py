@@ -53,10 +53,11 @@ def make_conv(
     out_channels: int,
     kernel_size: IntPair,
     stride: IntPair = 1,
-    padding: IntPair = 0,
+    padding: IntPair | str = 0,
     dilation: IntPair = 1,
     groups: int = 1,
     bias: bool | None = None,
+    padding_mode: str = "zeros",
     **options: Any,
 ) -> nn.Module:
     """Return the convolution `name` of `CONVS`, given those of the `options` that it has (static has none).
@@ -77,7 +78,11 @@ def make_conv(
     if bias is None:
         bias = issubclass(kind, DynamicConv2d) and kind.published_bias
     geometry = (in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
-    return kind(*geometry, **{option: value for option, value in options.items() if option in accepted})
+    return kind(
+        *geometry,
+        padding_mode=padding_mode,
+        **{option: value for option, value in options.items() if option in accepted},
+    )
 
 
 def has_kernel_attention(name: str, **options: Any) -> bool:

@@ -7,20 +7,25 @@ from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules.utils import _pair
 
 from fedfmd.conv.attention import Attention, init_attention
-from fedfmd.conv.mixing import AUTO, EARLIER_NAMES, MIXINGS, convolve
+from fedfmd.conv.mixing import AUTO, EARLIER_NAMES, MIXINGS, convolve, is_traced
 from fedfmd.conv.plain import Geometry
 from fedfmd.conv.temperature import check_temperature
 
 IntPair = int | tuple[int, int]
+PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 BANKS = ("bank", "bias_bank")
 """The parameters of a layer that hold one entry per kernel."""
 
 
 class DynamicConv2d(nn.Module):
     """A convolution whose kernel is Σ_k π_k W_k, with π computed from each sample.
+
+    Takes its place: the arguments up to `padding_mode`, and what becomes of an image, of a batch and of an empty
+    batch, are those of `nn.Conv2d`. The attentions see the image without its padding.
 
     Parameters: `bank` K × O × C/groups × kh × kw and `bias_bank` K × O (`None` without bias).
     `mixing` names the way the mixture is computed, one of `fedfmd.conv.mixing.MIXINGS` or "auto"; all give
@@ -46,10 +51,11 @@ class DynamicConv2d(nn.Module):
         out_channels: int,
         kernel_size: IntPair,
         stride: IntPair,
-        padding: IntPair,
+        padding: IntPair | str,
         dilation: IntPair,
         groups: int,
         bias: bool,
+        padding_mode: str,
         *,
         kernels: int,
         mixing: str,
@@ -69,16 +75,21 @@ class DynamicConv2d(nn.Module):
             raise ValueError(
                 f"groups = {groups} must divide in_channels = {in_channels} and out_channels = {out_channels}"
             )
-        if isinstance(padding, str):
+        if padding_mode not in PADDING_MODES:
             raise ValueError(
-                f"padding = {padding!r} is not supported; give a number of pixels, or one per axis"
+                f"padding_mode = {padding_mode!r} is unknown; use one of {', '.join(PADDING_MODES)}"
             )
         mixing = EARLIER_NAMES.get(mixing, mixing)
         if mixing != AUTO and mixing not in MIXINGS:
             raise ValueError(f"mixing = {mixing!r} is unknown; use {AUTO} or one of {', '.join(MIXINGS)}")
         self.in_channels, self.out_channels, self.kernels = in_channels, out_channels, kernels
-        self.kernel_size = _pair(kernel_size)
-        self.geometry = Geometry(_pair(stride), _pair(padding), _pair(dilation), groups)
+        self.kernel_size, self.padding_mode = _pair(kernel_size), padding_mode
+        self.padding = padding if isinstance(padding, str) else _pair(padding)
+        sides = _sides(self.padding, self.kernel_size, _pair(stride), _pair(dilation))
+        (top, bottom), (left, right) = sides
+        even = padding_mode == "zeros" and top == bottom and left == right
+        self.geometry = Geometry(_pair(stride), (top, left) if even else (0, 0), _pair(dilation), groups)
+        self._border = None if even else (left, right, top, bottom)
         self.mixing, self.attention_init = mixing, attention_init
         self.bank = nn.Parameter(torch.empty(kernels, out_channels, in_channels // groups, *self.kernel_size))
         self.bias_bank = nn.Parameter(torch.empty(kernels, out_channels)) if bias else None
@@ -89,11 +100,6 @@ class DynamicConv2d(nn.Module):
     def stride(self) -> tuple[int, int]:
         """As in `nn.Conv2d`."""
         return self.geometry.stride
-
-    @property
-    def padding(self) -> tuple[int, int]:
-        """As in `nn.Conv2d`."""
-        return self.geometry.padding
 
     @property
     def dilation(self) -> tuple[int, int]:
@@ -153,17 +159,28 @@ class DynamicConv2d(nn.Module):
         init_attention(self.attention, self.attention_init)
 
     def forward(self, x: Tensor) -> Tensor:
-        """From B × C × H × W to B × O × H' × W', with the output size of `nn.Conv2d`.
+        """From B × C × H × W, or C × H × W, to the output of `nn.Conv2d`'s size.
 
         Under autocast the images and the mixed kernels are rounded, not the bank and the attentions.
+
+        Raises:
+            RuntimeError: an image of other channels.
         """
+        if x.dim() == 3:
+            return self.forward(x[None])[0]
+        if not is_traced():  # where the batch has no size yet
+            if x.dim() != 4 or x.shape[1] != self.in_channels:
+                shape = " × ".join(map(str, x.shape))
+                raise RuntimeError(f"got {shape}, but takes B × {self.in_channels} × H × W, or one image")
+            if not len(x):
+                return self.geometry.conv(self._padded(x), self.bank[0].to(x.dtype))
         device = x.device.type
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
             with torch.autocast(device, enabled=False):
                 return self.forward(x)
         attention = self.attention(x, self.temperature)
-        return convolve(x, self.bank, self.bias_bank, attention, self.geometry, self.mixing)
+        return convolve(self._padded(x), self.bank, self.bias_bank, attention, self.geometry, self.mixing)
 
     def extra_repr(self) -> str:
         """Return the settings, in the form of `nn.Conv2d`."""
@@ -171,7 +188,14 @@ class DynamicConv2d(nn.Module):
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
             f"padding={self.padding}, dilation={self.dilation}, groups={self.groups}, "
             f"bias={self.bias_bank is not None}, kernels={self.kernels}, mixing={self.mixing!r}"
+            + ("" if self.padding_mode == "zeros" else f", padding_mode={self.padding_mode}")
         )
+
+    def _padded(self, x: Tensor) -> Tensor:
+        """Pad the image where the convolution itself can't."""
+        if self._border is None:
+            return x
+        return F.pad(x, self._border, "constant" if self.padding_mode == "zeros" else self.padding_mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # `Module.to(memory_format=channels_last)` rejects 5-D parameters: hand it the bank as a vector.
@@ -179,6 +203,31 @@ class DynamicConv2d(nn.Module):
             lambda t: fn(t.reshape(-1)).view(t.shape) if t.dim() == 5 else fn(t), recurse
         )
         return self
+
+
+def _sides(
+    padding: str | tuple[int, int],
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    dilation: tuple[int, int],
+) -> list[tuple[int, int]]:
+    """Return the padding before and after, by axis; "same" and "valid" as `nn.Conv2d` has them.
+
+    Raises:
+        ValueError: another text, or "same" with a stride.
+    """
+    if not isinstance(padding, str):
+        return [(n, n) for n in padding]
+    if padding == "valid":
+        return [(0, 0)] * 2
+    if padding != "same":
+        raise ValueError(f"padding = {padding!r} is unknown; give numbers of pixels, 'same' or 'valid'")
+    if stride != (1, 1):
+        raise ValueError(
+            f"padding = 'same' keeps the size, and stride = {stride} doesn't: give numbers of pixels"
+        )
+    more = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+    return [(n // 2, n - n // 2) for n in more]
 
 
 def dynamic_layers(model: nn.Module) -> dict[str, DynamicConv2d]:

@@ -62,6 +62,11 @@ def unmixed(x: Tensor, bank: Tensor, _pi: Tensor, _spatial: Tensor | None, geome
     return geometry.conv(x, (bank[0] if len(bank) == 1 else bank.mean(0)).to(x.dtype))
 
 
+def is_traced() -> bool:
+    """Whether a graph is being made, in which the batch has no size yet."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
 def choose_mixing(x: Tensor, bank: Tensor, geometry: Geometry) -> str:
     """Return the way for "auto", by device, batch and layer shape.
 
@@ -69,7 +74,7 @@ def choose_mixing(x: Tensor, bank: Tensor, geometry: Geometry) -> str:
     (`experiments/results/gpu/layers.csv`): there the fused ways take 4 to 7 times as long, being many small
     operations, and no other way is faster throughout.
     """
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+    if is_traced():
         return "outputs"  # leaves the batch size free
     # compilers see through the cache
     rule: Callable[..., str] = _rule.__wrapped__ if torch.compiler.is_compiling() else _rule

@@ -230,6 +230,52 @@ def test_a_traced_layer_takes_batches_of_any_size(name):
     torch.testing.assert_close(traced(more), conv(more))
 
 
+PADDINGS = [
+    {"kernel_size": 3, "padding": "valid"},
+    {"kernel_size": (2, 4), "dilation": (3, 1), "padding": "same"},  # one pixel more after than before
+    {"kernel_size": 3, "padding": 1, "padding_mode": "reflect"},
+    {"kernel_size": 3, "padding": (1, 2), "padding_mode": "replicate", "stride": 2},
+    {"kernel_size": (3, 2), "padding": "same", "padding_mode": "circular"},
+]
+
+
+@pytest.mark.parametrize("name", DYNAMIC)
+@pytest.mark.parametrize("geometry", PADDINGS)
+def test_images_are_padded_as_by_a_static_convolution(name, geometry):
+    """A layer whose kernels are all the same and whose attentions start neutral is a static one times a number."""
+    torch.manual_seed(0)
+    static = nn.Conv2d(8, 12, bias=False, **geometry)
+    conv = make_conv(name, 8, 12, bias=False, kernels=2, **geometry).eval()
+    with torch.no_grad():
+        conv.bank[:] = static.weight
+        y, expected = conv(images()), static(images())
+        scale = (y * expected).sum() / expected.square().sum()
+    torch.testing.assert_close(y, scale * expected, rtol=1e-3, atol=1e-4)
+    assert (conv.padding, conv.padding_mode) == (static.padding, static.padding_mode)
+
+
+@pytest.mark.parametrize("name", DYNAMIC)
+def test_an_image_without_a_batch(name):
+    conv = layer(name).eval()
+    torch.testing.assert_close(conv(images()[0]), conv(images()[:1])[0])
+
+
+@pytest.mark.parametrize("name", DYNAMIC)
+def test_an_empty_batch(name):
+    conv = layer(name)
+    y = conv(images()[:0])
+    assert y.shape == (0, *conv(images()).shape[1:])
+    y.sum().backward()
+    assert not conv.bank.grad.any()
+
+
+@pytest.mark.parametrize("shape", [(2, 7, 9, 9), (8, 9), (7, 9, 9)])
+@pytest.mark.parametrize("name", DYNAMIC)
+def test_what_is_no_image_of_the_layers_channels_is_refused(name, shape):
+    with pytest.raises(RuntimeError, match=r"but takes B × 8 × H × W, or one image$"):
+        layer(name)(torch.zeros(shape))
+
+
 @pytest.mark.parametrize("mixing", ["auto", "blocked"])
 def test_a_compiled_layer(mixing):
     conv, x = layer("fmdconv", mixing=mixing).eval(), images()
@@ -256,7 +302,9 @@ def test_export_leaves_the_batch_size_free(name):
     [
         ({"kernels": -1}, "kernels = -1 must be at least 1"),
         ({"groups": 3}, "groups = 3 must divide in_channels = 8 and out_channels = 12"),
-        ({"padding": "same"}, "padding = 'same' is not supported"),
+        ({"padding": "full"}, "padding = 'full' is unknown; give numbers of pixels, 'same' or 'valid'"),
+        ({"padding": "same", "stride": 2}, "padding = 'same' keeps the size, and stride"),
+        ({"padding_mode": "mirror"}, "padding_mode = 'mirror' is unknown; use one of zeros, reflect"),
         ({"mixing": "magic"}, "mixing = 'magic' is unknown; use auto or one of grouped"),
         ({"temperature": 0.0}, "temperature = 0.0 must be a positive finite number"),
         ({"attentions": ()}, r"attentions = \(\) must be a non-empty subset of input, kernel, output"),

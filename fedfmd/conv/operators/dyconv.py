@@ -20,10 +20,11 @@ class DyConv2d(DynamicConv2d):
         out_channels: int,
         kernel_size: IntPair,
         stride: IntPair = 1,
-        padding: IntPair = 0,
+        padding: IntPair | str = 0,
         dilation: IntPair = 1,
         groups: int = 1,
         bias: bool = True,
+        padding_mode: str = "zeros",
         *,
         kernels: int = 4,
         kernel_reduction: float = 1 / 4,
@@ -32,7 +33,7 @@ class DyConv2d(DynamicConv2d):
         mixing: str = AUTO,
     ) -> None:
         super().__init__(
-            *(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias),
+            *(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode),
             kernels=kernels,
             mixing=mixing,
             temperature=temperature,

@@ -30,10 +30,11 @@ class FMDConv2d(DynamicConv2d):
         out_channels: int,
         kernel_size: IntPair,
         stride: IntPair = 1,
-        padding: IntPair = 0,
+        padding: IntPair | str = 0,
         dilation: IntPair = 1,
         groups: int = 1,
         bias: bool = True,
+        padding_mode: str = "zeros",
         *,
         kernels: int = 4,
         reduction: float = 1 / 16,
@@ -48,7 +49,7 @@ class FMDConv2d(DynamicConv2d):
         if not chosen or not set(chosen) <= set(ATTENTIONS):
             raise ValueError(f"attentions = {chosen!r} must be a non-empty subset of {', '.join(ATTENTIONS)}")
         super().__init__(
-            *(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias),
+            *(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode),
             kernels=kernels,
             mixing=mixing,
             temperature=temperature,
