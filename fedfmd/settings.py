@@ -321,7 +321,7 @@ class Settings(_Section):
     transport: TransportSettings = TransportSettings()
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     device: str = "cpu"
-    threads: Annotated[int, Field(ge=0)] = 0
+    threads: Annotated[int, Field(ge=0, le=1024)] = 0
     run_dir: str = ""
     resume: bool = False
 

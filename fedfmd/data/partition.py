@@ -179,6 +179,8 @@ def _make(labels: np.ndarray, split: Split) -> Partition:
         indices = _draw(scheme.partitioner(split, draw_seed), table)
         if _is_complete(indices, split):
             return Partition(split.scheme, split.seed, indices, split.parameters)
+    if scheme.last_resort and _is_complete(indices := scheme.last_resort(split, labels, split.seed), split):
+        return Partition(split.scheme, split.seed, indices, split.parameters)
     parameters = "".join(
         f"partition.{name.replace('_', '-')} = {v}, " for name, v in split.parameters.items()
     )

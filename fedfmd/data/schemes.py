@@ -77,12 +77,14 @@ class Split:
 class Scheme:
     """Makes the partitioner of one draw from the wanted split and the draw's seed.
 
-    `parameters` names the fields of `Split` that shape it; `failure` says why draws may fail, and the fix.
+    `parameters` names the fields of `Split` that shape it; `failure` says why draws may fail, and the fix. Where
+    they all do, `last_resort` makes the split from the labels and a seed.
     """
 
     partitioner: Callable[[Split, int], Partitioner]
     parameters: tuple[str, ...] = ()
     failure: str = ""
+    last_resort: Callable[[Split, np.ndarray, int], tuple[np.ndarray, ...]] | None = None
 
 
 def _iid(split: Split, _seed: int) -> Partitioner:
@@ -125,6 +127,26 @@ def _pathological(split: Split, seed: int) -> Partitioner:
     )
 
 
+def _deal_classes(split: Split, labels: np.ndarray, seed: int) -> tuple[np.ndarray, ...]:
+    """Deal the classes out in turn, in a random order, and each one's images in equal parts to its clients.
+
+    So every class has a client, and two classes have equally many clients, or one more: what random draws hardly
+    ever meet where there are few clients. Nothing where a class has fewer images than clients.
+    """
+    rng = np.random.default_rng(seed)
+    classes, count = rng.permutation(np.unique(labels)), split.classes_per_client
+    hands = [np.take(classes, range(c * count, (c + 1) * count), mode="wrap") for c in range(split.clients)]
+    shares: list[list[np.ndarray]] = [[] for _ in hands]
+    for label in classes:
+        owners = [client for client, hand in enumerate(hands) if label in hand]
+        images = rng.permutation(np.flatnonzero(labels == label))
+        if len(images) < len(owners):
+            return ()
+        for client, share in zip(owners, np.array_split(images, len(owners)), strict=True):
+            shares[client].append(share)
+    return tuple(np.sort(np.concatenate(own)) for own in shares)
+
+
 def _quantity(split: Split, seed: int) -> Partitioner:
     """Labels iid, sizes in proportions drawn from Dirichlet(alpha) (NIID-Bench's quantity skew).
 
@@ -150,6 +172,7 @@ PARTITIONS: dict[str, Scheme] = {
         ("classes_per_client",),
         "left some class without a client, or gave it to more clients than it has images: change "
         "partition.classes-per-client or partition.clients",
+        _deal_classes,
     ),
     "quantity": Scheme(_quantity, ("alpha",)),
 }

@@ -30,6 +30,15 @@ def test_pathological_clients_have_their_number_of_classes(classes):
     assert ((partition.label_counts(LABELS, 10) > 0).sum(1) == classes).all()
 
 
+@pytest.mark.parametrize(("clients", "classes"), [(5, 2), (4, 3), (2, 5)])
+def test_few_pathological_clients_still_have_all_classes_between_them(clients, classes):
+    """Random draws hardly ever leave none out."""
+    partition = make_partition(LABELS, "pathological", clients, classes_per_client=classes)
+    owned = partition.label_counts(LABELS, 10) > 0
+    assert (owned.sum(1) == classes).all()
+    assert owned.any(0).all()
+
+
 def test_quantity_skews_sizes_but_not_labels():
     even, skewed = sizes("quantity", alpha=1000), sizes("quantity", alpha=0.3)
     assert even[-1] - even[0] < 20
@@ -90,9 +99,9 @@ def test_impossible_settings_are_refused_before_drawing(options, message):
         ("dirichlet", 100, {"alpha": 0.5, "min_images": 6}, "partition.min-images = 6: .* too few images"),
         (
             "pathological",
-            5,
-            {},
-            "^partition.classes-per-client = 2, partition.clients = 5, .*without a client",
+            4,
+            {"classes_per_client": 3, "min_images": 150},
+            "^partition.classes-per-client = 3, partition.clients = 4, .*without a client",
         ),
     ],
 )
