@@ -2,6 +2,8 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord
 from flwr.serverapp.strategy import FedAvg
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from fedfmd.algorithms import ALGORITHMS, Update
 from fedfmd.algorithms.flower import FlowerAlgorithm
@@ -170,6 +172,33 @@ def test_a_kernel_that_nobody_trained_keeps_its_value_bit_for_bit(step):
     combined, _ = step(Doubled, UPDATES)
     assert np.array_equal(combined["fc.bank.1"], CURRENT["fc.bank.1"])
     np.testing.assert_allclose(combined["fc.bank.0"], 3)
+
+
+KERNELS = [f"fc.bank.{place}" for place in range(3)]
+TRAINED = st.lists(
+    st.tuples(st.integers(1, 1000), st.dictionaries(st.sampled_from(KERNELS), st.floats(-9, 9), min_size=1)),
+    min_size=1,
+    max_size=6,
+)
+
+
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(clients=TRAINED)
+def test_each_kernel_is_the_mean_by_images_of_who_trained_it_or_stays(step, clients):
+    current = {name: np.full(2, 0.1 + place) for place, name in enumerate(KERNELS)}
+    updates = [
+        update(node, images, {name: np.full(2, value) for name, value in kernels.items()})
+        for node, (images, kernels) in enumerate(clients, start=5)
+    ]
+    combined, _ = step(ALGORITHMS["fedavg"], updates, current, parameters=KERNELS)
+    assert combined.keys() == current.keys()
+    for name in KERNELS:
+        having = [(kernels[name], images) for images, kernels in clients if name in kernels]
+        if having:
+            values, images = zip(*having, strict=True)
+            np.testing.assert_allclose(combined[name], np.average(values, weights=images), atol=1e-12)
+        else:
+            assert np.array_equal(combined[name], current[name])
 
 
 def test_the_server_optimiser_steps_once_from_a_complete_mean(step):
