@@ -165,6 +165,7 @@ def test_every_parameter_gets_a_gradient(name):
 @pytest.mark.parametrize("name", ["odconv", "fmdconv"])
 def test_a_training_batch_of_one_sample(name, norm):
     conv = layer(name, norm=norm).train()
+    conv(images(4))  # which does say something about the statistics
     before = copy.deepcopy(conv.state_dict())
     conv(images(1)).sum().backward()
     assert torch.isfinite(conv.bank.grad).all()
