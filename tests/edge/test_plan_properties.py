@@ -38,7 +38,7 @@ def workloads(draw):
         activation_bytes=10**6,
         kernels=kernels,
         kernel_params=50_000 if kernels > 1 else 0,
-        kernel_gradient_macs=draw(st.integers(0, 50_000_000)) if kernels > 1 else 0,
+        kernel_gradient_macs=draw(st.integers(0, 100_000_000)) if kernels > 1 else 0,
     )
     return Workload(
         images=draw(st.integers(1, 40)),
@@ -52,7 +52,7 @@ def workloads(draw):
 
 budgets = st.builds(
     Budget,
-    deadline_s=st.none() | st.floats(0.5, 200),
+    deadline_s=st.none() | st.floats(1, 60),
     energy_j=st.none() | st.floats(1, 500),
     up_bytes=st.none() | st.integers(10**5, 10**6),
     policy=st.sampled_from(sorted(POLICIES)),
