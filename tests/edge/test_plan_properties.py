@@ -25,7 +25,7 @@ def clients(draw):
         step_s=draw(st.floats(0, 0.5)),
         round_s=draw(st.floats(0, 2)),
     )
-    return Client(0, device, Bandwidth(draw(st.floats(1e6, 1e8)), draw(st.floats(1e6, 1e8))))
+    return Client(0, device, Bandwidth(draw(st.floats(2e5, 4e6)), draw(st.floats(2e5, 4e6))))
 
 
 @st.composite

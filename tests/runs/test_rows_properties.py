@@ -28,7 +28,7 @@ VALUES = {
     float | None: st.none() | FLOATS,
     str: st.text(st.characters(codec="utf-8") | st.sampled_from(",\"\n\r\t;'")),
 }
-ONE_LINE = {"device": "pi-4", "status": "ok", "reason": ""}
+NEEDED = {"device": "pi-4", "status": "ok"}
 
 
 def rows(row_type):
@@ -36,22 +36,30 @@ def rows(row_type):
     return st.builds(row_type, **{field.name: VALUES[hints[field.name]] for field in fields(row_type)})
 
 
-def as_written(row):
-    """Texts are one line each, and those that must not be empty aren't."""
+def filled(row):
+    """The row with something in each text that a file must have."""
+    texts = {name: text for name, text in NEEDED.items() if not getattr(row, name, text).split()}
+    return replace(row, **texts)
+
+
+def one_line(row):
+    """The row as a file keeps it, each text in one line."""
     texts = {name: " ".join(value.split()) for name, value in vars(row).items() if isinstance(value, str)}
-    return replace(row, **{name: text or ONE_LINE[name] for name, text in texts.items()})
+    return replace(row, **texts)
 
 
 @pytest.mark.parametrize("row_type", READERS)
 @settings(max_examples=50)
 @given(data=st.data())
 def test_rows_come_back_as_they_were_written(row_type, data, tmp_path_factory):
-    written = [as_written(row) for row in data.draw(st.lists(rows(row_type), max_size=3))]
+    written = [filled(row) for row in data.draw(st.lists(rows(row_type), max_size=3))]
     path = tmp_path_factory.getbasetemp() / "rows.csv"
     path.write_bytes(
         csv_text([[f.name for f in fields(row_type)], *(vars(row).values() for row in written)]).encode()
     )
-    assert repr(READERS[row_type](path)) == repr(written)  # as text, for the sake of NaN
+    assert repr(READERS[row_type](path)) == repr(
+        [one_line(row) for row in written]
+    )  # as text, for the sake of NaN
 
 
 @given(row=rows(RoundRow), before=st.text(st.characters(exclude_characters="f")), after=st.text())

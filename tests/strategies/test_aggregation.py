@@ -127,6 +127,19 @@ def test_a_first_step_of_fedadam_by_hand(step):
     np.testing.assert_allclose(stepped["w"], expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        ("fedadagrad", -10 / (10 + 3)),  # mean and root of what has been so far: 10 itself
+        ("fedyogi", 0.1 * -10 / ((0.01 * 100) ** 0.5 + 3)),  # unlike FedAdam's, not corrected for the start
+    ],
+)
+def test_a_first_step_of_the_other_optimisers_by_hand(step, name, way):
+    options = {"server.lr": 0.1, "server.tau": 3.0}
+    stepped, _ = step(ALGORITHMS[name], [update(5, 20, CURRENT | state(90.0))], **options)
+    np.testing.assert_allclose(stepped["w"], 100 + 0.1 * way, rtol=1e-6)
+
+
 @pytest.mark.parametrize("kind", [ALGORITHMS["fedavg"], Users])
 def test_the_next_state_is_the_mean_by_images(step, kind):
     combined, _ = step(kind, UPDATES)
