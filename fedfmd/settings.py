@@ -164,7 +164,10 @@ class ModelSettings(_Section):
                 known = f"those of {self.conv} are {', '.join(free)}" if free else f"{self.conv} has none"
                 raise SettingsError(f"model.conv-options = {self.conv_options!r}: no option {key!r}; {known}")
             name, default = free[key]
-            value = load_yaml(text)
+            try:
+                value = load_yaml(text)
+            except yaml.YAMLError:
+                value = text
             if isinstance(default, float) and type(value) is int:
                 value = float(value)
             if type(value) is not type(default):

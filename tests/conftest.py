@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from hypothesis import settings as hypothesis_settings
 
 from fedfmd.report.record import Run
 from fedfmd.runs import ClientRow, EpochRow, RoundRow, RunFolder
@@ -22,6 +23,11 @@ TINY = {
     "fleet.devices": "pi-4:2, pi-5:1",
     "budget.deadline-s": 0,
 }
+
+
+# Drawn examples are the same on each machine and in each run; some of them take long, for imports.
+hypothesis_settings.register_profile("fedfmd", deadline=None, derandomize=True, max_examples=100)
+hypothesis_settings.load_profile("fedfmd")
 
 
 def pytest_configure(config):

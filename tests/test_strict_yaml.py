@@ -13,3 +13,17 @@ def test_what_is_read_is_what_yaml_says():
 def test_a_key_that_is_given_twice_is_an_error(text):
     with pytest.raises(yaml.YAMLError, match=r"the key 'lr' is given twice[\s\S]*line \d"):
         load_yaml(text)
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        ("2024-02-30", "'2024-02-30' is no timestamp"),
+        ("0b_", "'0b_' is no int"),
+        ("!!bool maybe", "'maybe' is no bool"),
+        ("!!timestamp now", "'now' is no timestamp"),
+    ],
+)
+def test_what_only_looks_like_a_value_is_an_error_with_its_line(value, problem):
+    with pytest.raises(yaml.YAMLError, match=rf"{problem}[\s\S]*line 2"):
+        load_yaml(f"seed: 1\nrun: {value}")

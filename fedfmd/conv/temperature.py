@@ -41,7 +41,9 @@ class TemperatureSchedule:
         """τ at a step from 0."""
         if self.shape == "constant":
             return self.initial
-        progress = min(max(step / self.steps, 0.0), 1.0) if self.steps else 1.0
+        if step >= self.steps:
+            return self.final
+        progress = max(step / self.steps, 0.0)
         if self.shape == "cosine":
             progress = (1 - math.cos(math.pi * progress)) / 2
         if self.shape == "geometric":

@@ -37,9 +37,9 @@ def _to_fp16(x: Tensor) -> tuple[Tensor, float]:
 
 
 def _to_int8(x: Tensor) -> tuple[Tensor, float]:
-    """Symmetric: the largest value becomes ±127."""
+    """Symmetric: the largest value becomes ±127; clamped, as a scale among the smallest floats is rounded down."""
     scale = float(x.abs().amax() / 127) or 1.0
-    return (x / scale).round().to(torch.int8), scale
+    return (x / scale).round().clamp(-127, 127).to(torch.int8), scale
 
 
 ROUNDINGS = {"fp16": Rounding(_to_fp16, 2, 0), "int8": Rounding(_to_int8, 1, 8)}

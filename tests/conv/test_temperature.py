@@ -1,11 +1,15 @@
 """Temperature schedules and how they reach the layers."""
 
 import math
+from itertools import pairwise
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from fedfmd.conv import TemperatureSchedule, has_temperature, make_conv, set_temperature
+from fedfmd.conv.temperature import SHAPES
 
 
 @pytest.mark.parametrize(
@@ -31,6 +35,18 @@ def test_a_geometric_temperature_changes_by_the_same_factor_each_step_and_may_ri
 
 def test_without_steps_the_final_temperature_holds_from_the_start():
     assert TemperatureSchedule(initial=30.0, steps=0).at(0) == 1.0
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@given(ends=st.tuples(*[st.floats(1e-30, 1e30)] * 2), steps=st.integers(0, 40))
+def test_a_temperature_falls_from_the_initial_one_to_the_final_one(shape, ends, steps):
+    initial, final = max(ends), min(ends)
+    schedule = TemperatureSchedule(initial, final, steps, shape)
+    course = [schedule.at(step) for step in range(steps + 3)]
+    assert course[0] == (initial if steps or shape == "constant" else final)
+    assert course[-3:] == [initial if shape == "constant" else final] * 3
+    assert all(later <= earlier * (1 + 1e-12) for earlier, later in pairwise(course))
+    assert min(course) > 0
 
 
 @pytest.mark.parametrize(

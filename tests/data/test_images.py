@@ -158,7 +158,7 @@ def test_bad_npz_is_one_clear_line(write_npz, arrays, message):
 def test_truncated_npz_is_one_clear_line(write_npz):
     path = write_npz("cut", labels=[0] * 50)
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="not a readable npz file"):
+    with pytest.raises(ValueError, match=r"^.*cut\.npz: "):
         load_image_set(path)
 
 

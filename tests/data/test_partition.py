@@ -48,6 +48,16 @@ def test_min_images_are_met(scheme):
     assert make_partition(LABELS, scheme, 10, min_images=20).sizes.min() >= 20
 
 
+def test_a_draw_that_leaves_a_client_one_image_short_does_not_count():
+    labels = [0] * 10 + [1] * 2  # a class each
+    assert sorted(make_partition(labels, "pathological", 2, classes_per_client=1, min_images=2).sizes) == [
+        2,
+        10,
+    ]
+    with pytest.raises(ValueError, match=r"partition\.min-images = 3"):
+        make_partition(labels, "pathological", 2, classes_per_client=1, min_images=3)
+
+
 @pytest.mark.parametrize("scheme", PARTITIONS)
 def test_the_seed_decides(scheme):
     first, again, other = (make_partition(LABELS, scheme, 10, seed=seed) for seed in (0, 0, 1))

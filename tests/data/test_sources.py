@@ -137,6 +137,11 @@ def test_cifar_at_another_size(tmp_path, monkeypatch):
     assert load_dataset("cifar10", dir=tmp_path, image_size=16).image_size == 16
 
 
+def test_digits_are_not_made_smaller():
+    with pytest.raises(ValueError, match=r"^data\.image-size = 4: digits need at least 8$"):
+        load_dataset("digits", image_size=4)
+
+
 @pytest.mark.parametrize("name", CIFAR)
 def test_cifar_without_a_folder_names_the_settings(name):
     with pytest.raises(ValueError, match=r"data.dir is not set.*data.download = true"):
@@ -188,7 +193,7 @@ def test_npz_errors_name_the_setting(write_npz, tmp_path):
 
 
 def test_npz_test_labels_must_be_among_the_training_classes(write_npz):
-    with pytest.raises(ValueError, match=r"data.test = .*label 3 is outside the classes 0\.\.2"):
+    with pytest.raises(ValueError, match=r"^data\.test = .*label 3 "):
         load_dataset("npz", train=write_npz("train", [0, 1, 2]), test=write_npz("test", [0, 3]))
 
 

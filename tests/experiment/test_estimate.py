@@ -132,7 +132,7 @@ def test_a_network_of_several_runs_is_timed_once(write_yaml, tmp_path, monkeypat
 
 
 def test_an_impossible_run_is_refused(write_yaml):
-    with pytest.raises(SettingsError, match=r"fleet\.devices names 3 devices, partition\.clients is 4"):
+    with pytest.raises(SettingsError, match=r"^fleet\.devices "):
         estimate_experiment(load_experiment(write_yaml(**{"partition.clients": 4})), None, "inline", 1)
 
 

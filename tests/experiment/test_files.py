@@ -137,6 +137,7 @@ def test_an_override_needs_a_key_and_a_value(text):
         ("matrix: {seed: 3}", r"matrix: seed = 3 must be a list of at least one value"),
         ("matrix: {seed: []}", r"matrix: seed = \[\] must be a list"),
         ("matrix: [{seed: [1]}, 3]", r"study\.yaml: `matrix:` must hold settings, found int"),
+        ("matrix: []", r"study\.yaml: `matrix: \[\]` describes no run: list at least one"),
         ("matrix: {sed: [1]}", r"unknown setting sed = 1; the nearest one is seed"),
         ("matrix: {seed: [0, one]}", r"seed = 'one': .*integer"),
     ],

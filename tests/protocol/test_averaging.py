@@ -1,6 +1,8 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from fedfmd.protocol.averaging import WeightedMean
@@ -81,3 +83,35 @@ def test_means_of_means_are_weighted_array_by_array():
 
 def test_nothing_has_no_mean():
     assert mean_of() == {}
+
+
+NAMES = ("shared", "bank.0", "bank.1")
+CLIENTS = st.lists(
+    st.tuples(
+        st.dictionaries(
+            st.sampled_from(NAMES), st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=2).map(np.array)
+        ),
+        st.integers(1, 10**6),
+    ),
+    min_size=1,
+    max_size=8,
+)
+
+
+@given(clients=CLIENTS, data=st.data())
+def test_each_array_is_the_mean_of_those_who_have_it_in_whatever_order_they_come(clients, data):
+    shuffled = mean_of(*data.draw(st.permutations(clients)))
+    having = {name: [(s[name], weight) for s, weight in clients if name in s] for name in NAMES}
+    assert shuffled.keys() == {name for name in NAMES if having[name]}
+    for name, array in shuffled.items():
+        states, weights = zip(*having[name], strict=True)
+        np.testing.assert_allclose(array, np.average(states, axis=0, weights=weights), rtol=1e-9, atol=1e-9)
+
+
+@given(
+    value=st.floats(-(2.0**100), 2.0**100, width=32) | st.integers(-(2**52), 2**52),
+    weights=st.lists(st.floats(1e-3, 1e6), min_size=1, max_size=8),
+)
+def test_the_mean_of_equal_updates_is_the_update(value, weights):
+    state = {"w": torch.tensor([value])}
+    assert np.array_equal(mean_of(*((state, weight) for weight in weights))["w"], state["w"].numpy())

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fedfmd.protocol.compression import ROUNDINGS, UPLOADS, Upload, round_update, upload_bytes
 
@@ -60,6 +62,48 @@ def test_with_error_feedback_the_sent_updates_sum_up_to_the_true_ones(upload):
         lossy += careless.restored(start)["w"]
     torch.testing.assert_close(fed_back + residual["w"], true, rtol=0, atol=1e-4)
     assert (fed_back - true).norm() < 0.3 * (lossy - true).norm()
+
+
+# No smaller than the smallest scale that float32 holds in full.
+UPDATES = st.lists(
+    st.floats(-1e4, 1e4, width=32).map(lambda x: x if abs(x) > 1e-30 else 0.0), min_size=1, max_size=20
+)
+
+
+def rounding_error(upload, values):
+    """What one rounding may lose of each value: half of a step."""
+    if upload == "int8":
+        return torch.full_like(values, float(values.abs().max()) / 127 / 2)
+    half = torch.finfo(torch.float16)
+    return (values.abs() * half.eps / 2).clamp(min=half.smallest_normal * half.eps / 2)
+
+
+@pytest.mark.parametrize("upload", ROUNDINGS)
+@given(update=UPDATES)
+def test_a_rounding_loses_half_a_step_at_most_and_nothing_of_a_zero(upload, update):
+    values = torch.tensor(update)
+    _, restored, left = sent_from_zero(upload, update)
+    assert ((restored - values).abs() <= rounding_error(upload, values) * (1 + 1e-4)).all()
+    assert torch.equal(left, values - restored)
+    assert not restored[values == 0].any()
+
+
+@pytest.mark.parametrize("upload", ROUNDINGS)
+@given(updates=st.lists(st.lists(st.floats(-1e4, 1e4, width=32), min_size=3, max_size=3), max_size=6))
+def test_what_was_sent_and_what_is_left_over_are_all_updates(upload, updates):
+    start, residual, sent = {"w": np.zeros(3, np.float32)}, {"w": torch.zeros(3)}, torch.zeros(3).double()
+    for update in updates:
+        rounded, residual = round_update({"w": torch.tensor(update)}, start, residual, upload, {"w"})
+        sent += rounded.restored(start)["w"]
+    true = torch.tensor(updates, dtype=torch.double).reshape(-1, 3).sum(0)
+    torch.testing.assert_close(sent + residual["w"], true, rtol=1e-6, atol=1e-2)
+
+
+@pytest.mark.parametrize("exponent", [-149, -141, -137, -126, 0, 127])
+def test_int8_keeps_the_sign_of_the_smallest_and_largest_numbers(exponent):
+    """The smallest floats are so coarse that a scale of theirs is rounded by up to a third."""
+    _, restored, _ = sent_from_zero("int8", [1.5 * 2.0**exponent, -(2.0**exponent)])
+    assert restored[1] <= 0 <= restored[0]
 
 
 @pytest.mark.parametrize("upload", ROUNDINGS)

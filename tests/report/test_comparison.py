@@ -149,7 +149,7 @@ def test_a_folder_without_runs_is_refused(tmp_path):
     ("name", "content", "message"),
     [
         ("rounds.csv", "round\nx\n", r"rounds\.csv, line 2, column round"),
-        ("partition.npz", "", "not a readable npz file"),
+        ("partition.npz", "", r"partition\.npz: "),
         ("environment.json", "{", "static-0: "),
     ],
 )

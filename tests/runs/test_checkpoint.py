@@ -274,3 +274,9 @@ def test_on_a_full_disk_the_checkpoint_before_stays(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"round-00020\.safetensors: No space left on device"):
         save(tmp_path, 20, keep=1)
     assert latest_checkpoint(tmp_path).round == 10
+
+
+def test_with_one_to_keep_the_one_before_goes_when_the_next_is_whole(tmp_path):
+    for number in (1, 2):
+        save_checkpoint(tmp_path, number, {"w": torch.zeros(1)}, {}, {}, keep=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["round-00002.json", "round-00002.safetensors"]

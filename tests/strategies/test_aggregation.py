@@ -2,6 +2,8 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord
 from flwr.serverapp.strategy import FedAvg
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from fedfmd.algorithms import ALGORITHMS, Update
 from fedfmd.algorithms.flower import FlowerAlgorithm
@@ -125,6 +127,19 @@ def test_a_first_step_of_fedadam_by_hand(step):
     np.testing.assert_allclose(stepped["w"], expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        ("fedadagrad", -10 / (10 + 3)),  # mean and root of what has been so far: 10 itself
+        ("fedyogi", 0.1 * -10 / ((0.01 * 100) ** 0.5 + 3)),  # unlike FedAdam's, not corrected for the start
+    ],
+)
+def test_a_first_step_of_the_other_optimisers_by_hand(step, name, way):
+    options = {"server.lr": 0.1, "server.tau": 3.0}
+    stepped, _ = step(ALGORITHMS[name], [update(5, 20, CURRENT | state(90.0))], **options)
+    np.testing.assert_allclose(stepped["w"], 100 + 0.1 * way, rtol=1e-6)
+
+
 @pytest.mark.parametrize("kind", [ALGORITHMS["fedavg"], Users])
 def test_the_next_state_is_the_mean_by_images(step, kind):
     combined, _ = step(kind, UPDATES)
@@ -170,6 +185,33 @@ def test_a_kernel_that_nobody_trained_keeps_its_value_bit_for_bit(step):
     combined, _ = step(Doubled, UPDATES)
     assert np.array_equal(combined["fc.bank.1"], CURRENT["fc.bank.1"])
     np.testing.assert_allclose(combined["fc.bank.0"], 3)
+
+
+KERNELS = [f"fc.bank.{place}" for place in range(3)]
+TRAINED = st.lists(
+    st.tuples(st.integers(1, 1000), st.dictionaries(st.sampled_from(KERNELS), st.floats(-9, 9), min_size=1)),
+    min_size=1,
+    max_size=6,
+)
+
+
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(clients=TRAINED)
+def test_each_kernel_is_the_mean_by_images_of_who_trained_it_or_stays(step, clients):
+    current = {name: np.full(2, 0.1 + place) for place, name in enumerate(KERNELS)}
+    updates = [
+        update(node, images, {name: np.full(2, value) for name, value in kernels.items()})
+        for node, (images, kernels) in enumerate(clients, start=5)
+    ]
+    combined, _ = step(ALGORITHMS["fedavg"], updates, current, parameters=KERNELS)
+    assert combined.keys() == current.keys()
+    for name in KERNELS:
+        having = [(kernels[name], images) for images, kernels in clients if name in kernels]
+        if having:
+            values, images = zip(*having, strict=True)
+            np.testing.assert_allclose(combined[name], np.average(values, weights=images), atol=1e-12)
+        else:
+            assert np.array_equal(combined[name], current[name])
 
 
 def test_the_server_optimiser_steps_once_from_a_complete_mean(step):

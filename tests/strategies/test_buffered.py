@@ -7,7 +7,7 @@ from fedfmd.edge.devices import DEVICES, Bandwidth
 from fedfmd.edge.fleet import Client
 from fedfmd.protocol.state import pack
 from fedfmd.runs import RunFolder, read_clients, read_rounds
-from strategies import BufferedStrategy, make_strategy
+from strategies import make_strategy
 from strategies.buffered import Flight, fill_buffer
 
 SECONDS = {0: 1.0, 1: 2.5, 2: 4.0, 3: 4.0}  # what a flight of each client takes
@@ -99,7 +99,6 @@ def run(make_federation, make_grid, tmp_path):
 
 def test_rounds_follow_the_clock_and_fast_clients_come_more_often(run):
     strategy = run()
-    assert isinstance(strategy, BufferedStrategy)
     rounds, clients = read_rounds(strategy.folder.rounds), read_clients(strategy.folder.clients)
     assert [row.clients_ok for row in rounds] == [2, 2, 2, 2]
     times = [row.virtual_s for row in rounds]
