@@ -13,6 +13,9 @@ EXTRAS = {
     "sklearn": "server",
     "onnx": "export",
     "onnxscript": "export",
+    "tensorboard": "tensorboard",
+    "wandb": "wandb",
+    "mlflow": "mlflow",
 }
 """The extra of fedfmd that installs a library which edge devices do without, by the name of its module."""
 

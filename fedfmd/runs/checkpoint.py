@@ -118,6 +118,12 @@ def latest_round(folder: Path) -> int:
     return max(map(_round, folder.glob("round-*.json")), default=0)
 
 
+def latest_model(folder: Path) -> Path | None:
+    """Return the file of the newest checkpoint's model, which is not read; None if there is none."""
+    newest = max(folder.glob("round-*.json"), key=_round, default=None)
+    return newest and newest.with_suffix(".safetensors")
+
+
 def load_model(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Load the arrays of a checkpoint's .safetensors file, and the settings of its run ({} if it holds none).
 
