@@ -14,6 +14,9 @@ EXTRAS = {
     "onnx": "export",
     "onnxscript": "export",
     "ray": "simulation",
+    "tensorboard": "tensorboard",
+    "wandb": "wandb",
+    "mlflow": "mlflow",
 }
 """The extra of fedfmd that installs a library which edge devices do without, by the name of its module."""
 

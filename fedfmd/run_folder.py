@@ -22,18 +22,19 @@ from fedfmd.runs import (
     round_line,
 )
 from fedfmd.settings import Settings, read_yaml
+from fedfmd.tracking import tracked
 
 logger = logging.getLogger("fedfmd")
 
 
 @contextmanager
 def open_run_folder(settings: Settings) -> Iterator[RunFolder]:
-    """Open the folder ``run-dir``, or a new one below ``runs/`` if that is empty, and log to it.
+    """Open the folder ``run-dir``, or a new one below ``runs/`` if that is empty; log to it, and tell callbacks of it.
 
     No other process can open it meanwhile.
 
     Raises:
-        SettingsError: as `run_path`, or the folder can't be made, or another process holds it.
+        SettingsError: as `run_path` and `tracked`, or the folder can't be made, or another process holds it.
     """
     with ExitStack() as stack:
         try:
@@ -45,6 +46,7 @@ def open_run_folder(settings: Settings) -> Iterator[RunFolder]:
         folder.write_environment(*_own_sources(settings))
         folder.write_settings(settings.kept())  # last: where it stands, the other does too
         stack.enter_context(_logging_to(folder))
+        stack.enter_context(tracked(settings, folder))
         yield folder
 
 

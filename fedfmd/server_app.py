@@ -13,6 +13,7 @@ from fedfmd.data import save_partition
 from fedfmd.errors import RunError, SettingsError
 from fedfmd.run_folder import open_run_folder, run_path
 from fedfmd.settings import Settings
+from fedfmd.tracking import find_callbacks
 from strategies import find_strategy, make_strategy
 
 app = ServerApp()
@@ -56,5 +57,6 @@ def prepare(settings: Settings) -> Federation:
     if settings.kind != "federated":
         raise SettingsError(f"kind = {settings.kind!r} is not for Flower: use `fedfmd run FILE.yaml`")
     find_strategy(settings)
+    find_callbacks(settings)
     run_path(settings)
     return build_federation(settings)

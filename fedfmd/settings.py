@@ -304,11 +304,24 @@ class TransportSettings(_Section):
     upload: Annotated[str, _one_of(UPLOADS)] = "fp32"
 
 
+class TrackingSettings(_Section):
+    """Who is told of a run while it goes: names of `fedfmd.tracking.LOGGERS`, or ``module:Class`` of a user's own.
+
+    `project` is the name that W&B's project and MLflow's experiment have.
+    """
+
+    loggers: Annotated[tuple[str, ...], BeforeValidator(_split_list), Field(strict=False)] = ()
+    project: Annotated[str, Field(min_length=1)] = "fedfmd"
+
+
 class Settings(_Section):
     """All settings of one run."""
 
     NEUTRAL: ClassVar = frozenset(
-        {"run-dir", "resume", "threads", "server.node-timeout-s", "server.round-timeout-s"}
+        {
+            *("run-dir", "resume", "threads", "server.node-timeout-s", "server.round-timeout-s"),
+            *("tracking.loggers", "tracking.project"),
+        }
     )
     """Settings that a run's results don't depend on."""
 
@@ -322,6 +335,7 @@ class Settings(_Section):
     fleet: FleetSettings = FleetSettings()
     budget: BudgetSettings = BudgetSettings()
     transport: TransportSettings = TransportSettings()
+    tracking: TrackingSettings = TrackingSettings()
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     device: str = "cpu"
     threads: Annotated[int, Field(ge=0, le=1024)] = 0

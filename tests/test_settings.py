@@ -173,7 +173,7 @@ def test_a_kind_of_run_has_settings_that_mean_nothing_to_it():
     federated, centralised = Settings(), Settings(kind="centralised")
     assert federated.unused == {"train.epochs"}
     assert {key.partition(".")[0] for key in centralised.kept()} == {
-        *("kind", "model", "data", "train", "temperature", "server", "seed", "device", "threads"),
+        *("kind", "model", "data", "train", "temperature", "server", "tracking", "seed", "device", "threads"),
         *("run-dir", "resume"),
     }
     assert {key for key in centralised.kept() if key.startswith("server.")} == {

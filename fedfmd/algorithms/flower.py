@@ -7,7 +7,6 @@ evaluates the model, so that the hooks of evaluation have nothing to do.
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import logging
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from flwr.app import Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
+from fedfmd import plugins
 from fedfmd.algorithms.algorithm import Algorithm, Update, mean
 from fedfmd.algorithms.tree import Leaves, flatten, unflatten
 from fedfmd.errors import RunError, SettingsError
@@ -105,13 +105,7 @@ class OwnStrategy(FlowerAlgorithm):
     @cached_property
     def _kind(self) -> type[FedAvg]:
         name = self.settings.server.strategy
-        module, _, attribute = name.partition(":")
-        try:
-            kind = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
-            raise SettingsError(
-                f"server.strategy = {name!r} can't be imported ({error}): put its folder on PYTHONPATH"
-            ) from None
+        kind = plugins.find("server.strategy", name)
         if not (inspect.isclass(kind) and issubclass(kind, FedAvg)):
             raise SettingsError(
                 f"server.strategy = {name!r} must be a class that derives from Flower's FedAvg"

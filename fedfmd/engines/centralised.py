@@ -28,6 +28,7 @@ from fedfmd.run_folder import open_run_folder, run_path
 from fedfmd.runs import EpochRow, RunFolder, known, latest_checkpoint, save_checkpoint
 from fedfmd.seeds import derive_seed
 from fedfmd.settings import Settings
+from fedfmd.tracking import find_callbacks
 from fedfmd.training import Best, LocalSGD, evaluate_on_both, learning_rate, train
 
 logger = logging.getLogger(__name__)
@@ -96,6 +97,7 @@ def prepare_centralised(settings: Settings) -> Training:
     Raises:
         SettingsError: the settings can't be used, or their run folder holds another run.
     """
+    find_callbacks(settings)
     run_path(settings)
     device = torch_device(settings)
     dataset = build_dataset(settings)

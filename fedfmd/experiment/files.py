@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from fedfmd.errors import SettingsError
+from fedfmd.plugins import look_in
 from fedfmd.report.selection import Selection
 from fedfmd.settings import Settings, flatten, read_yaml
 from fedfmd.strict_yaml import load_yaml
@@ -49,10 +50,13 @@ class Experiment:
 def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
     """Read a YAML file; `overrides` are ``key=value`` texts that win over the file's base and matrix.
 
+    Code of a user's own that the settings name is looked for beside the file, too.
+
     Raises:
         SettingsError: no such file, no YAML, an unknown part or setting, or a value that can't be used.
     """
     content = read_yaml(path)
+    look_in(path.parent)
     if not content.keys() <= set(PARTS):
         found = ", ".join(map(str, content))
         raise SettingsError(

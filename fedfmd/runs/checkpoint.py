@@ -147,6 +147,11 @@ def latest_round(folder: Path) -> int:
     return 0
 
 
+def latest_model(folder: Path) -> Path | None:
+    """Return the file of the newest checkpoint's model, which is not read; None if there is none."""
+    return next((mark.with_suffix(".safetensors") for mark in _marks(folder)), None)
+
+
 def kept_settings(folder: Path) -> dict[str, Any] | None:
     """Read the settings in the newest checkpoint whose model can be read; None if there is none.
 

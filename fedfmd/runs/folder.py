@@ -7,7 +7,7 @@ import logging
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple
 from importlib import metadata
@@ -36,6 +36,9 @@ from fedfmd.runs.rows import (
 CHECKPOINTS = "checkpoints"
 _LIBRARIES = ("flwr", "numpy", "torch", "torchvision")
 
+Listener = Callable[[RoundRow | EpochRow, Sequence[ClientRow]], None]
+"""Is called with each round and its clients, or each epoch, once they are written."""
+
 
 class RunFolder:
     """A run's folder, created if it isn't there.
@@ -57,6 +60,7 @@ class RunFolder:
         self.checkpoints = self.path / CHECKPOINTS
         self.log = self.path / "log.txt"
         self.lock = self.path / ".lock"
+        self.listeners: list[Listener] = []
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -105,8 +109,10 @@ class RunFolder:
         Raises:
             OSError: the disk is full, say; earlier rounds are intact.
         """
+        clients = tuple(clients)
         _append(self.clients, CLIENT_COLUMNS, clients)
         _append(self.rounds, ROUND_COLUMNS, [row])
+        self._tell(row, clients)
 
     def append_epoch(self, row: EpochRow) -> None:
         """Add a finished epoch.
@@ -115,6 +121,7 @@ class RunFolder:
             OSError: as in `append_round`.
         """
         _append(self.epochs, EPOCH_COLUMNS, [row])
+        self._tell(row)
 
     def truncate_after(self, round: int) -> None:
         """Drop all rows after this round or epoch, and lines that are none, before a run goes on from there."""
@@ -127,6 +134,10 @@ class RunFolder:
         handler = logging.FileHandler(self.log, encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         return handler
+
+    def _tell(self, row: RoundRow | EpochRow, clients: Sequence[ClientRow] = ()) -> None:
+        for listener in self.listeners:
+            listener(row, clients)
 
 
 def _is_until(round: int, line: str) -> bool:
