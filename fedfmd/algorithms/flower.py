@@ -7,7 +7,6 @@ evaluates the model, so that the hooks of evaluation have nothing to do.
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import logging
 from collections.abc import Sequence
@@ -26,6 +25,7 @@ from fedfmd.algorithms.algorithm import Algorithm, Update, mean
 from fedfmd.algorithms.tree import Leaves, flatten, unflatten
 from fedfmd.errors import RunError, SettingsError
 from fedfmd.flower_compat import kept_between_rounds, start_step
+from fedfmd.own_code import load_own, sources_of
 from fedfmd.protocol.messages import METRICS, from_record, to_record
 from fedfmd.protocol.state import Arrays
 
@@ -95,8 +95,7 @@ class OwnStrategy(FlowerAlgorithm):
     @property
     def sources(self) -> tuple[Path, ...]:
         """The file that the class is in."""
-        file = inspect.getsourcefile(self._kind)
-        return (Path(file),) if file else ()
+        return sources_of(self._kind)
 
     def strategy(self) -> FedAvg:
         """Make the user's strategy."""
@@ -105,13 +104,7 @@ class OwnStrategy(FlowerAlgorithm):
     @cached_property
     def _kind(self) -> type[FedAvg]:
         name = self.settings.server.strategy
-        module, _, attribute = name.partition(":")
-        try:
-            kind = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
-            raise SettingsError(
-                f"server.strategy = {name!r} can't be imported ({error}): put its folder on PYTHONPATH"
-            ) from None
+        kind = load_own("server.strategy", name)
         if not (inspect.isclass(kind) and issubclass(kind, FedAvg)):
             raise SettingsError(
                 f"server.strategy = {name!r} must be a class that derives from Flower's FedAvg"

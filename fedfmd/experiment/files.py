@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from fedfmd.errors import SettingsError
+from fedfmd.own_code import find_in, is_own
 from fedfmd.report.selection import Selection
 from fedfmd.settings import Settings, flatten, read_yaml
 from fedfmd.strict_yaml import load_yaml
@@ -49,6 +50,8 @@ class Experiment:
 def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
     """Read a YAML file; `overrides` are ``key=value`` texts that win over the file's base and matrix.
 
+    Own networks and strategies that the settings name are found beside the file, and on ``PYTHONPATH``.
+
     Raises:
         SettingsError: no such file, no YAML, an unknown part or setting, or a value that can't be used.
     """
@@ -63,6 +66,8 @@ def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
     base = flatten({**kind, **_mapping(path, content, "base")})
     matrices = _matrices(path, content)
     cells = tuple(cell for matrix in matrices for cell in _expand(base, matrix, fixed))
+    if any(is_own(n) for cell in cells for n in (cell.settings.model.arch, cell.settings.server.strategy)):
+        find_in(path.parent)
     if "select" not in content:
         return Experiment(path.stem, cells)
     selection = Selection.from_mapping(content["select"])

@@ -16,6 +16,9 @@ from fedfmd.models.resnet import NORMS, RESNETS, STEMS, Architecture
 
 MODELS: dict[str, Architecture | MobileNet] = {**RESNETS, **MOBILENETS}
 
+TORCHVISION = ("resnet18", "resnet34", "resnet50", "mobilenetv2")
+"""Those that torchvision has too, with the ImageNet stem."""
+
 
 def make_model(
     arch: str,

@@ -12,7 +12,7 @@ from fedfmd.runs.checkpoint import (
 )
 from fedfmd.runs.files import atomic_write, save_tensors
 from fedfmd.runs.folder import RunFolder, environment, read_environment
-from fedfmd.runs.provenance import code_digest
+from fedfmd.runs.provenance import code_digest, file_digest
 from fedfmd.runs.rows import (
     CLIENT_COLUMNS,
     EPOCH_COLUMNS,
@@ -49,6 +49,7 @@ __all__ = [
     "code_digest",
     "csv_text",
     "environment",
+    "file_digest",
     "known",
     "latest_checkpoint",
     "latest_round",
