@@ -19,6 +19,7 @@ RUNS = {
     "policies": 24,
     "temperature": 12,
     "uploads": 6,
+    "own/network": 1,
     "paper/operators": 60,
     "paper/operators-small": 70,
     "paper/attentions": 21,
