@@ -74,7 +74,7 @@ def _one_of(allowed: Iterable[str]) -> BeforeValidator:
 
 def _arch(value: object) -> object:
     """Accept a registered network, or a user's own."""
-    if value in MODELS or (isinstance(value, str) and is_own(value)):
+    if isinstance(value, str) and (value in MODELS or is_own(value)):
         return value
     raise ValueError(f"{not_one_of(value, MODELS)}, or module:function of your own")
 
