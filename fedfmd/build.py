@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedfmd.conv import TemperatureSchedule, is_dynamic
+from fedfmd.conv import TemperatureSchedule, is_dynamic, make_conv
 from fedfmd.cost import Cost, count
 from fedfmd.data import Dataset, Partition, cached_partition, hold_out, load_dataset
 from fedfmd.edge import (
@@ -30,11 +31,13 @@ from fedfmd.edge import (
     make_fleet,
 )
 from fedfmd.errors import SettingsError
-from fedfmd.models import make_model
+from fedfmd.models import NORMS, make_model
+from fedfmd.own_code import find, is_own, sources_of
 from fedfmd.protocol.compression import upload_bytes
 from fedfmd.protocol.state import Arrays, bank_of, parameter_names, payload_bytes, shared_arrays
 from fedfmd.seeds import derive_seed
 from fedfmd.settings import DataSettings, Settings
+from fedfmd.start import load_start
 from fedfmd.training import LocalSGD
 
 
@@ -43,7 +46,7 @@ class Federation:
     """Everything that is fixed during a run, on the server's side; `sizes` counts each client's images.
 
     `payload_bytes` are those of the whole model, `upload_bytes` those that a client sends which trained 1, 2, …
-    kernels of each bank.
+    kernels of each bank. `start` tells of the weights that the model starts from, "" if they are drawn.
     """
 
     settings: Settings
@@ -58,6 +61,7 @@ class Federation:
     device: torch.device
     payload_bytes: int
     upload_bytes: tuple[int, ...]
+    start: str = ""
 
     def workload(self, client: int) -> Workload:
         """Full work of a round for a client."""
@@ -88,7 +92,9 @@ def build_federation(settings: Settings) -> Federation:
     partition = build_partition(settings, dataset)
     sizes = tuple(partition.sizes.tolist())
     fleet = build_fleet(settings, sizes)
-    model = build_model(settings, dataset.classes).to(device)
+    model = build_model(settings, dataset.classes, dataset.image_size)
+    start = load_start(model, settings, dataset.classes)
+    model = model.to(device)
     cost = count(model, dataset.image_size)
     arrays = shared_arrays(model)
     return Federation(
@@ -104,6 +110,7 @@ def build_federation(settings: Settings) -> Federation:
         device=device,
         payload_bytes=payload_bytes(arrays),
         upload_bytes=_upload_bytes(arrays, parameter_names(model), settings.transport.upload, cost.kernels),
+        start=start,
     )
 
 
@@ -213,11 +220,17 @@ def build_budget(settings: Settings) -> Budget:
     )
 
 
-def build_model(settings: Settings, classes: int) -> nn.Module:
-    """Make the model; its initial weights depend on the seed alone."""
+def build_model(settings: Settings, classes: int, image_size: int = 0) -> nn.Module:
+    """Make the model; its initial weights depend on the seed alone.
+
+    `image_size` is for a user's own network; 0: that of the run's data set.
+    """
     model = settings.model
     with _bad_input(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(settings.seed, "model"))
+        if is_own(model.arch):
+            size = image_size or settings.data.image_size or build_dataset(settings).image_size
+            return _own_network(settings, classes, size)
         return make_model(
             model.arch,
             model.conv,
@@ -227,6 +240,47 @@ def build_model(settings: Settings, classes: int) -> nn.Module:
             temperature=settings.temperature.initial,
             **model.options(),
         )
+
+
+def _own_network(settings: Settings, classes: int, image_size: int) -> nn.Module:
+    """Call the user's function, and see that its network maps images to logits."""
+    model = settings.model
+    name, make, arguments = (
+        f"model.arch = {model.arch!r}",
+        find("model.arch", model.arch),
+        model.arguments(),
+    )
+    given = {
+        "classes": classes,
+        "image_size": image_size,
+        "conv": partial(make_conv, model.conv, temperature=settings.temperature.initial, **model.options()),
+        "norm": NORMS[model.norm],
+        **arguments,
+    }
+    try:
+        inspect.signature(make).bind(**given)
+    except TypeError as error:
+        raise SettingsError(
+            f"{name} can't be called ({error}): it gets classes, image_size, conv, norm"
+            f"{''.join(f', {option}' for option in arguments)}; model.options sets the last ones"
+        ) from None
+    network = make(**given)
+    if not isinstance(network, nn.Module):
+        raise SettingsError(f"{name} must return an nn.Module, and returned a {type(network).__name__}")
+    with torch.no_grad():
+        logits = network.eval()(torch.zeros(1, 3, image_size, image_size))
+    if not isinstance(logits, torch.Tensor) or logits.shape != (1, classes):
+        got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        raise SettingsError(
+            f"{name} must map images B×3×{image_size}×{image_size} to logits B×{classes}; one image gave {got}"
+        )
+    return network.train()
+
+
+def network_sources(settings: Settings) -> tuple[Path, ...]:
+    """Return the file of a user's own network; none for one of `MODELS`."""
+    arch = settings.model.arch
+    return sources_of(find("model.arch", arch)) if is_own(arch) else ()
 
 
 def describe_network(settings: Settings, cost: Cost, dataset: Dataset) -> str:

@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from fedfmd.build import network_sources
 from fedfmd.errors import SettingsError
 from fedfmd.runs import (
     CHECKPOINTS,
@@ -17,11 +18,13 @@ from fedfmd.runs import (
     RunFolder,
     code_digest,
     environment,
+    file_digest,
     kept_settings,
     read_environment,
     round_line,
 )
 from fedfmd.settings import Settings, read_yaml
+from fedfmd.start import start_file
 from fedfmd.tracking import tracked
 
 logger = logging.getLogger("fedfmd")
@@ -43,7 +46,7 @@ def open_run_folder(settings: Settings) -> Iterator[RunFolder]:
             _check(settings, folder.path)  # again: a run may have begun and ended here meanwhile
         except ValueError as error:
             raise SettingsError(str(error)) from error
-        folder.write_environment(*_own_sources(settings))
+        folder.write_environment(*_own_sources(settings), weights=_weights(settings))
         folder.write_settings(settings.kept())  # last: where it stands, the other does too
         stack.enter_context(_logging_to(folder))
         stack.enter_context(tracked(settings, folder))
@@ -68,6 +71,7 @@ def _check(settings: Settings, path: Path) -> None:
         _check_same(settings, Settings.from_mapping(values), path)
     if told:
         _check_code(settings, path)
+        _check_weights(settings, path)
 
 
 def _new_path(settings: Settings) -> Path:
@@ -108,13 +112,31 @@ def _check_code(settings: Settings, path: Path) -> None:
         )
 
 
+def _check_weights(settings: Settings, path: Path) -> None:
+    if read_environment(path).get("weights") != _weights(settings):
+        raise SettingsError(
+            f"run-dir = {path} holds a run that started from other weights than {start_file(settings)} has now: name "
+            "another folder, or delete this one to start again"
+        )
+
+
+def _weights(settings: Settings) -> str | None:
+    """Return the digest of the weights that the run starts from; None if they are drawn."""
+    file = start_file(settings)
+    try:
+        return file_digest(file) if file else None
+    except OSError as error:
+        raise SettingsError(f"cannot read {file}, which the run starts from: {error.strerror}") from None
+
+
 def _own_sources(settings: Settings) -> tuple[Path, ...]:
     """Return the user's own code that a run depends on."""
+    network = network_sources(settings)
     if settings.kind == "centralised":  # which has no strategy, and needs no Flower
-        return ()
+        return network
     from strategies import own_sources
 
-    return own_sources(settings)
+    return (*network, *own_sources(settings))
 
 
 def _code(facts: Mapping[str, Any]) -> str:

@@ -40,7 +40,8 @@ from fedfmd.data import AUGMENT_CHOICES, DATASETS, PARTITIONS
 from fedfmd.edge import ASSIGNMENTS, KERNEL_CHOICES, LINKS, POLICIES
 from fedfmd.edge.devices import MAX_JITTER
 from fedfmd.errors import SettingsError, nearest_of, not_one_of
-from fedfmd.models import MODELS
+from fedfmd.models import MODELS, TORCHVISION
+from fedfmd.own_code import is_own
 from fedfmd.protocol.compression import UPLOADS
 from fedfmd.strict_yaml import load_yaml
 
@@ -57,7 +58,7 @@ FEDERATED = (
 CHECKPOINTS = frozenset({"server.checkpoint-every", "server.keep-checkpoints"})
 """Those of them that centralised training heeds too."""
 
-PAIRS = frozenset({"fleet.devices", "model.conv-options"})
+PAIRS = frozenset({"fleet.devices", "model.conv-options", "model.options"})
 """Settings whose text, `name:amount, …`, may also be given as a mapping."""
 
 
@@ -73,6 +74,20 @@ def _one_of(allowed: Iterable[str], earlier: Mapping[str, str] = MappingProxyTyp
         raise ValueError(not_one_of(value, names))
 
     return BeforeValidator(check)
+
+
+def _arch(value: object) -> object:
+    """Accept a registered network, or a user's own."""
+    if isinstance(value, str) and (value in MODELS or is_own(value)):
+        return value
+    raise ValueError(f"{not_one_of(value, MODELS)}, or module:function of your own")
+
+
+def _pairs(text: str) -> Iterable[tuple[str, str]]:
+    """Split `name:value, …`."""
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, _, value = (word.strip() for word in part.partition(":"))
+        yield name, value
 
 
 def _split_list(value: object) -> object:
@@ -128,10 +143,13 @@ Attentions = Annotated[
 class ModelSettings(_Section):
     """Which network is trained.
 
+    `arch` is a name in `MODELS`, or a user's function, `module:function`, which is called with the number of classes,
+    the images' size, a factory of convolutions, one of normalisations and `options` of its own, `name:value, …`.
     `conv_options` are options that only some convolutions have, and no setting of their own: `name:value, …`.
+    The run starts from the weights of `init`, a checkpoint of a run, or `pretrained`, a state dict of torchvision's.
     """
 
-    arch: Annotated[str, _one_of(MODELS)] = "resnet8"
+    arch: Annotated[str, BeforeValidator(_arch)] = "resnet8"
     conv: Annotated[str, _one_of(CONVS)] = "fmdconv"
     kernels: Count = 4
     attentions: Attentions = ATTENTIONS
@@ -142,6 +160,13 @@ class ModelSettings(_Section):
     reduction: Positive = 0.0625
     mixing: Annotated[str, _one_of(("auto", *MIXINGS), EARLIER_NAMES)] = "auto"
     conv_options: str = ""
+    arch_options: Annotated[str, Field(alias="options")] = ""
+    init: str = ""
+    pretrained: str = ""
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the options of the user's own network, by the names of its function's arguments."""
+        return {name.replace("-", "_"): load_yaml(text) for name, text in _pairs(self.arch_options)}
 
     def options(self) -> dict[str, Any]:
         """Return the options of the convolution, by the names that `make_conv` has for them.
@@ -158,8 +183,7 @@ class ModelSettings(_Section):
             for name, default in options_of(self.conv).items()
             if name not in own and name != "temperature"
         }
-        for part in filter(None, (part.strip() for part in self.conv_options.split(","))):
-            key, _, text = (word.strip() for word in part.partition(":"))
+        for key, text in _pairs(self.conv_options):
             if key not in free:
                 known = f"those of {self.conv} are {', '.join(free)}" if free else f"{self.conv} has none"
                 raise SettingsError(f"model.conv-options = {self.conv_options!r}: no option {key!r}; {known}")
@@ -325,6 +349,9 @@ class Settings(_Section):
     )
     """Settings that a run's results don't depend on."""
 
+    OPTIONAL: ClassVar = frozenset({"model.options", "model.init", "model.pretrained"})
+    """Settings that are kept only where they are set, so that runs from before there were any keep their names."""
+
     kind: Annotated[str, _one_of(KINDS)] = "federated"
     model: ModelSettings = ModelSettings()
     data: DataSettings = DataSettings()
@@ -369,8 +396,46 @@ class Settings(_Section):
                 f"{self.partition.clients}: ask for at most that many, or 0 for all"
             )
         self.model.options()
+        self._check_network()
         self._check_budget()
         return self
+
+    def _check_network(self) -> None:
+        model, default = self.model, ModelSettings()
+        if is_own(model.arch):
+            for key, value, usual in (
+                ("stem", model.stem, default.stem),
+                ("width", model.width, default.width),
+            ):
+                if value != usual:
+                    raise SettingsError(
+                        f"model.{key} = {value!r} has no effect with model.arch = {model.arch!r}: leave it out, or "
+                        "hand the function a value by model.options"
+                    )
+        elif model.arch_options:
+            raise SettingsError(
+                f"model.options = {model.arch_options!r}: model.arch = {model.arch!r} has none; they are for a "
+                "function of your own, module:function"
+            )
+        if model.init and model.pretrained:
+            raise SettingsError(
+                f"model.init = {model.init!r} and model.pretrained = {model.pretrained!r}: a run starts from "
+                "one of them"
+            )
+        if not model.pretrained:
+            return
+        needed = {"stem": "imagenet", "norm": "batch", "width": 1.0}
+        if model.arch not in TORCHVISION:
+            raise SettingsError(
+                f"model.pretrained = {model.pretrained!r} needs a network of torchvision's, and model.arch = "
+                f"{model.arch!r}: use one of {', '.join(TORCHVISION)}"
+            )
+        for name, wanted in needed.items():
+            if getattr(model, name) != wanted:
+                raise SettingsError(
+                    f"model.pretrained = {model.pretrained!r} needs torchvision's network, and model.{name} = "
+                    f"{getattr(model, name)!r}: set model.{name}={wanted}"
+                )
 
     def _check_budget(self) -> None:
         model, budget = self.model, self.budget
@@ -444,7 +509,11 @@ class Settings(_Section):
     def kept(self) -> dict[str, Scalar]:
         """Return what a run's files keep: all settings that it heeds, as they were before `in_folder`."""
         flat, unused = self.model_copy(update={"run_dir": "", "resume": False}).flat(), self.unused
-        return {key: value for key, value in flat.items() if key not in unused}
+        return {
+            key: value
+            for key, value in flat.items()
+            if key not in unused and (value or key not in self.OPTIONAL)
+        }
 
     def in_folder(self, run_dir: Path) -> Settings:
         """Return the same run in this folder, going on where it was stopped."""

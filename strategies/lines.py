@@ -24,6 +24,7 @@ def header_lines(federation: Federation, own_data: bool = False) -> list[str]:
         f"{server.rounds} rounds of {server.strategy} with {asked}, {settings.train.local_epochs} local epochs of "
         f"batch {settings.train.batch_size}; policy {settings.budget.policy}, {_limits(federation.budget)}; "
         f"seed {settings.seed}",
+        *([f"starting from {federation.start}"] if federation.start else []),
     ]
 
 

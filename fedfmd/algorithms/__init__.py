@@ -6,6 +6,7 @@ from fedfmd.algorithms import fedavg, fedbn, fedbuff, fednova, fedprox, optimise
 from fedfmd.algorithms.algorithm import ALGORITHMS, Algorithm, LocalTraining, Update
 from fedfmd.algorithms.flower import OwnStrategy
 from fedfmd.errors import SettingsError, not_one_of
+from fedfmd.own_code import is_own
 from fedfmd.settings import ServerSettings, Settings
 
 __all__ = ["ALGORITHMS", "Algorithm", "LocalTraining", "Update", "find_algorithm", "make_algorithm"]
@@ -18,7 +19,7 @@ def make_algorithm(settings: Settings) -> Algorithm:
         SettingsError: unknown name.
     """
     name = settings.server.strategy
-    if ":" in name:
+    if is_own(name):
         return OwnStrategy(settings)
     if name not in ALGORITHMS:
         raise SettingsError(

@@ -21,11 +21,11 @@ from flwr.app import Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
-from fedfmd import plugins
 from fedfmd.algorithms.algorithm import Algorithm, Update, mean
 from fedfmd.algorithms.tree import Leaves, flatten, unflatten
 from fedfmd.errors import RunError, SettingsError
 from fedfmd.flower_compat import kept_between_rounds, start_step
+from fedfmd.own_code import find, sources_of
 from fedfmd.protocol.messages import METRICS, from_record, to_record
 from fedfmd.protocol.state import Arrays
 
@@ -95,8 +95,7 @@ class OwnStrategy(FlowerAlgorithm):
     @property
     def sources(self) -> tuple[Path, ...]:
         """The file that the class is in."""
-        file = inspect.getsourcefile(self._kind)
-        return (Path(file),) if file else ()
+        return sources_of(self._kind)
 
     def strategy(self) -> FedAvg:
         """Make the user's strategy."""
@@ -105,7 +104,7 @@ class OwnStrategy(FlowerAlgorithm):
     @cached_property
     def _kind(self) -> type[FedAvg]:
         name = self.settings.server.strategy
-        kind = plugins.find("server.strategy", name)
+        kind = find("server.strategy", name)
         if not (inspect.isclass(kind) and issubclass(kind, FedAvg)):
             raise SettingsError(
                 f"server.strategy = {name!r} must be a class that derives from Flower's FedAvg"

@@ -45,7 +45,9 @@ class Host:
         """The calling thread's model, for all clients that it trains: nodes of one process are threads."""
         if _thread.host is not self:
             _thread.host = self
-            _thread.model = build_model(self.settings, self.dataset.classes).to(self.device)
+            _thread.model = build_model(self.settings, self.dataset.classes, self.dataset.image_size).to(
+                self.device
+            )
         return _thread.model
 
 

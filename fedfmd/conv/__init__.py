@@ -1,7 +1,8 @@
-"""Dynamic convolutions: the operators, their factory, temperature, diagnostics, ablation, reference weights."""
+"""Dynamic convolutions: operators, factory, conversion of static networks, temperature, diagnostics, ablation."""
 
 from fedfmd.conv.ablation import only_attentions, recorded_attentions
 from fedfmd.conv.attention import ATTENTION_INITS
+from fedfmd.conv.convert import load_static_state_dict, make_dynamic
 from fedfmd.conv.diagnostics import AttentionRecord, record_attention
 from fedfmd.conv.factory import CONVS, OPTIONS, has_kernel_attention, is_dynamic, make_conv, options_of
 from fedfmd.conv.layers import DynamicConv2d, dynamic_layers, has_temperature, set_temperature
@@ -31,7 +32,9 @@ __all__ = [
     "has_temperature",
     "is_dynamic",
     "load_reference_state_dict",
+    "load_static_state_dict",
     "make_conv",
+    "make_dynamic",
     "only_attentions",
     "options_of",
     "record_attention",

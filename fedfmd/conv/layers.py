@@ -15,7 +15,7 @@ from fedfmd.conv.mixing import AUTO, EARLIER_NAMES, MIXINGS, convolve, is_traced
 from fedfmd.conv.plain import Geometry
 from fedfmd.conv.temperature import check_temperature
 
-IntPair = int | tuple[int, int]
+IntPair = int | tuple[int, ...]
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 BANKS = ("bank", "bias_bank")
 """The parameters of a layer that hold one entry per kernel."""

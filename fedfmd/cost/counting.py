@@ -26,7 +26,7 @@ BYTES_PER_NUMBER = 4
 COPIES_OF_PARAMETERS = 3  # SGD with momentum holds each parameter, its gradient and its momentum
 
 CONVOLUTIONS = (nn.Conv2d, DynamicConv2d)
-STORING = (*CONVOLUTIONS, nn.BatchNorm2d, nn.GroupNorm, nn.MaxPool2d, nn.Linear)
+STORING = (*CONVOLUTIONS, nn.BatchNorm2d, nn.GroupNorm, nn.ReLU6, nn.MaxPool2d, nn.Linear)
 
 
 @dataclass(frozen=True)
@@ -181,8 +181,9 @@ def kernel_gradient_macs(layer: DynamicConv2d) -> int:
 def stored_numbers(call: Call) -> int:
     """Numbers that the backward pass needs from a layer: its output, which is the next layer's input.
 
-    ReLU works in place. Where attention scales the input or output of a dynamic convolution, the numbers
-    before and after are needed. Per-sample kernels are left out: the mixing decides whether they are kept.
+    ReLU works in place, and so does ReLU6, but that keeps what it was given. Where attention scales the input or
+    output of a dynamic convolution, the numbers before and after are needed. Per-sample kernels are left out: the
+    mixing decides whether they are kept.
     """
     numbers = prod(call.output[1:])
     if isinstance(call.layer, DynamicConv2d):

@@ -28,6 +28,7 @@ from fedfmd.run_folder import open_run_folder, run_path
 from fedfmd.runs import EpochRow, RunFolder, known, latest_checkpoint, save_checkpoint
 from fedfmd.seeds import derive_seed
 from fedfmd.settings import Settings
+from fedfmd.start import load_start
 from fedfmd.tracking import find_callbacks
 from fedfmd.training import Best, LocalSGD, evaluate_on_both, learning_rate, train
 
@@ -47,6 +48,7 @@ class Training:
     sgd: LocalSGD
     temperature: TemperatureSchedule
     device: torch.device
+    start: str = ""
 
 
 @dataclass(frozen=True)
@@ -101,9 +103,13 @@ def prepare_centralised(settings: Settings) -> Training:
     run_path(settings)
     device = torch_device(settings)
     dataset = build_dataset(settings)
-    model = build_model(settings, dataset.classes).to(device)
+    model = build_model(settings, dataset.classes, dataset.image_size)
+    start = load_start(model, settings, dataset.classes)
+    model = model.to(device)
     cost = count(model, dataset.image_size)
-    return Training(settings, dataset, model, cost, build_sgd(settings), build_temperature(settings), device)
+    return Training(
+        settings, dataset, model, cost, build_sgd(settings), build_temperature(settings), device, start
+    )
 
 
 def _run_epoch(
@@ -207,6 +213,7 @@ def _header(training: Training) -> list[str]:
         f"fedfmd {fedfmd.__version__}: {describe_network(settings, training.cost, dataset)}",
         f"{settings.length} epochs over {len(dataset.train):,} images in batches of {train.batch_size}, learning rate "
         f"{train.lr:g} ({train.schedule}), {train.precision} on {training.device}; seed {settings.seed}",
+        *([f"starting from {training.start}"] if training.start else []),
     ]
 
 

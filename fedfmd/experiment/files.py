@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from fedfmd.errors import SettingsError
-from fedfmd.plugins import look_in
+from fedfmd.own_code import look_in
 from fedfmd.report.selection import Selection
 from fedfmd.settings import Settings, flatten, read_yaml
 from fedfmd.strict_yaml import load_yaml

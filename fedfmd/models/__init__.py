@@ -1,6 +1,6 @@
-"""Residual networks over any convolution: ``make_model("resnet18", "fmdconv", classes=10)``."""
+"""Networks over any convolution: ``make_model("resnet18", "fmdconv", classes=10)``."""
 
-from fedfmd.models.factory import make_model
-from fedfmd.models.resnet import MODELS, Architecture, feature_layers, resnet
+from fedfmd.models.factory import MODELS, TORCHVISION, make_model
+from fedfmd.models.resnet import NORMS, Architecture, feature_layers, resnet
 
-__all__ = ["MODELS", "Architecture", "feature_layers", "make_model", "resnet"]
+__all__ = ["MODELS", "NORMS", "TORCHVISION", "Architecture", "feature_layers", "make_model", "resnet"]

@@ -11,7 +11,13 @@ from typing import Any
 from torch import nn
 
 from fedfmd.conv import make_conv
-from fedfmd.models.resnet import MODELS, NORMS, STEMS, resnet
+from fedfmd.models.mobilenet import MOBILENETS, MobileNet
+from fedfmd.models.resnet import NORMS, RESNETS, STEMS, Architecture
+
+MODELS: dict[str, Architecture | MobileNet] = {**RESNETS, **MOBILENETS}
+
+TORCHVISION = ("resnet18", "resnet34", "resnet50", "mobilenetv2")
+"""Those that torchvision has too, with the ImageNet stem."""
 
 
 def make_model(
@@ -25,22 +31,23 @@ def make_model(
     width: float = 1.0,
     **conv_options: Any,
 ) -> nn.Sequential:
-    """Build a residual network that maps images B×3×H×W to logits B×classes.
+    """Build a network that maps images B×3×H×W to logits B×classes.
 
     Args:
         arch: a name in ``MODELS``.
-        conv: a name in ``CONVS``, for the main path of the residual blocks; stem, 1×1 shortcuts and
-            classifier stay plain.
+        conv: a name in ``CONVS``, for the main path of a ResNet's blocks, or all convolutions of a MobileNet
+            but the stem; stem, 1×1 shortcuts and classifier stay plain.
         classes: number of classes, at least 2.
         kernels: kernels per bank of a dynamic convolution.
-        stem: ``"cifar"`` (3×3, stride 1) for small images, ``"imagenet"`` (7×7, stride 2, max-pooling).
+        stem: ``"cifar"`` (3×3, stride 1) for small images, ``"imagenet"`` (a ResNet's: 7×7, stride 2,
+            max-pooling; a MobileNet's: 3×3, stride 2, and a stride in the second stage).
         norm: ``"batch"``, or ``"group"`` for GroupNorm with 8 channels per group; then the squeeze of a
             dynamic convolution keeps no batch statistics either.
         width: factor on every channel count; the result is the nearest multiple of 8, and at least 8.
         conv_options: more options of ``make_conv``, such as ``temperature``, ``attentions`` and ``mixing``.
 
-    With ``conv="static"`` and ``stem="imagenet"``, resnet18, 34 and 50 are torchvision's: the same state-dict
-    names and, from the same weights, the same output.
+    With ``conv="static"`` and ``stem="imagenet"``, resnet18, 34, 50 and mobilenetv2 are torchvision's: the same
+    state-dict names and, from the same weights, the same output.
 
     Raises:
         ValueError: an unknown name (the error gives the nearest valid one), ``width`` ≤ 0 or ``classes`` < 2.
@@ -52,7 +59,7 @@ def make_model(
     if classes < 2:
         raise ValueError(f"classes = {classes} must be at least 2")
     block_conv = partial(make_conv, conv, kernels=kernels, norm=norm, **conv_options)
-    return resnet(MODELS[arch], classes, conv=block_conv, norm=norm, stem=stem, width=width)
+    return MODELS[arch].build(classes, conv=block_conv, norm=norm, stem=stem, width=width)
 
 
 def _check_name(setting: str, name: str, valid: Iterable[str]) -> None:

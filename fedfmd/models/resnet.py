@@ -15,12 +15,13 @@ from dataclasses import dataclass
 
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1
+from torchvision.ops.misc import Conv2dNormActivation
 
 CHANNELS_PER_GROUP = 8
 """Channels that share one GroupNorm statistic. Every width is a multiple of it, so that it always divides."""
 
 ConvFactory = Callable[..., nn.Module]
-"""Called like ``nn.Conv2d(in_channels, out_channels, kernel_size, stride=…, padding=…)``."""
+"""Called like ``nn.Conv2d(in_channels, out_channels, kernel_size, stride=…, padding=…, groups=…)``."""
 
 NormFactory = Callable[[int], nn.Module]
 """Called with the number of channels."""
@@ -35,14 +36,17 @@ class Stage(nn.Sequential):
     """The residual blocks of one resolution, one after another."""
 
 
+FEATURES = (Stage, BasicBlock, Bottleneck, Conv2dNormActivation)
+"""Modules that end in a ReLU, so that their feature maps have no negative values."""
+
+
 def feature_layers(model: nn.Module) -> tuple[str, ...]:
-    """Return the names of a network's stages and of their blocks, `layer1`, `layer1.0`, …, in order."""
-    return tuple(
-        name
-        for stage_name, stage in model.named_modules()
-        if isinstance(stage, Stage)
-        for name in (stage_name, *(f"{stage_name}.{block}" for block, _ in stage.named_children()))
-    )
+    """Return the names of a network's layers of feature maps, in order.
+
+    They are the stages and blocks of a ResNet, `layer1`, `layer1.0`, …, and in a MobileNet the convolutions with an
+    activation, `features.1.conv.0`, ….
+    """
+    return tuple(name for name, module in model.named_modules() if isinstance(module, FEATURES))
 
 
 @dataclass(frozen=True)
@@ -53,8 +57,20 @@ class Architecture:
     blocks: tuple[int, ...]
     channels: tuple[int, ...]
 
+    def build(
+        self,
+        classes: int,
+        *,
+        conv: ConvFactory,
+        norm: str = "batch",
+        stem: str = "cifar",
+        width: float = 1.0,
+    ) -> nn.Sequential:
+        """Build the network, as `resnet` does."""
+        return resnet(self, classes, conv=conv, norm=norm, stem=stem, width=width)
 
-MODELS: dict[str, Architecture] = {
+
+RESNETS: dict[str, Architecture] = {
     "resnet8": Architecture(BasicBlock, (1, 1, 1), (16, 32, 64)),
     "resnet20": Architecture(BasicBlock, (3, 3, 3), (16, 32, 64)),
     "resnet18": Architecture(BasicBlock, (2, 2, 2, 2), (64, 128, 256, 512)),
@@ -126,10 +142,27 @@ def resnet(
         "fc": nn.Linear(in_channels, classes),
     }
     model = nn.Sequential(layers)
-    for layer in model.modules():
-        if type(layer) is nn.Conv2d:  # a dynamic layer initialises its own bank
-            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+    init_convolutions(model)
     return model
+
+
+def init_convolutions(model: nn.Module) -> None:
+    """Draw the weights of static convolutions as He et al. (ICCV 2015) do; a dynamic one draws its own bank."""
+    for layer in model.modules():
+        if type(layer) is nn.Conv2d:
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+
+
+def made_like(plain: nn.Conv2d, conv: ConvFactory) -> nn.Module:
+    """Make a convolution of the same shape by ``conv``."""
+    return conv(
+        plain.in_channels,
+        plain.out_channels,
+        plain.kernel_size,
+        stride=plain.stride,
+        padding=plain.padding,
+        groups=plain.groups,
+    )
 
 
 def _residual_block(
@@ -148,12 +181,5 @@ def _residual_block(
     module: nn.Module = block(in_channels, planes, stride, shortcut, norm_layer=norm)
     for name, plain in list(module.named_children()):
         if isinstance(plain, nn.Conv2d):
-            made = conv(
-                plain.in_channels,
-                plain.out_channels,
-                plain.kernel_size,
-                stride=plain.stride,
-                padding=plain.padding,
-            )
-            setattr(module, name, made)
+            setattr(module, name, made_like(plain, conv))
     return module

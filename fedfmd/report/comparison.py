@@ -132,12 +132,12 @@ def _rows(read: Callable[[Path], list[Row]], path: Path) -> list[Row]:
 
 @lru_cache
 def _cost(settings: Settings) -> Cost | None:
-    """Count the network of these settings, None where its data set can't be loaded."""
+    """Count the network of these settings, None where its data set, or the user's own code, can't be loaded."""
     try:
         classes, pixels = _shape(settings.data)
+        return count(build_model(settings, classes, pixels), pixels)
     except SettingsError:
         return None
-    return count(build_model(settings, classes), pixels)
 
 
 def _shape(data: DataSettings) -> tuple[int, int]:

@@ -33,7 +33,9 @@ def cost_rows(settings: Settings, classes: int, image_size: int, measure: bool) 
     """
     rows = []
     for conv in CONVS:
-        model = build_model(Settings.from_mapping(settings.flat() | {"model.conv": conv}), classes)
+        model = build_model(
+            Settings.from_mapping(settings.flat() | {"model.conv": conv}), classes, image_size
+        )
         cost = count(model, image_size)
         row = {
             "conv": conv,

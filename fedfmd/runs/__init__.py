@@ -14,7 +14,7 @@ from fedfmd.runs.checkpoint import (
 )
 from fedfmd.runs.files import atomic_write, save_tensors
 from fedfmd.runs.folder import CHECKPOINTS, RunFolder, environment, read_environment
-from fedfmd.runs.provenance import code_digest
+from fedfmd.runs.provenance import code_digest, file_digest
 from fedfmd.runs.rows import (
     CLIENT_COLUMNS,
     EPOCH_COLUMNS,
@@ -52,6 +52,7 @@ __all__ = [
     "code_digest",
     "csv_text",
     "environment",
+    "file_digest",
     "kept_settings",
     "known",
     "latest_checkpoint",

@@ -99,9 +99,13 @@ class RunFolder:
         """Write the resolved settings, in their order."""
         atomic_write(self.settings, yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True))
 
-    def write_environment(self, *own: Path) -> None:
-        """Write the versions, the machine and the code that the run uses, `own` files of the user included."""
-        atomic_write(self.environment, json.dumps(environment(*own), indent=2) + "\n")
+    def write_environment(self, *own: Path, weights: str | None = None) -> None:
+        """Write the versions, the machine and the code that the run uses, `own` files of the user included.
+
+        `weights` is the digest of those that the run starts from, where they aren't drawn.
+        """
+        facts = environment(*own) | ({"weights": weights} if weights else {})
+        atomic_write(self.environment, json.dumps(facts, indent=2) + "\n")
 
     def append_round(self, row: RoundRow, clients: Iterable[ClientRow]) -> None:
         """Add a finished round and its clients.

@@ -80,6 +80,6 @@ def load_classifier(path: Path | str) -> Classifier:
         raise SettingsError(f"cannot read the classifier {path}: {error}") from None
     images = ImageFormat.from_lists(header["images"])
     settings = Settings.from_mapping(header["settings"])
-    model = build_model(settings, len(images.class_names))
+    model = build_model(settings, len(images.class_names), images.image_size)
     model.load_state_dict(state)
     return Classifier(model.eval(), settings, images)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -19,12 +21,19 @@ def default_layer(model: nn.Module, images: Tensor) -> str:
     Deeper features are closer to the class, but small images leave too few of them to show a place: the last
     stage of a ResNet-18 has 4 × 4 at 32 × 32 pixels.
     """
-    stages, chosen, x = feature_layers(model), "", images[:1]
-    for name, module in model.named_children():
-        x = module(x)
-        if name in stages and (not chosen or min(x.shape[2:]) >= FINE_ENOUGH):
-            chosen = name
-    return chosen
+    layers, sides = feature_layers(model), dict[str, int]()
+    stages = [name for name in layers if not any(name.startswith(f"{other}.") for other in layers)]
+
+    def record(name: str, _module: nn.Module, _inputs: object, out: Tensor) -> None:
+        sides[name] = min(out.shape[2:])
+
+    handles = [model.get_submodule(name).register_forward_hook(partial(record, name)) for name in stages]
+    try:
+        model(images[:1])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return next((name for name in reversed(stages) if sides[name] >= FINE_ENOUGH), stages[0])
 
 
 def grad_cam_pp(model: nn.Module, layer: str, images: Tensor, classes: Tensor | None = None) -> Tensor:

@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, field
 from inspect import isclass
 from pathlib import Path
 
-from fedfmd import plugins
 from fedfmd.errors import SettingsError, need, not_one_of, one_line
+from fedfmd.own_code import find
 from fedfmd.runs import (
     ClientRow,
     EpochRow,
@@ -64,7 +64,7 @@ def _find(name: str) -> type[Callback]:
                 f"{setting} = {name!r}: {not_one_of(name, LOGGERS)}, or module:Class of your own"
             )
         need(f"{setting} = {name!r}", name)
-    kind = plugins.find(setting, LOGGERS.get(name, name))
+    kind = find(setting, LOGGERS.get(name, name))
     if not (isclass(kind) and issubclass(kind, Callback)):
         raise SettingsError(
             f"{setting} = {name!r} must be a class with the methods run_started, round_ended and run_ended: derive "

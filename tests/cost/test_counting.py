@@ -31,6 +31,9 @@ def imagenet(arch, conv, kernels):
         ("resnet50", "fmdconv", 2, 53_996_424, None),
         ("resnet50", "fmdconv", 4, 95_405_480, 4.1797e9),
         ("resnet50", "fmdconv", 8, 178_223_592, None),
+        ("mobilenetv2", "static", 1, 3_504_872, 300.8e6),
+        ("mobilenetv2", "odconv", 1, 4_940_185, None),  # published: 4.94 M and 11.51 M
+        ("mobilenetv2", "odconv", 4, 11_512_149, None),
     ],
 )
 def test_published_counts(arch, conv, kernels, params, macs):
@@ -134,7 +137,7 @@ def test_bytes_are_those_of_the_state_dict():
 
 
 @pytest.mark.parametrize("norm", ["batch", "group"])
-@pytest.mark.parametrize("arch", ["resnet8", "resnet18"])
+@pytest.mark.parametrize("arch", ["resnet8", "resnet18", "mobilenetv2"])
 def test_activations_are_what_autograd_keeps(arch, norm):
     model = make_model(arch, "static", 10, norm=norm)
     own = {t.untyped_storage().data_ptr() for t in model.state_dict().values()}

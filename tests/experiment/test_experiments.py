@@ -20,6 +20,7 @@ RUNS = {
     "temperature": 12,
     "uploads": 6,
     "own/callback": 1,
+    "own/network": 1,
     "paper/operators": 60,
     "paper/operators-small": 70,
     "paper/attentions": 21,

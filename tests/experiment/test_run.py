@@ -81,6 +81,16 @@ def test_a_run_prints_a_line_per_round_and_leaves_its_files(run, write_yaml, tmp
         assert line in text
 
 
+def test_the_example_of_an_own_network_runs_as_it_is(run, no_plots, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setenv("PYTHONPATH", "")
+    example = Path(__file__).parents[2] / "experiments" / "own" / "network.yaml"
+    (folder,), text = run(example, out=Path("results"))
+    assert "network:make with fmdconv (K=2)" in text
+    first, last = read_rounds(folder / "rounds.csv")
+    assert first.accuracy < last.accuracy
+
+
 def test_a_matrix_loads_the_images_of_a_seed_once(run, pools, started, write_yaml, monkeypatch):
     loads = []
     hold_out = build.hold_out

@@ -97,6 +97,8 @@ def test_an_unknown_layer_is_an_error():
         ("resnet18", "cifar", 32, "layer3"),  # 8 x 8; layer4 has 4 x 4
         ("resnet20", "cifar", 32, "layer3"),  # 8 x 8, the last
         ("resnet20", "imagenet", 16, "layer1"),  # 4 x 4, the finest
+        ("mobilenetv2", "imagenet", 224, "features.18"),  # 7 x 7
+        ("mobilenetv2", "cifar", 32, "features.14.conv.0"),  # 8 x 8, before the stride of this block
     ],
 )
 def test_the_default_layer_is_the_deepest_that_can_show_a_place(arch, stem, size, layer):
