@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -71,7 +72,7 @@ def run_flower(
     with tempfile.TemporaryDirectory(prefix="fedfmd-flwr-") as scratch:
         home, app = Path(scratch) / "home", Path(scratch) / "fedfmd"
         port = free_port()
-        environment = flower_environment(home)
+        environment = flower_environment(home) | _importable_here()
         _write_connection(home, port)
         _stage_app(app, run_config)
         try:
@@ -82,6 +83,11 @@ def run_flower(
             _check_status(run_id, environment)
         finally:
             end_processes(before)
+
+
+def _importable_here() -> dict[str, str]:
+    """Return the variable by which other processes import what this one can: modules beside the experiment file."""
+    return {"PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path)}
 
 
 def _write_connection(home: Path, port: int) -> None:
