@@ -192,7 +192,7 @@ def test_help_is_plain_and_whole(command, width, fedfmd, monkeypatch):
     status, out, _ = fedfmd(*filter(None, [command]), "--help")
     assert status == 0
     assert "\\" not in out
-    assert "... " not in f"{out} ".replace("IMAGES...", "").replace("FOLDERS...", "").replace("\n", " ")
+    assert "..." not in out.partition("Options:")[2]  # before, it says that there may be several arguments
     assert max(map(len, out.splitlines())) <= width
 
 
