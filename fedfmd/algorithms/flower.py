@@ -110,7 +110,8 @@ class OwnStrategy(FlowerAlgorithm):
             kind = getattr(importlib.import_module(module), attribute)
         except (ImportError, AttributeError) as error:
             raise SettingsError(
-                f"server.strategy = {name!r} can't be imported ({error}): put its folder on PYTHONPATH"
+                f"server.strategy = {name!r} can't be imported ({error}): put it beside the experiment file, "
+                "or its folder on PYTHONPATH"
             ) from None
         if not (inspect.isclass(kind) and issubclass(kind, FedAvg)):
             raise SettingsError(
