@@ -27,7 +27,7 @@ def here(tmp_path, monkeypatch):
 @pytest.fixture
 def tiny(tiny_settings):
     """Settings of a run of a second, as a mapping."""
-    return tiny_settings().flat()
+    return tiny_settings().kept()
 
 
 def test_a_run_is_silent_and_its_results_are_tables(tiny, capfd):
