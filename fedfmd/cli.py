@@ -2,27 +2,90 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, NoReturn
 
+import click
 import typer
+from typer.core import TyperCommand
 
 from fedfmd.errors import FedfmdError, SettingsError, need
+from fedfmd.packaged import copy_templates, examples
+from fedfmd.version import __version__
+
+
+class _Command(TyperCommand):
+    """A command with plain help: typer puts a backslash before brackets, for markup that is off here."""
+
+    def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        super().format_help(ctx, formatter)
+        formatter.buffer = [text.replace(r"\[", "[") for text in formatter.buffer]
+
 
 cli = typer.Typer(
     help="Federated learning of dynamic-convolution ResNets on simulated and real edge fleets.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+command = partial(cli.command, cls=_Command)
+
+
+def _complete_experiment(incomplete: str) -> list[str]:
+    """Return the examples, YAML files and folders whose names go on from here."""
+    start = Path(incomplete)
+    folder, name = (start, "") if incomplete.endswith("/") else (start.parent, start.name)
+    found = sorted(folder.glob(f"{glob.escape(name)}*")) if folder.is_dir() else []
+    return [
+        *(name for name in examples() if name.startswith(incomplete)),
+        *(f"{path}/" for path in found if path.is_dir()),
+        *(str(path) for path in found if path.suffix in (".yaml", ".yml")),
+    ]
+
+
+def _complete_setting(incomplete: str) -> list[str]:
+    """Return the keys that go on from here, or after `key=` the values."""
+    from fedfmd.experiment.reference import all_settings
+
+    key, equals, value = incomplete.partition("=")
+    if not equals:
+        return [f"{setting.key}=" for setting in all_settings() if setting.key.startswith(key)]
+    choices = next((setting.choices for setting in all_settings() if setting.key == key), ())
+    return [f"{key}={choice}" for choice in choices if choice.startswith(value)]
+
+
+def _complete_value(key: str) -> Callable[[str], list[str]]:
+    """Return what completes the values of a setting."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [text.partition("=")[2] for text in _complete_setting(f"{key}={incomplete}")]
+
+    return complete
+
+
+ExperimentFile = Annotated[
+    Path,
+    typer.Argument(
+        help=f"Experiment file (YAML), or the name of one that comes with fedfmd: {', '.join(examples())}.",
+        autocompletion=_complete_experiment,
+    ),
+]
 
 Overrides = Annotated[
-    list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change a setting; may be repeated.")
+    list[str],
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Change a setting, of those that fedfmd settings lists; may be repeated.",
+        autocompletion=_complete_setting,
+    ),
 ]
 
 
@@ -51,14 +114,25 @@ class Backend(StrEnum):
     cuda = "cuda"
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"fedfmd {__version__}")
+        raise typer.Exit
+
+
 @cli.callback()
-def _quiet() -> None:
+def _fedfmd(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_show_version),
+    ] = False,
+) -> None:
     """Federated learning of dynamic-convolution ResNets on simulated and real edge fleets."""
 
 
-@cli.command(epilog="Example: fedfmd run experiments/quickstart.yaml --set model.conv=static --set seed=1")
+@command(epilog="Example: fedfmd run quickstart --set model.conv=static --set seed=1")
 def run(
-    file: Annotated[Path, typer.Argument(help="Experiment file (YAML).")],
+    file: ExperimentFile,
     overrides: Overrides = [],  # noqa: B006 - typer copies it
     out: Annotated[
         Path | None,
@@ -98,7 +172,39 @@ def run(
         _fail("stopped; finished rounds are kept, run the same command again to go on", 130)
 
 
-@cli.command(epilog="Example: fedfmd report runs --target 90 --out report")
+@command(epilog="Example: fedfmd init mine")
+def init(
+    folder: Annotated[
+        Path, typer.Argument(file_okay=False, help="Folder to write into, made if it isn't there.")
+    ],
+) -> None:
+    """Write an experiment of your own to start from.
+
+    It comes with comments, and with an algorithm of your own beside it. No file is overwritten.
+    """
+    for path in copy_templates(folder):
+        typer.echo(path)
+    typer.echo(f"now: fedfmd run {folder / 'experiment.yaml'}", err=True)
+
+
+@command(epilog="Example: fedfmd settings temperature")
+def settings(
+    word: Annotated[
+        str, typer.Argument(help="Only settings whose name, meaning or values hold this; by default all.")
+    ] = "",
+    as_json: AsJson = False,
+) -> None:
+    """List the settings: meaning, allowed values, default."""
+    from rich.console import Console
+
+    from fedfmd.experiment.reference import find_settings, settings_table
+    from fedfmd.report.tables import show
+
+    found = find_settings(word)
+    show([asdict(setting) for setting in found], settings_table(found), as_json, Console())
+
+
+@command(epilog="Example: fedfmd report runs --target 90 --out report")
 def report(
     folders: Annotated[
         list[Path], typer.Argument(help="Run folders, packed runs, or folders that hold some.")
@@ -134,7 +240,10 @@ def report(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compare runs over seeds: report.html with all plots, tables in report.md and report.csv, curves.png."""
+    """Compare runs over seeds, in tables, plots and a page.
+
+    Writes report.html with all plots, the tables as report.md and report.csv, and curves.png.
+    """
     from rich.console import Console, Group
 
     from fedfmd.report import LIBRARIES
@@ -153,9 +262,11 @@ def report(
     show(rows, Group(*map(terminal_table, make_sheets(summary))), as_json, Console())
 
 
-@cli.command(epilog="Example: fedfmd cost --model resnet18 --image-size 224 --classes 1000 --stem imagenet")
+@command(epilog="Example: fedfmd cost --model resnet18 --image-size 224 --classes 1000 --stem imagenet")
 def cost(
-    model: Annotated[str, typer.Option(help="Architecture, as model.arch.")] = "resnet18",
+    model: Annotated[
+        str, typer.Option(help="Architecture, as model.arch.", autocompletion=_complete_value("model.arch"))
+    ] = "resnet18",
     image_size: Annotated[int, typer.Option(min=1, help="Height and width in pixels.")] = 32,
     classes: Annotated[int, typer.Option(min=2, help="Number of classes.")] = 10,
     kernels: Annotated[int, typer.Option(min=1, help="Kernels per bank.")] = 4,
@@ -167,7 +278,10 @@ def cost(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Compare what a network costs with each convolution: parameters, MACs, FLOPs and bytes for one image."""
+    """Compare what a network costs with each convolution.
+
+    Counts parameters, MACs, FLOPs and bytes, for one image.
+    """
     from rich.console import Console
 
     from fedfmd.report.tables import cost_rows, cost_table, show
@@ -181,18 +295,23 @@ def cost(
     show(rows, cost_table(rows, title), as_json, Console())
 
 
-@cli.command(
-    epilog="Example: fedfmd partition --set partition.alpha=0.1 --set partition.clients=20 --out split"
-)
+@command(epilog="Example: fedfmd partition --set partition.alpha=0.1 --set partition.clients=20 --out split")
 def partition(
     out: Annotated[Path, typer.Option(file_okay=False, help="Folder for partition.npz and partition.png.")],
     file: Annotated[
-        Path | None, typer.Argument(help="Experiment file (YAML); by default the defaults.")
+        Path | None,
+        typer.Argument(
+            help="Experiment file (YAML), or the name of an example; by default the defaults.",
+            autocompletion=_complete_experiment,
+        ),
     ] = None,
     overrides: Overrides = [],  # noqa: B006 - typer copies it
     as_json: AsJson = False,
 ) -> None:
-    """Split a data set over the clients: a table, a picture and the images of each client."""
+    """Split a data set over the clients.
+
+    Gives a table, a picture and the images of each client.
+    """
     from rich.console import Console
 
     from fedfmd.build import build_dataset, build_partition
@@ -208,17 +327,26 @@ def partition(
     show(rows, partition_table(rows, f"{dataset.name}: {split.title}"), as_json, Console())
 
 
-@cli.command(
+@command(
     epilog="Example: fedfmd calibrate --model resnet8 --conv fmdconv --batch-size 16 --name pi-attic --out box.yaml"
 )
 def calibrate(
     models: Annotated[
-        list[str], typer.Option("--model", metavar="ARCH", help="Network, as model.arch; may be repeated.")
+        list[str],
+        typer.Option(
+            "--model",
+            metavar="ARCH",
+            help="Network, as model.arch; may be repeated.",
+            autocompletion=_complete_value("model.arch"),
+        ),
     ] = ["resnet8"],  # noqa: B006 - typer copies it
     convs: Annotated[
         list[str] | None,
         typer.Option(
-            "--conv", metavar="CONV", help="Convolution, as model.conv; may be repeated; by default all."
+            "--conv",
+            metavar="CONV",
+            help="Convolution, as model.conv; may be repeated; by default all.",
+            autocompletion=_complete_value("model.conv"),
         ),
     ] = None,
     batch_sizes: Annotated[
@@ -254,7 +382,10 @@ def calibrate(
     up_mbps: Annotated[float | None, typer.Option(min=0.001, help="The link's rate to the server.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure training and inference on this machine; write it as a device for fleets and SuperNodes."""
+    """Measure this machine, as a device for fleets.
+
+    Times training and inference, and writes a device profile for fleets and SuperNodes.
+    """
     import torch
     from rich.console import Console
     from rich.progress import track
@@ -296,7 +427,7 @@ def calibrate(
     typer.echo(f"{out}: {name}, {device.train_gflops:g} GFLOP/s in training", err=True)
 
 
-@cli.command(
+@command(
     epilog="Example: fedfmd export runs/quickstart-0123abcd/checkpoints/round-00020.safetensors --format onnx"
 )
 def export(
@@ -307,14 +438,17 @@ def export(
         int | None, typer.Option(min=1, help="Height and width in pixels; by default the run's.")
     ] = None,
 ) -> None:
-    """Write a trained model for other runtimes, for batches of any size, or for fedfmd.serving.classifier."""
+    """Write a trained model for other runtimes.
+
+    It takes batches of any size; safetensors are for fedfmd.classifier.
+    """
     from fedfmd.experiment import export_checkpoint
 
     _keep(checkpoint, out)
     typer.echo(export_checkpoint(checkpoint, target.value, out, image_size))
 
 
-@cli.command(epilog="Example: fedfmd cam runs/quickstart-0123abcd/checkpoints/round-00020.safetensors test:3")
+@command(epilog="Example: fedfmd cam runs/quickstart-0123abcd/checkpoints/round-00020.safetensors test:3")
 def cam(
     checkpoint: Annotated[Path, typer.Argument(help="A run's checkpoints/round-….safetensors.")],
     images: Annotated[
@@ -331,7 +465,10 @@ def cam(
         int | None, typer.Option("--class", help="Class to explain; by default each image's predicted one.")
     ] = None,
 ) -> None:
-    """Draw where a trained model looks (Grad-CAM++), with each of its attentions alone and with all."""
+    """Draw where a trained model looks (Grad-CAM++).
+
+    Each of its attentions is shown alone, and all together.
+    """
     need("a picture", "matplotlib")
     from fedfmd.serving.cam import write_cam
 

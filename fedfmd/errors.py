@@ -9,6 +9,7 @@ from importlib.util import find_spec
 EXTRAS = {
     "matplotlib": "report",
     "scipy": "report",
+    "pandas": "report",
     "flwr_datasets": "server",
     "sklearn": "server",
     "onnx": "export",

@@ -1,7 +1,8 @@
 """The settings of a run: one typed model for YAML files, ``flwr run`` and Python.
 
 A setting is named by a dotted key (``partition.alpha``). Values are scalars, because Flower's run
-config holds nothing else; 0 and "" stand for "not set" where a setting may be left out.
+config holds nothing else; 0 and "" stand for "not set" where a setting may be left out. The text below
+a field is its meaning, which ``fedfmd settings`` shows.
 """
 
 from __future__ import annotations
@@ -63,7 +64,10 @@ PAIRS = frozenset({"fleet.devices", "model.conv-options", "model.options"})
 
 
 def _one_of(allowed: Iterable[str], earlier: Mapping[str, str] = MappingProxyType({})) -> BeforeValidator:
-    """Accept only registered names, and `earlier` names for them; suggest the nearest one."""
+    """Accept only registered names, and `earlier` names for them; suggest the nearest one.
+
+    The names are an enumeration in the model's JSON schema.
+    """
     names = tuple(allowed)
 
     def check(value: object) -> object:
@@ -73,7 +77,7 @@ def _one_of(allowed: Iterable[str], earlier: Mapping[str, str] = MappingProxyTyp
             return earlier[value]
         raise ValueError(not_one_of(value, names))
 
-    return BeforeValidator(check)
+    return BeforeValidator(check, json_schema_input_type=Literal.__getitem__(names))
 
 
 def _arch(value: object) -> object:
@@ -124,7 +128,12 @@ def _kebab(name: str) -> str:
 
 class _Section(BaseModel):
     model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, alias_generator=_kebab, populate_by_name=True
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        alias_generator=_kebab,
+        populate_by_name=True,
+        use_attribute_docstrings=True,
     )
 
 
@@ -141,28 +150,42 @@ Attentions = Annotated[
 
 
 class ModelSettings(_Section):
-    """Which network is trained.
-
-    `arch` is a name in `MODELS`, or a user's function, `module:function`, which is called with the number of classes,
-    the images' size, a factory of convolutions, one of normalisations and `options` of its own, `name:value, …`.
-    `conv_options` are options that only some convolutions have, and no setting of their own: `name:value, …`.
-    The run starts from the weights of `init`, a checkpoint of a run, or `pretrained`, a state dict of torchvision's.
-    """
+    """Which network is trained."""
 
     arch: Annotated[str, BeforeValidator(_arch)] = "resnet8"
+    """Network. The depths 8 and 20 are for images of 32×32 pixels, the others are ImageNet's. module:function is one
+    of your own, called with classes, image_size, conv, norm and model.options.
+    """
     conv: Annotated[str, _one_of(CONVS)] = "fmdconv"
+    """Convolution of the residual blocks; the first layer and the 1×1 shortcuts are static."""
     kernels: Count = 4
+    """Kernels per layer that a dynamic convolution mixes, K."""
     attentions: Attentions = ATTENTIONS
+    """Attentions of fmdconv: one or several."""
     attention_init: Annotated[str, _one_of(ATTENTION_INITS)] = "neutral"
+    """Start of the attentions: neutral treats all samples alike until training has a reason not to; kaiming
+    is random, as published.
+    """
     stem: Literal["cifar", "imagenet"] = "cifar"
+    """First layers: cifar for small images (3×3), imagenet for large ones (7×7, stride 2, then pooling)."""
     norm: Literal["batch", "group"] = "group"
+    """Normalisation. Batch statistics differ between clients whose images do; group has none."""
     width: Positive = 1.0
+    """Factor on every number of channels."""
     reduction: Positive = 0.0625
+    """Hidden channels of fmdconv's and odconv's attention, as a share of the layer's input channels."""
     mixing: Annotated[str, _one_of(("auto", *MIXINGS), EARLIER_NAMES)] = "auto"
+    """How each sample is convolved with its own mixture of kernels. All ways give the same numbers; auto
+    chooses a fast one per layer.
+    """
     conv_options: str = ""
+    """Options that only some convolutions have, such as kernel-reduction of fmdconv: name:value, …"""
     arch_options: Annotated[str, Field(alias="options")] = ""
+    """Options of a network of your own: name:value, …"""
     init: str = ""
+    """Checkpoint whose weights the run starts from; one of a static network fits dynamic ones."""
     pretrained: str = ""
+    """File of torchvision's weights that the run starts from."""
 
     def arguments(self) -> dict[str, Any]:
         """Return the options of the user's own network, by the names of its function's arguments."""
@@ -202,140 +225,206 @@ class ModelSettings(_Section):
 
 
 class DataSettings(_Section):
-    """Which images are used. `dir`, `train` and `test` are paths; `image_size` 0 keeps the source's own.
-
-    `augment` is how training images are varied at random, "auto" being what suits the source.
-    `validation` is the share (below 1) or the number of training images held out to choose by; 0 is none.
-    `classes` is how many classes the labels of npz files stand for; 0: as many as there are labels.
-    """
+    """Which images are used."""
 
     dataset: Annotated[str, _one_of(DATASETS)] = "digits"
+    """Source of the images: digits come with scikit-learn; cifar10 and cifar100 are in data.dir, npz in
+    data.train and data.test, imagefolder in either.
+    """
     dir: str = ""
+    """Folder of the data set: the files of CIFAR, or train/ and val/ (or test/) of imagefolder."""
     train: str = ""
+    """Training images: an npz file of arrays images (N×H×W×3, uint8) and labels, or an image folder."""
     test: str = ""
+    """Test images, like data.train."""
     download: bool = False
+    """Download cifar10 or cifar100 into data.dir if it isn't there."""
     image_size: Annotated[int, Field(ge=0)] = 0
+    """Height and width in pixels; 0: 16 for digits, 64 for imagefolder, else the images' own."""
     augment: Annotated[str, _one_of(AUGMENT_CHOICES)] = "auto"
+    """How training images are varied at random: crop shifts by up to an eighth, flip mirrors. auto suits the
+    source: digits are shifted, all others mirrored too.
+    """
     validation: Annotated[NonNegative, AfterValidator(_share_or_number)] = 0.0
+    """Training images that are held out to choose by: a share below 1, or their number; 0 is none."""
     classes: Annotated[int, Field(ge=0)] = 0
+    """Classes that the labels of npz files stand for; 0: as many as there are labels."""
 
 
 class PartitionSettings(_Section):
     """How the training images are split over the clients."""
 
     scheme: Annotated[str, _one_of(PARTITIONS)] = "dirichlet"
+    """Split: iid, all alike; dirichlet, by unequal shares of each class; pathological, a few classes each;
+    quantity, by unequal amounts.
+    """
     alpha: Positive = 0.5
+    """Evenness of dirichlet and quantity: the smaller, the more unequal."""
     clients: Count = 10
+    """Clients that share the training images."""
     classes_per_client: Count = 2
+    """Classes that each client has in the pathological split."""
     min_images: Count = 1
+    """Images that every client has at least."""
 
 
 class TrainSettings(_Section):
-    """SGD on a client, or centralised for `epochs`; the learning rate follows `schedule` over rounds or epochs."""
+    """SGD on a client, or centralised."""
 
     lr: Positive = 0.05
+    """Learning rate at the start."""
     batch_size: Count = 16
+    """Images per step."""
     epochs: Count = 100
+    """Epochs of centralised training."""
     local_epochs: Count = 6
+    """Epochs of a client over its own images in a round."""
     momentum: Annotated[Number, Field(ge=0, lt=1)] = 0.9
+    """Momentum of SGD."""
     nesterov: bool = True
+    """Whether the momentum is Nesterov's."""
     weight_decay: NonNegative = 5e-4
+    """Weight decay of SGD."""
     schedule: Literal["constant", "cosine", "step"] = "cosine"
+    """How the learning rate falls over the rounds or epochs: cosine to 0; step divides it by 10 after 30, 60
+    and 90 %.
+    """
     precision: Literal["float32", "bf16"] = "float32"
+    """Numbers that forward and backward passes compute with; weights stay float32."""
     proximal_mu: NonNegative = 0.0
+    """Weight μ of FedProx's term, which holds a client near the global model; 0 is none."""
 
 
 class TemperatureSettings(_Section):
-    """Temperature of the kernel attention, over the server's rounds; over epochs in centralised training.
-
-    It goes from `initial` to `final` within `rounds` by equal steps (linear), by equal factors (geometric), by
-    half a cosine, or stays at `initial` (constant).
-    """
+    """Temperature of the kernel attention, over the server's rounds; over epochs in centralised training."""
 
     initial: Positive = 30.0
+    """Temperature in the first round: the higher, the more alike the kernels' weights."""
     final: Positive = 1.0
+    """Temperature after temperature.rounds."""
     rounds: Annotated[int, Field(ge=0)] = 10
+    """Rounds, or epochs, from the first temperature to the last."""
     shape: Literal["linear", "cosine", "geometric", "constant"] = "linear"
+    """How it gets there: by equal steps (linear), half a cosine, equal factors (geometric), or not at all
+    (constant).
+    """
 
 
 class ServerSettings(_Section):
-    """The server's loop and algorithm; `clients_per_round` 0 asks every client, `lr` 0 is the strategy's own.
+    """The server's loop and algorithm.
 
-    Centralised training heeds the settings of checkpoints alone, an epoch counting as a round. The model is tested
-    every `evaluate_every` rounds, and after the last.
-    lr, momentum (β₁), beta_2 and tau are those of server optimisers; trim is the share cut off at either end
-    by fedtrimmedavg, byzantine the number of bad clients that krum stands, buffer the number of updates that
-    fedbuff waits for, which count (1 + rounds behind)^-staleness.
+    Centralised training heeds the settings of checkpoints alone, an epoch counting as a round.
     """
 
     rounds: Count = 20
+    """Rounds of federated training."""
     clients_per_round: Annotated[int, Field(ge=0)] = 0
+    """Clients that are drawn for a round; 0 is all."""
     strategy: str = "fedavg"
+    """Algorithm by which clients train and their updates combine, or module:Class, a Flower strategy of your
+    own.
+    """
     evaluate_every: Count = 1
+    """Rounds from one test of the model to the next; the last round is always tested."""
     checkpoint_every: Count = 1
+    """Rounds, or epochs, from one checkpoint to the next; a run goes on from the newest one."""
     keep_checkpoints: Count = 2
+    """Newest checkpoints that are kept."""
     max_failed_share: Share = 0.5
+    """Share of a round's clients that may fail before the run ends."""
     round_timeout_s: Positive = 3600.0
+    """Seconds that the server waits for a round's replies; whoever is late has failed."""
     node_timeout_s: Positive = 120.0
+    """Seconds to wait for the nodes at the start."""
     lr: NonNegative = 0.0
+    """Learning rate of the server's optimiser (fedavgm, fedadagrad, fedadam, fedyogi); 0 is the strategy's
+    own.
+    """
     momentum: Annotated[Number, Field(ge=0, lt=1)] = 0.9
+    """Momentum of the server's optimiser, β₁."""
     beta_2: Annotated[Number, Field(ge=0, lt=1)] = 0.99
+    """Decay of the squared updates in fedadam and fedyogi, β₂."""
     tau: Positive = 1e-3
+    """Adaptivity of fedadagrad, fedadam and fedyogi: what is added to the root of the squares."""
     trim: Annotated[Number, Field(ge=0, lt=0.5)] = 0.2
+    """Share of values that fedtrimmedavg cuts off at either end."""
     byzantine: Annotated[int, Field(ge=0)] = 1
+    """Bad clients that krum and multikrum stand."""
     buffer: Count = 5
+    """Updates that fedbuff waits for before a step."""
     staleness: NonNegative = 0.5
+    """Exponent s by which fedbuff discounts old updates: (1 + rounds behind)^-s."""
 
 
 class FleetSettings(_Section):
-    """Devices (`name:count` or `name:share%`, comma-separated) and their network; a YAML file may add devices.
-
-    `efficiency` says whether a device's rates are those that it reaches with the model's convolution and kernels
-    ("measured": by the devices' factors), or those of static ones for all ("none": by MACs alone).
-    `assignment` says whether images decide who has a fast device. `availability` and `jitter` replace those of
-    all devices unless they are 0. `trace` is a CSV file of the windows of virtual time in which clients are there.
-    """
+    """Devices of the clients and their network."""
 
     devices: str = "pi-4:40%, pi-5:30%, jetson-nano:30%"
+    """Devices as name:count or name:share%, comma-separated. Those that are known stand in
+    fedfmd/edge/devices.yaml.
+    """
     link: Annotated[str, _one_of(LINKS)] = "wifi"
+    """Network that the clients' bandwidths are drawn from."""
     devices_file: str = ""
+    """YAML file that adds devices, such as fedfmd calibrate writes."""
     efficiency: Literal["measured", "none"] = "measured"
+    """Rate of computing: measured is what a device reaches with the convolution and its kernels; none is that
+    of static ones for all.
+    """
     assignment: Annotated[str, _one_of(ASSIGNMENTS)] = "random"
+    """Who has a fast device: anybody (random), clients with the most images (size), or with the fewest
+    (inverse).
+    """
     availability: Share = 0.0
+    """Probability that a client is there in a round; 0: its device's own."""
     jitter: Annotated[Number, Field(ge=0, le=MAX_JITTER)] = 0.0
+    """Spread of a device's speed from round to round, the standard deviation of its logarithm; 0: the
+    device's own.
+    """
     trace: str = ""
+    """CSV file client,start_s,end_s of the windows of virtual time in which clients are there."""
 
 
 class BudgetSettings(_Section):
-    """What a client may spend in a round, a limit of 0 being none; see `fedfmd.edge.Budget`.
+    """What a client may spend in a round; see `fedfmd.edge.Budget`.
 
     By default nobody is cut short, so that variants of unequal cost do the same work.
     """
 
     deadline_s: NonNegative = 0.0
+    """Virtual seconds for a round, transfers included; 0 is no limit."""
     energy_j: NonNegative = 0.0
+    """Joules of a client in a round; 0 is no limit."""
     up_bytes: Annotated[int, Field(ge=0)] = 0
+    """Bytes of a client's update; 0 is no limit."""
     policy: Annotated[str, _one_of(POLICIES)] = "wait"
+    """What becomes of clients that can't do all the work in time: wait for them, drop their update, let them
+    do a part (partial), train fewer kernels (kernels), or both.
+    """
     kernels: Annotated[int, Field(ge=0)] = 0
+    """Kernels of each bank that every client trains, with kernels and partial+kernels; 0: as many as fit."""
     kernel_choice: Annotated[str, _one_of(KERNEL_CHOICES)] = "rotation"
+    """Which kernels those are: in rotation, or those that the client's images use most (attention)."""
     over_select: Annotated[Number, Field(ge=1)] = 1.0
+    """Times as many clients are asked as are wanted; the first updates count."""
     min_reports: Share = 0.0
+    """Share of the wanted clients below which a round is discarded."""
 
 
 class TransportSettings(_Section):
-    """What travels: `upload` is the type that clients round their updates to, with error feedback."""
+    """What travels."""
 
     upload: Annotated[str, _one_of(UPLOADS)] = "fp32"
+    """Type that clients round their updates to, with error feedback."""
 
 
 class TrackingSettings(_Section):
-    """Who is told of a run while it goes: names of `fedfmd.tracking.LOGGERS`, or ``module:Class`` of a user's own.
-
-    `project` is the name that W&B's project and MLflow's experiment have.
-    """
+    """Who is told of a run while it goes."""
 
     loggers: Annotated[tuple[str, ...], BeforeValidator(_split_list), Field(strict=False)] = ()
+    """Callbacks: tensorboard, wandb, mlflow, or module:Class of your own; one or several."""
     project: Annotated[str, Field(min_length=1)] = "fedfmd"
+    """Name of W&B's project and of MLflow's experiment."""
 
 
 class Settings(_Section):
@@ -353,6 +442,7 @@ class Settings(_Section):
     """Settings that are kept only where they are set, so that runs from before there were any keep their names."""
 
     kind: Annotated[str, _one_of(KINDS)] = "federated"
+    """Federated training, or centralised training of the same network on all images."""
     model: ModelSettings = ModelSettings()
     data: DataSettings = DataSettings()
     partition: PartitionSettings = PartitionSettings()
@@ -364,10 +454,15 @@ class Settings(_Section):
     transport: TransportSettings = TransportSettings()
     tracking: TrackingSettings = TrackingSettings()
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Seed of all randomness: equal settings give equal results."""
     device: str = "cpu"
+    """What to compute on: cpu, cuda, cuda:N, or auto, a GPU where there is one."""
     threads: Annotated[int, Field(ge=0, le=1024)] = 0
+    """PyTorch's threads per node; 0: the cores are shared out."""
     run_dir: str = ""
+    """Folder of the run; by default a new one below runs/."""
     resume: bool = False
+    """Go on with the run in run-dir. fedfmd run always does."""
 
     @property
     def length(self) -> int:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import fedfmd
 from fedfmd.build import Federation, describe_network
 from fedfmd.edge import POLICIES, Budget
 from fedfmd.runs import RoundRow
+from fedfmd.version import __version__
 
 
 def header_lines(federation: Federation, own_data: bool = False) -> list[str]:
@@ -18,7 +18,7 @@ def header_lines(federation: Federation, own_data: bool = False) -> list[str]:
     asked = f"{server.clients_per_round} clients" if server.clients_per_round else "all clients"
     network = describe_network(settings, federation.cost, federation.dataset)
     return [
-        f"fedfmd {fedfmd.__version__}: {network}",
+        f"fedfmd {__version__}: {network}",
         f"{partition.clients} clients ({split}, {min(sizes)} to {max(sizes)} images each) on {fleet} "
         f"over {settings.fleet.link}",
         f"{server.rounds} rounds of {server.strategy} with {asked}, {settings.train.local_epochs} local epochs of "

@@ -11,6 +11,7 @@ from fedfmd.conv import CONVS
 from fedfmd.edge import DEVICES, device_text, read_devices
 from fedfmd.errors import RunError
 from fedfmd.settings import Settings
+from fedfmd.version import __version__
 
 COMMANDS = sorted(command.name or command.callback.__name__ for command in cli.cli.registered_commands)
 
@@ -182,6 +183,84 @@ def test_every_command_has_help_with_an_example(command, fedfmd):
     status, out, err = fedfmd(command, "--help")
     assert (status, err) == (0, "")
     assert f"Example: fedfmd {command} " in " ".join(out.split())
+
+
+@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize("command", [None, *COMMANDS])
+def test_help_is_plain_and_whole(command, width, fedfmd, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(width))
+    status, out, _ = fedfmd(*filter(None, [command]), "--help")
+    assert status == 0
+    assert "\\" not in out
+    assert "..." not in out.partition("Options:")[2]  # before, it says that there may be several arguments
+    assert max(map(len, out.splitlines())) <= width
+
+
+def test_the_version_is_told_without_a_command(fedfmd):
+    assert fedfmd("--version") == (0, f"fedfmd {__version__}\n", "")
+
+
+def test_the_package_is_a_command_too(tmp_path):
+    command = [sys.executable, "-m", "fedfmd", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, f"fedfmd {__version__}\n")
+
+
+def test_settings_are_listed_as_table_or_json(fedfmd, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    status, out, err = fedfmd("settings", "train.")
+    assert (status, err) == (0, "")
+    assert "train.weight-decay" in out
+    assert "cosine to 0" in out
+    assert "fleet." not in out
+    status, out, _ = fedfmd("settings", "--json")
+    assert status == 0
+    rows = {row["key"]: row for row in json.loads(out)}
+    assert {key: row["default"] for key, row in rows.items()} == Settings().flat()
+    assert rows["data.dataset"]["choices"] == ["digits", "cifar10", "cifar100", "npz", "imagefolder"]
+
+
+def test_settings_that_no_word_finds_are_one_line_with_the_nearest(fedfmd):
+    assert fedfmd("settings", "temprature") == (
+        2,
+        "",
+        "fedfmd: no setting tells of 'temprature'; the nearest word is 'temperature'\n",
+    )
+
+
+def test_init_writes_an_experiment_and_code_that_can_be_run(fedfmd, tmp_path):
+    status, out, err = fedfmd("init", "mine")
+    assert (status, err) == (0, "now: fedfmd run mine/experiment.yaml\n")
+    assert {tmp_path / line for line in out.splitlines()} == set((tmp_path / "mine").iterdir())
+    own = ["--set", "server.strategy=algorithm:EqualVotes", "--set", "server.rounds=1"]
+    small = ["--set", "partition.clients=2", "--set", "fleet.devices=pi-4:2", "--set", "model.width=0.25"]
+    assert fedfmd("run", "mine/experiment.yaml", *own, *small, "--out", "run", "--workers", 1)[0] == 0
+    again, _, err = fedfmd("init", "mine")
+    assert again == 2
+    assert err.startswith("fedfmd: mine/algorithm.py is there already")
+
+
+@pytest.mark.parametrize(
+    ("complete", "incomplete", "completions"),
+    [
+        (cli._complete_experiment, "qu", ["quickstart"]),
+        (cli._complete_experiment, "m", ["mine/", "mine.yaml"]),
+        (cli._complete_experiment, "mine/", ["mine/own.yaml"]),
+        (cli._complete_experiment, "none/", []),
+        (cli._complete_setting, "train.l", ["train.lr=", "train.local-epochs="]),
+        (cli._complete_setting, "model.conv=f", ["model.conv=fmdconv"]),
+        (cli._complete_setting, "none=", []),
+        (cli._complete_value("model.arch"), "resnet3", ["resnet34"]),
+    ],
+)
+def test_shells_complete_files_examples_and_settings(
+    complete, incomplete, completions, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    for file in ("mine.yaml", "mine.txt", "mine/own.yaml"):
+        (tmp_path / file).touch()
+    assert complete(incomplete) == completions
 
 
 def test_help_is_quick_because_it_imports_no_torch():

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-import fedfmd
 from fedfmd.data import Dataset, ImageFormat, load_image_set
 from fedfmd.edge import device_text, read_own_device
 from fedfmd.errors import SettingsError, nearest_of
 from fedfmd.flower_compat import NODES, RANK
+from fedfmd.version import __version__
 
 PROFILES = (".yaml", ".yml")
 """How the name of an edge device's own profile ends."""
@@ -84,9 +84,9 @@ def check_version(server: str) -> None:
     Raises:
         SettingsError: names both versions.
     """
-    if server != fedfmd.__version__:
+    if server != __version__:
         raise SettingsError(
-            f"this edge device has fedfmd {fedfmd.__version__}, the server {server}: install the same version on both"
+            f"this edge device has fedfmd {__version__}, the server {server}: install the same version on both"
         )
 
 

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch import Tensor, nn
 
-import fedfmd
 from fedfmd.build import (
     build_dataset,
     build_model,
@@ -31,6 +30,7 @@ from fedfmd.settings import Settings
 from fedfmd.start import load_start
 from fedfmd.tracking import find_callbacks
 from fedfmd.training import Best, LocalSGD, evaluate_on_both, learning_rate, train
+from fedfmd.version import __version__
 
 logger = logging.getLogger(__name__)
 
@@ -210,7 +210,7 @@ def _header(training: Training) -> list[str]:
     settings, dataset = training.settings, training.dataset
     train = settings.train
     return [
-        f"fedfmd {fedfmd.__version__}: {describe_network(settings, training.cost, dataset)}",
+        f"fedfmd {__version__}: {describe_network(settings, training.cost, dataset)}",
         f"{settings.length} epochs over {len(dataset.train):,} images in batches of {train.batch_size}, learning rate "
         f"{train.lr:g} ({train.schedule}), {train.precision} on {training.device}; seed {settings.seed}",
         *([f"starting from {training.start}"] if training.start else []),

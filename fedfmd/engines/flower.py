@@ -24,7 +24,6 @@ from pathlib import Path
 import psutil
 import tomli_w
 
-import fedfmd
 from fedfmd.errors import RunError, need
 from fedfmd.flower_compat import (
     Json,
@@ -38,6 +37,7 @@ from fedfmd.flower_compat import (
     submitted_run,
     superlink_command,
 )
+from fedfmd.version import __version__
 
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 STARTUP_S = 60.0
@@ -89,11 +89,10 @@ def _stage_app(app: Path, run_config: Mapping[str, bool | int | float | str]) ->
     """Write the app that Flower bundles: our two packages and a manifest, wherever they are installed."""
     import strategies
 
-    for package in (fedfmd, strategies):
-        source = Path(package.__path__[0])
+    for source in (Path(__file__).parents[1], Path(strategies.__path__[0])):
         shutil.copytree(source, app / source.name, ignore=shutil.ignore_patterns("__pycache__"))
     manifest = {
-        "project": {"name": "fedfmd", "version": fedfmd.__version__, "license": "Apache-2.0"},
+        "project": {"name": "fedfmd", "version": __version__, "license": "Apache-2.0"},
         "tool": {
             "flwr": {
                 "app": {

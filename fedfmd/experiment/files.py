@@ -15,6 +15,7 @@ import yaml
 
 from fedfmd.errors import SettingsError
 from fedfmd.own_code import look_in
+from fedfmd.packaged import find_experiment
 from fedfmd.report.selection import Selection
 from fedfmd.settings import Settings, flatten, read_yaml
 from fedfmd.strict_yaml import load_yaml
@@ -48,30 +49,41 @@ class Experiment:
 
 
 def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
-    """Read a YAML file; `overrides` are ``key=value`` texts that win over the file's base and matrix.
+    """Read a YAML file, or the example of that name; `overrides` are ``key=value`` texts that win over what it says.
 
     Code of a user's own that the settings name is looked for beside the file, too.
 
     Raises:
         SettingsError: no such file, no YAML, an unknown part or setting, or a value that can't be used.
     """
-    content = read_yaml(path)
+    path = find_experiment(path)
     look_in(path.parent)
+    return make_experiment(read_yaml(path), path.stem, str(path), overrides)
+
+
+def make_experiment(
+    content: Mapping[str, Any], name: str, source: str, overrides: Sequence[str] = ()
+) -> Experiment:
+    """Expand what a file holds; `source` is what errors call it.
+
+    Raises:
+        SettingsError: as in `load_experiment`.
+    """
     if not content.keys() <= set(PARTS):
         found = ", ".join(map(str, content))
         raise SettingsError(
-            f"{path} must hold `base:` and may hold `matrix:`, `kind:` and `select:`, found {found}"
+            f"{source} must hold `base:` and may hold `matrix:`, `kind:` and `select:`, found {found}"
         )
     fixed = parse_overrides(overrides)
     kind = {"kind": content["kind"]} if "kind" in content else {}
-    base = flatten({**kind, **_mapping(path, content, "base")})
-    matrices = _matrices(path, content)
+    base = flatten({**kind, **_mapping(source, content, "base")})
+    matrices = _matrices(source, content)
     runs = tuple(run for matrix in matrices for run in _expand(base, matrix, fixed))
     if "select" not in content:
-        return Experiment(path.stem, runs)
+        return Experiment(name, runs)
     selection = Selection.from_mapping(content["select"])
     if fixed.keys() >= set(selection.over):
-        return Experiment(path.stem, runs)  # the overrides have chosen
+        return Experiment(name, runs)  # the overrides have chosen
     _check_selection(selection, runs, fixed)
     seeds = {"seed": list(selection.seeds)}
     others = {key: value for key, value in fixed.items() if key != "seed"}
@@ -80,7 +92,7 @@ def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
         if selection.seeds
         else []
     )
-    return Experiment(path.stem, runs, selection, tuple(trials))
+    return Experiment(name, runs, selection, tuple(trials))
 
 
 def load_settings(path: Path | None, overrides: Sequence[str] = ()) -> Settings:
@@ -158,20 +170,20 @@ def _override(text: str) -> tuple[str, Any]:
     return key.strip(), parsed
 
 
-def _matrices(path: Path, content: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _matrices(source: str, content: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the matrix, or each one of a list."""
     matrices = content.get("matrix")
     if not isinstance(matrices, list):
         matrices = [matrices]
     if not matrices:
         raise SettingsError(
-            f"{path}: `matrix: []` describes no run: list at least one, or leave `matrix:` out"
+            f"{source}: `matrix: []` describes no run: list at least one, or leave `matrix:` out"
         )
-    return [flatten(_mapping(path, {"matrix": matrix}, "matrix")) for matrix in matrices]
+    return [flatten(_mapping(source, {"matrix": matrix}, "matrix")) for matrix in matrices]
 
 
-def _mapping(path: Path, content: Mapping[str, Any], part: str) -> Mapping[str, Any]:
+def _mapping(source: str, content: Mapping[str, Any], part: str) -> Mapping[str, Any]:
     value = content.get(part) or {}
     if not isinstance(value, Mapping):
-        raise SettingsError(f"{path}: `{part}:` must hold settings, found {type(value).__name__}")
+        raise SettingsError(f"{source}: `{part}:` must hold settings, found {type(value).__name__}")
     return value

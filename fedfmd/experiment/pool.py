@@ -10,12 +10,15 @@ import logging
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from logging.handlers import QueueHandler
 from multiprocessing.connection import Connection, wait
+from types import ModuleType
 from typing import TypeVar
 
 from fedfmd.errors import FedfmdError, one_line
@@ -74,12 +77,8 @@ class _Worker:
         context = multiprocessing.get_context("spawn")
         self.connection, other = context.Pipe()
         self.process = context.Process(target=_serve, args=(work, other))
-        # A terminal sends Ctrl-C to all its processes. This one handles it; those started now ignore it.
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        try:
+        with _ignoring_interrupts(), _without_main():
             self.process.start()
-        finally:
-            signal.signal(signal.SIGINT, handler)
         other.close()  # so that the pipe breaks when the process dies
 
     def receive(self) -> logging.LogRecord | Ended:
@@ -94,6 +93,33 @@ class _Worker:
         """Kill the process: what it has written stays whole, as after any crash."""
         self.process.kill()
         self.process.join()
+
+
+@contextmanager
+def _ignoring_interrupts() -> Iterator[None]:
+    """Start processes that ignore Ctrl-C, which a terminal sends to all of them: this one handles it.
+
+    Only a main thread can; others don't get it either.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+@contextmanager
+def _without_main() -> Iterator[None]:
+    """Hide the main module: a spawned process would run a script again that has no ``if __name__ == "__main__"``."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def _cause_of_death(exit_code: int) -> str:

@@ -118,9 +118,10 @@ def _run_tasks(
         for name, error in failures.items():
             display.print(f"{name}: failed: {error}")
     if failures:
+        name, error = next(iter(failures.items()))
         raise RunError(
-            f"{len(failures)} of {len(tasks)} runs failed; finished rounds are kept, "
-            "run the same command again to go on"
+            f"{len(failures)} of {len(tasks)} runs failed ({name}: {error}{', …' if len(failures) > 1 else ''}); "
+            "finished rounds are kept, run the same command again to go on"
         )
 
 

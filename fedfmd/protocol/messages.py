@@ -15,10 +15,10 @@ from typing import Any, TypeVar
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
-import fedfmd
 from fedfmd.data import ImageFormat
 from fedfmd.flower_compat import to_array, to_numpy
 from fedfmd.protocol.state import Arrays
+from fedfmd.version import __version__
 
 ARRAYS, CONFIG, METRICS, WEIGHTS, SCALES = "arrays", "config", "metrics", "weights", "scales"
 IMAGES, VERSION = "images", "version"
@@ -139,7 +139,7 @@ def from_record(record: ArrayRecord) -> Arrays:
 
 def write_question(images: ImageFormat) -> RecordDict:
     """Pack what a node must know to say whether it can take part, as `read_question` unpacks it."""
-    return RecordDict({CONFIG: ConfigRecord({VERSION: fedfmd.__version__}), IMAGES: _format_record(images)})
+    return RecordDict({CONFIG: ConfigRecord({VERSION: __version__}), IMAGES: _format_record(images)})
 
 
 def read_question(content: RecordDict) -> tuple[str, ImageFormat]:

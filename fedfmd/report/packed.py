@@ -87,7 +87,7 @@ def write_packed(runs: Sequence[Run], folder: Path) -> None:
     if (folder / "settings.yaml").exists():
         raise SettingsError(f"--pack {folder} is the folder of a run, whose rows would be lost: name another")
     folder.mkdir(parents=True, exist_ok=True)
-    names = _names([run.folder for run in runs])
+    names = run_names([run.folder for run in runs])
     kind = runs[0].settings.kind
     clients = [_reported_clients(run) for run in runs]
     file, row_type = TABLES[kind]
@@ -139,8 +139,12 @@ def _reported_clients(run: Run) -> list[ClientRow]:
     return [row for row in run.clients if row.round == run.rounds[-1].round or row is lasts.get(row.client)]
 
 
-def _names(folders: Sequence[Path]) -> list[str]:
-    """As much of the ends of the paths, equally many folders of each, as tells them apart."""
+def run_names(folders: Sequence[Path]) -> list[str]:
+    """Return as much of the ends of the paths, equally many folders of each, as tells them apart.
+
+    Raises:
+        SettingsError: they differ only in spaces.
+    """
     for length in range(1, max(len(folder.parts) for folder in folders) + 1):
         names = [" ".join("/".join(folder.parts[-length:]).split()) for folder in folders]
         if len(set(names)) == len(names):

@@ -18,7 +18,6 @@ import torch
 import yaml
 from filelock import FileLock, Timeout
 
-import fedfmd
 from fedfmd.runs.files import append, atomic_write
 from fedfmd.runs.provenance import code_digest
 from fedfmd.runs.rows import (
@@ -32,6 +31,7 @@ from fedfmd.runs.rows import (
     csv_text,
     whole_lines,
 )
+from fedfmd.version import __version__
 
 CHECKPOINTS = "checkpoints"
 _LIBRARIES = ("flwr", "numpy", "torch", "torchvision")
@@ -170,7 +170,7 @@ def environment(*own: Path) -> dict[str, Any]:
     """Versions, machine, commit and digest of the code; nothing that names a user, a host or a folder."""
     return {
         "versions": {
-            "fedfmd": fedfmd.__version__,
+            "fedfmd": __version__,
             "python": platform.python_version(),
             **{library: version for library in _LIBRARIES if (version := _version(library))},
         },
@@ -210,7 +210,7 @@ def _commit() -> str | None:
 
     The package may lie in an environment inside another project's repository, so git must know its files.
     """
-    package = Path(fedfmd.__file__).parent
+    package = Path(__file__).parents[1]
 
     def git(*arguments: str) -> str:
         done = subprocess.run(

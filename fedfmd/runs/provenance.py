@@ -10,6 +10,8 @@ from pathlib import Path
 
 PACKAGES = ("fedfmd", "strategies")
 SUFFIXES = (".py", ".yaml")
+NO_CODE = ("examples", "templates")
+"""Folders of a package that no run is made of; a clone has its examples elsewhere."""
 
 
 @lru_cache
@@ -45,5 +47,9 @@ def _sources() -> Iterator[tuple[str, Path]]:
         assert spec is not None
         assert spec.origin is not None
         root = Path(spec.origin).parent
-        files = (path for path in root.rglob("*") if path.suffix in SUFFIXES)
-        yield from sorted((f"{package}/{path.relative_to(root).as_posix()}", path) for path in files)
+        files = {path.relative_to(root): path for path in root.rglob("*") if path.suffix in SUFFIXES}
+        yield from sorted(
+            (f"{package}/{name.as_posix()}", path)
+            for name, path in files.items()
+            if name.parts[0] not in NO_CODE
+        )

@@ -29,7 +29,8 @@ def digest(tmp_path, monkeypatch):
 
 def test_equal_sources_have_equal_digests_wherever_they_lie(digest):
     files = {"a.py": "x = 1", "edge/devices.yaml": "pi: 1"}
-    assert digest(files) == digest(files | {"notes.txt": "other"}, root="other")
+    others = {"notes.txt": "other", "examples/a.yaml": "base: {}", "templates/own.py": "x = 2"}
+    assert digest(files) == digest(files | others, root="other")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,5 @@
+"""``python -m fedfmd``: the ``fedfmd`` command."""
+
+from fedfmd.cli import main
+
+main()
