@@ -239,6 +239,8 @@ class ServerSettings(_Section):
     lr, momentum (β₁), beta_2 and tau are those of server optimisers; trim is the share cut off at either end
     by fedtrimmedavg, byzantine the number of bad clients that krum stands, buffer the number of updates that
     fedbuff waits for, which count (1 + rounds behind)^-staleness.
+    max_update_norm is the L2 norm, and max_update_ratio how many times the median norm of a round's updates, beyond
+    which a client's update is scaled down to it; 0 is no limit. With one, every client has a message of its own.
     """
 
     rounds: Count = 20
@@ -258,6 +260,8 @@ class ServerSettings(_Section):
     byzantine: Annotated[int, Field(ge=0)] = 1
     buffer: Count = 5
     staleness: NonNegative = 0.5
+    max_update_norm: NonNegative = 0.0
+    max_update_ratio: NonNegative = 0.0
 
 
 class FleetSettings(_Section):
@@ -308,6 +312,9 @@ class Settings(_Section):
         {"run-dir", "resume", "threads", "server.node-timeout-s", "server.round-timeout-s"}
     )
     """Settings that a run's results don't depend on."""
+
+    ADDED: ClassVar = frozenset({"server.max-update-norm", "server.max-update-ratio"})
+    """Settings that earlier runs don't have; by their defaults they change nothing, the digest included."""
 
     kind: Annotated[str, _one_of(KINDS)] = "federated"
     model: ModelSettings = ModelSettings()
@@ -435,7 +442,12 @@ class Settings(_Section):
 
     def digest(self) -> str:
         """Short hash of every setting that a run's results depend on."""
-        kept = {key: value for key, value in self.kept().items() if key not in self.NEUTRAL}
+        defaults = type(self)().flat()
+        kept = {
+            key: value
+            for key, value in self.kept().items()
+            if key not in self.NEUTRAL and not (key in self.ADDED and value == defaults[key])
+        }
         return hashlib.sha256(json.dumps(kept).encode()).hexdigest()[:8]
 
 
