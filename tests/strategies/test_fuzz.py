@@ -132,7 +132,8 @@ RECORDS = ["arrays", "weights", "scales", "metrics", "config"]
 
 def damage_bytes(draw, data):
     """Flip, cut, or repeat some bytes, or change the header's text."""
-    how = draw(st.sampled_from(["flip", "cut", "more", "header", "version", "anything"]))
+    hows = ["flip", "cut", "more", "header", "version", "anything"]
+    how = draw(st.sampled_from(hows)) if data else "anything"
     if how == "flip":
         place = draw(st.integers(0, len(data) - 1))
         return data[:place] + bytes([data[place] ^ draw(st.integers(1, 255))]) + data[place + 1 :]
