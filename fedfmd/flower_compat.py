@@ -8,6 +8,7 @@ version of Flower, those that fail tell what to change here.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 import sys
@@ -35,12 +36,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 from flwr.supercore.run import Run as Run
 from flwr.supercore.task_identity import TaskIdentity
-from numpy.lib.format import (
-    header_data_from_array_1_0,
-    read_array_header_1_0,
-    read_magic,
-    write_array_header_1_0,
-)
+from numpy.lib.format import header_data_from_array_1_0, write_array_header_1_0
 
 Json = dict[str, Any]
 
@@ -171,8 +167,14 @@ def error_text(reply: Message) -> str:
 
 # --- Arrays ----------------------------------------------------------------------------------------------------
 
-_NPY_VERSION = (1, 0)
 _MOST_HEADER_BYTES = 1024
+_HEADER = re.compile(
+    rb"\x93NUMPY\x01\x00(?P<length>..)"
+    rb"\{'descr': '(?P<dtype>[<>|=][biuf]\d{1,2})', 'fortran_order': (?P<columns>True|False), "
+    rb"'shape': \((?P<shape>(?:\d{1,18}, ?)*(?:\d{1,18})?)\), \} *\n",
+    re.DOTALL,
+)
+"""Version 1.0 of the format, which NumPy writes for plain numbers (`numpy.lib.format`)."""
 
 
 def to_array(array: np.ndarray) -> Array:
@@ -190,18 +192,26 @@ def to_array(array: np.ndarray) -> Array:
 def to_numpy(array: Array) -> np.ndarray:
     """Return the numbers of Flower's array, which can't be written to as they share its memory.
 
-    `Array.data` is a .npy file; `Array.numpy`, which copies it, reads what another writer than `to_array` wrote.
+    `Array.data` is a .npy file. `Array.numpy` has NumPy evaluate its header and allocate the shape that it claims;
+    here the header must be one that NumPy writes for numbers, and claim just the bytes that are there.
 
     Raises:
         ValueError: the content is damaged.
     """
-    header = BytesIO(array.data[:_MOST_HEADER_BYTES])
-    if read_magic(header) != _NPY_VERSION:
-        return array.numpy()
-    shape, in_columns, dtype = read_array_header_1_0(header)
-    if dtype.hasobject:
-        raise ValueError("it has an array of Python objects")
-    return np.ndarray(shape, dtype, array.data, header.tell(), order="F" if in_columns else "C")
+    header = _HEADER.match(bytes(array.data[:_MOST_HEADER_BYTES]))
+    if header is None or header.end() != 10 + int.from_bytes(header["length"], "little") or header.end() % 64:
+        raise ValueError("an array is no .npy file of numbers")
+    try:
+        dtype = np.dtype(header["dtype"].decode())
+    except TypeError as error:
+        raise ValueError(f"an array has numbers of an unknown type ({error})") from None
+    shape = tuple(int(size) for size in header["shape"].split(b",") if size.strip())
+    if math.prod(shape) * dtype.itemsize != len(array.data) - header.end():
+        raise ValueError(
+            f"an array of shape {shape} and type {dtype} has {len(array.data) - header.end()} bytes"
+        )
+    order = "F" if header["columns"] == b"True" else "C"
+    return np.ndarray(shape, dtype, array.data, header.end(), order=order)
 
 
 class _Content(bytes):

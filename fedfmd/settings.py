@@ -354,6 +354,12 @@ class ServerSettings(_Section):
     """Updates that fedbuff waits for before a step."""
     staleness: NonNegative = 0.5
     """Exponent s by which fedbuff discounts old updates: (1 + rounds behind)^-s."""
+    max_update_norm: NonNegative = 0.0
+    """L2 norm beyond which a client's update is scaled down to it; 0 is no limit. Every client then has a message of
+    its own.
+    """
+    max_update_ratio: NonNegative = 0.0
+    """The same as a multiple of the median norm of a round's updates; 0 is no limit."""
 
 
 class FleetSettings(_Section):
@@ -438,7 +444,12 @@ class Settings(_Section):
     )
     """Settings that a run's results don't depend on."""
 
-    OPTIONAL: ClassVar = frozenset({"model.options", "model.init", "model.pretrained"})
+    OPTIONAL: ClassVar = frozenset(
+        {
+            *("model.options", "model.init", "model.pretrained"),
+            *("server.max-update-norm", "server.max-update-ratio"),
+        }
+    )
     """Settings that are kept only where they are set, so that runs from before there were any keep their names."""
 
     kind: Annotated[str, _one_of(KINDS)] = "federated"

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
@@ -16,13 +15,20 @@ from fedfmd.data import ImageFormat
 from fedfmd.edge import Device, WorkPlan, deal_out, parse_device
 from fedfmd.errors import RunError
 from fedfmd.flower_compat import answered_id, error_text, is_gone, message_id
-from fedfmd.protocol.messages import CONFIG, write_question
+from fedfmd.protocol.messages import read_hosted, write_question
+from fedfmd.protocol.parsing import clean_text
 from fedfmd.settings import Settings
 
 POLL_S = 0.2
 QUICK_POLL_S = 0.01
 LATE_SHARE = 0.01
 """Short rounds are polled more often, so that a reply is noticed late by a small share of the time that it took."""
+
+MAX_NAME = 80
+"""Characters of a device's name."""
+
+MAX_FAULTS = 2000
+"""Characters of an error that names the nodes which were left out."""
 
 logger = logging.getLogger("fedfmd")
 
@@ -58,44 +64,63 @@ class Answer:
         return f"{name} {self.fault}"
 
 
+Check = Callable[[Node], object]
+"""Raises a ValueError that tells why a node can't be used."""
+
+
 def meet_nodes(
-    grid: Grid, images: ImageFormat, clients: int, timeout_s: float, least: int
+    grid: Grid, images: ImageFormat, clients: int, timeout_s: float, least: int, check: Check = repr
 ) -> tuple[Node, ...]:
     """Ask every node what it hosts, in an order that does not depend on Flower's random node ids.
 
     Waits until a simulation's nodes are all there, or until all `clients` have an edge device of their own; after
-    `timeout_s` it makes do with `least` of them. `images` tells what their own must be like.
+    `timeout_s` it makes do with `least` of them. `images` tells what their own must be like. A node that refuses,
+    can't be used, or claims another one's client is left out, with a warning; where nodes are edge devices, so is
+    one that hosts any client.
 
     Raises:
-        RunError: nodes are missing after `timeout_s`, refuse, or claim the same client.
+        RunError: nodes are missing after `timeout_s`, or all of a simulation's refuse.
     """
     met: dict[int, Answer] = {}
+    refused: dict[int, Answer] = {}
     deadline = time.monotonic() + timeout_s
     while True:
-        unknown = [node_id for node_id in grid.get_node_ids() if node_id not in met]
-        for answer in _query(grid, unknown, images, timeout_s):
-            if answer.fault:
-                raise RunError(str(answer))
-            met[answer.node.id] = answer
+        online = set(grid.get_node_ids())
+        met, refused = ({n: a for n, a in known.items() if n in online} for known in (met, refused))
+        unknown = sorted(online - met.keys() - refused.keys())
+        for answer in _query(grid, unknown, images, timeout_s, check):
+            (refused if answer.fault else met)[answer.node.id] = answer
+        objections = _objections([answer.node for answer in met.values()], clients)
+        refused |= {node: replace(met.pop(node), fault=fault) for node, fault in objections.items()}
+        for node in sorted(refused.keys() & (set(unknown) | objections.keys())):
+            logger.warning("%s", refused[node])
         nodes = _in_order(answer.node for answer in met.values())
-        if _complete(nodes, max((answer.peers for answer in met.values()), default=0), clients):
+        workers = [answer for answer in (met | refused).values() if answer.node.client is None]
+        peers = max((answer.peers for answer in workers), default=0)
+        here = bool(workers) and len(workers) >= peers
+        complete = len(nodes) == clients if are_edge_devices(nodes) else here
+        if complete and nodes:
             return nodes
-        if time.monotonic() > deadline:
+        if time.monotonic() > deadline or (peers and complete and len(refused) == len(workers)):
             if are_edge_devices(nodes) and len(nodes) >= least:
                 return nodes
-            raise RunError(
-                f"{len(nodes)} of the nodes for partition.clients = {clients} came within "
-                f"server.node-timeout-s = {timeout_s:g}: start the missing ones or wait longer"
-            )
+            raise RunError(_missing(nodes, refused.values(), clients, timeout_s))
         time.sleep(POLL_S)
 
 
 def meet_again(
-    known: Sequence[Node], grid: Grid, images: ImageFormat, clients: int, timeout_s: float, least: int
+    known: Sequence[Node],
+    grid: Grid,
+    images: ImageFormat,
+    clients: int,
+    timeout_s: float,
+    least: int,
+    check: Check = repr,
 ) -> tuple[Node, ...]:
     """Find the edge devices that are there now: `known` ones that stayed, and those that came back or are new.
 
-    A device that was restarted may have another id than before. One that refuses is left out, with a warning.
+    A device that was restarted may have another id than before, and is taken as soon as Flower knows that its old
+    self is gone. One that refuses, can't be used or claims another one's client is left out, with a warning.
 
     Raises:
         RunError: fewer than `least` are there after `timeout_s`.
@@ -108,12 +133,11 @@ def meet_again(
         online = set(grid.get_node_ids())
         present = {client: node for client, node in present.items() if node.id in online}
         unknown = online - refused - {node.id for node in present.values()}
-        for answer in _query(grid, sorted(unknown), images, timeout_s):
+        for answer in _query(grid, sorted(unknown), images, timeout_s, check):
             node = answer.node
-            if answer.fault or node.client is None or node.client not in range(clients):
-                logger.warning(
-                    "%s", answer if answer.fault else f"node {node.id} is no edge device of this run"
-                )
+            fault = answer.fault or _objection(node, present.values(), clients)
+            if fault or node.client is None:
+                logger.warning("%s", replace(answer, fault=fault))
                 refused.add(node.id)
             else:
                 present[node.client] = node
@@ -149,11 +173,21 @@ def on_edge_devices(federation: Federation, nodes: Sequence[Node]) -> Federation
             continue
         sizes[node.client] = node.images
         if node.device:
-            client, device = clients[node.client], _device_of(node, federation.settings, devices)
+            client = clients[node.client]
+            try:
+                device = _device_of(node, federation.settings, devices)
+            except ValueError as error:
+                raise RunError(str(Answer(node, fault=f"can't be used: {error}"))) from None
             clients[node.client] = replace(
                 client, device=device, bandwidth=device.bandwidth(client.bandwidth)
             )
     return replace(federation, sizes=tuple(sizes), fleet=replace(federation.fleet, clients=tuple(clients)))
+
+
+def check_device(settings: Settings) -> Check:
+    """Return the check that an edge device's profile can be used in this run."""
+    known = known_devices(settings)
+    return lambda node: node.device and _device_of(node, settings, known)
 
 
 def _device_of(node: Node, settings: Settings, known: Mapping[str, Device]) -> Device:
@@ -161,9 +195,9 @@ def _device_of(node: Node, settings: Settings, known: Mapping[str, Device]) -> D
         return device_in_run(settings, node.profile)
     if node.device in known:
         return known[node.device]
-    raise RunError(
-        f"the edge device of client {node.client} has the unknown device {node.device!r}: give its --node-config "
-        f"one of {', '.join(known)}, or a YAML file of its own, or add it to fleet.devices-file"
+    raise ValueError(
+        f"it has the unknown device {node.device!r}: give its --node-config one of {', '.join(known)}, or a YAML file "
+        "of its own, or add it to fleet.devices-file"
     )
 
 
@@ -226,44 +260,88 @@ def are_edge_devices(nodes: Iterable[Node]) -> bool:
     return any(node.client is not None for node in nodes)
 
 
-def _query(grid: Grid, node_ids: Sequence[int], images: ImageFormat, timeout_s: float) -> list[Answer]:
+def _query(
+    grid: Grid, node_ids: Sequence[int], images: ImageFormat, timeout_s: float, check: Check
+) -> list[Answer]:
     """Ask the nodes and return their answers; those that don't answer, or are gone by now, are left out."""
     messages = [Message(write_question(images), node_id, MessageType.QUERY) for node_id in node_ids]
     if not messages:
         return []
     replies = grid.send_and_receive(messages, timeout=timeout_s)
     asked = {message_id(message): message.metadata.dst_node_id for message in messages}
-    return [_answer(asked[answered_id(reply)], reply) for reply in replies if not is_gone(reply)]
+    return [
+        _answer(asked[answered_id(reply)], reply, check)
+        for reply in replies
+        if answered_id(reply) in asked and not is_gone(reply)
+    ]
 
 
-def _answer(node_id: int, reply: Message) -> Answer:
+def _answer(node_id: int, reply: Message, check: Check) -> Answer:
+    unknown = Node(node_id, 0, None, 0, "")
     if reply.has_error():
-        return Answer(Node(node_id, 0, None, 0, ""), fault=f"could not start: {error_text(reply)}")
-    config: dict[str, Any] = dict(reply.content.config_records[CONFIG])
-    client = None if config["client"] < 0 else config["client"]
-    fault = f"refuses: {config['error']}" if config["error"] else ""
+        return Answer(unknown, fault=f"could not start: {clean_text(error_text(reply))}")
     try:
-        profile = parse_device(config["profile"], "its device file") if config["profile"] else None
-    except ValueError as error:  # the device could read it: its version of fedfmd is another one
-        profile, fault = None, f"can't be used: {error}"
-    node = Node(node_id, config["rank"], client, config["images"], config["device"], profile)
-    return Answer(node, config["nodes"], fault)
+        hosted = read_hosted(reply.content)
+    except ValueError as error:
+        return Answer(unknown, fault=clean_text(f"can't be used: {error}"))
+    client = None if hosted.client < 0 else hosted.client
+    node = Node(node_id, hosted.rank, client, hosted.images, hosted.device)
+    if hosted.error:
+        return Answer(node, hosted.nodes, fault=f"refuses: {hosted.error}")
+    try:
+        if client is not None and not hosted.images:
+            raise ValueError("it has no images")
+        if hosted.profile:
+            node = replace(node, profile=_named(parse_device(hosted.profile, "its device file")))
+        check(node)
+    except ValueError as error:  # the device could read its profile: its version of fedfmd is another one
+        return Answer(node, hosted.nodes, fault=clean_text(f"can't be used: {error}"))
+    return Answer(node, hosted.nodes)
+
+
+def _named(device: Device) -> Device:
+    """Return a device whose name tables and logs can show."""
+    if clean_text(device.name, MAX_NAME) != device.name:
+        raise ValueError(
+            f"its device file: the name {clean_text(device.name, MAX_NAME)!r} must be printable, of at most "
+            f"{MAX_NAME} characters, and not begin like a formula"
+        )
+    return device
 
 
 def _in_order(nodes: Iterable[Node]) -> tuple[Node, ...]:
     return tuple(sorted(nodes, key=lambda node: (node.rank, node.id)))
 
 
-def _complete(nodes: Sequence[Node], peers: int, clients: int) -> bool:
-    hosted = [node.client for node in nodes if node.client is not None]
-    if 0 < len(hosted) < len(nodes):
-        raise RunError(
-            "some nodes are edge devices and some host any client: give all a client=N in --node-config, or none"
-        )
-    if len(set(hosted)) < len(hosted):
-        raise RunError(f"two edge devices say that they are client {max(hosted, key=hosted.count)}")
-    if any(client not in range(clients) for client in hosted):
-        raise RunError(
-            f"an edge device says that it is client {max(hosted)}, but partition.clients = {clients}"
-        )
-    return len(hosted) == clients if hosted else bool(nodes) and len(nodes) >= peers
+def _objections(nodes: Sequence[Node], clients: int) -> dict[int, str]:
+    """Return why nodes can't be used together with those before them, by their ids; workers are no edge devices."""
+    if not are_edge_devices(nodes):
+        return {}
+    objections: dict[int, str] = {}
+    fine: list[Node] = []
+    for node in nodes:
+        if fault := _objection(node, fine, clients):
+            objections[node.id] = fault
+        else:
+            fine.append(node)
+    return objections
+
+
+def _objection(node: Node, present: Iterable[Node], clients: int) -> str:
+    """Return why a node can't be one of the edge devices of a run; "" if it can."""
+    if node.client is None:
+        return "hosts any client, and others are edge devices: give all a client=N in --node-config, or none"
+    if node.client >= clients:
+        return f"is none of this run's, whose partition.clients = {clients}"
+    if twins := [other.id for other in present if other.client == node.client]:
+        return f"is there already, as node {twins[0]}: node {node.id} is left out"
+    return ""
+
+
+def _missing(nodes: Sequence[Node], refused: Iterable[Answer], clients: int, timeout_s: float) -> str:
+    faults = "; ".join(str(answer) for answer in refused)
+    return (
+        f"{len(nodes)} of the nodes for partition.clients = {clients} came within "
+        f"server.node-timeout-s = {timeout_s:g}: start the missing ones or wait longer"
+        f"{f'. Left out: {clean_text(faults, MAX_FAULTS)}' if faults else ''}"
+    )

@@ -2,20 +2,50 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 from flwr.app import Message
+from torch import Tensor
+from torch.linalg import vector_norm
 
+from fedfmd.edge import examples_of
+from fedfmd.errors import one_line
 from fedfmd.flower_compat import answered_id, error_text
-from fedfmd.protocol.compression import Upload
+from fedfmd.protocol.compression import ROUNDINGS, Upload
 from fedfmd.protocol.messages import BY_ATTENTION, Assignment, ClientResult, Reply, read_reply
-from fedfmd.protocol.state import Arrays, bank_of, check_layout, first_non_finite
+from fedfmd.protocol.parsing import MAX_NUMBER, clean_text
+from fedfmd.protocol.state import Arrays, bank_of, check_layout
 from fedfmd.training.partial import rotation
 
 Asked = Mapping[str, Sequence[Assignment]]
 """What each message asked its node to do, by the message's id."""
+
+logger = logging.getLogger("fedfmd")
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What the replies of a run are held against, beside what their messages asked.
+
+    Attributes:
+        sizes: each client's images, by the server's partition or as its edge device announced.
+        parameters: names of the arrays that are trained, which may be rounded; all others are buffers.
+        upload: the type that they are rounded to, one of `fedfmd.protocol.compression.UPLOADS`.
+        private: names of the arrays that stay on the clients.
+        fixed: names of the buffers that training leaves as they are.
+        variances: names of the buffers that can't be negative.
+    """
+
+    sizes: Sequence[int]
+    parameters: Collection[str]
+    upload: str = "fp32"
+    private: Collection[str] = ()
+    fixed: Collection[str] = ()
+    variances: Collection[str] = ()
 
 
 @dataclass(frozen=True)
@@ -31,16 +61,20 @@ def read_replies(
     messages: Iterable[Message],
     asked: Asked,
     received: Mapping[str, Arrays],
+    terms: Terms,
 ) -> list[NodeReply]:
     """Check every reply against what its message asked; one entry per message sent, in that order.
 
     `received` holds the arrays that each message carried. They tell the model's layout on the wire, and rounded
-    updates are added to them. A reply that is missing, broken or not finite fails all clients of its node.
+    updates are added to them. A reply that is missing or broken, or claims what can't be, fails all clients of its
+    node. One to a message of another round is left out.
     """
     answers = {answered_id(message): message for message in messages}
+    if strangers := len(answers.keys() - asked.keys()):
+        logger.warning("%d replies to messages of other rounds are left out", strangers)
     unheard = "no reply within server.round-timeout-s"
     return [
-        _read(request, answers[request], work, received[request])
+        _read(request, answers[request], work, received[request], terms)
         if request in answers
         else NodeReply(request, None, unheard)
         for request, work in asked.items()
@@ -60,38 +94,96 @@ def client_results(replies: Iterable[NodeReply], asked: Asked) -> dict[int, Clie
     return results
 
 
-def _read(request: str, message: Message, work: Sequence[Assignment], received: Arrays) -> NodeReply:
+def _read(
+    request: str, message: Message, work: Sequence[Assignment], received: Arrays, terms: Terms
+) -> NodeReply:
     if message.has_error():
-        return NodeReply(request, None, error_text(message))
+        return NodeReply(request, None, clean_text(error_text(message)) or "its node failed")
     try:
         reply = read_reply(message.content)
-        _check(reply, work, {name: array.shape for name, array in received.items()})
+        _check_clients(reply, work, terms)
+        _check_arrays(reply, work, received, terms)
         restored = Upload(reply.arrays, reply.scales).restored(received)
-        if broken := first_non_finite(restored):
-            raise ValueError(f"NaN or infinite values in {broken}")
-    except (KeyError, TypeError, ValueError) as error:
-        return NodeReply(request, None, f"unusable reply: {error}")
+        _check_values(restored, received, max(assignment.steps for assignment in work), terms)
+    except ValueError as error:
+        return NodeReply(request, None, clean_text(f"unusable reply: {error}"))
+    except Exception as error:  # whatever a client sends, it must not end the run
+        return NodeReply(request, None, clean_text(f"unusable reply: {one_line(error)}"))
     arrays = {name: tensor.numpy() for name, tensor in restored.items()}
     return NodeReply(request, replace(reply, arrays=arrays, scales={}))
 
 
-def _check(reply: Reply, work: Sequence[Assignment], shapes: Mapping[str, tuple[int, ...]]) -> None:
+def _check_clients(reply: Reply, work: Sequence[Assignment], terms: Terms) -> None:
+    """Compare what the clients say of themselves with what they were asked, and with what is known of them."""
     answered = sorted(result.client for result in reply.results)
     if answered != (clients := sorted(assignment.client for assignment in work)):
         raise ValueError(f"it speaks of clients {answered}, asked were {clients}")
+    asked = {assignment.client: assignment for assignment in work}
     for result in reply.results:
-        if result.ok and not (result.images > 0 and math.isfinite(result.loss) and 0 <= result.accuracy <= 1):
-            raise ValueError(
-                f"client {result.client} has {result.images} images, loss {result.loss} and accuracy {result.accuracy}"
-            )
+        if result.ok:
+            _check_client(result, asked[result.client], terms.sizes[result.client])
+
+
+def _check_client(result: ClientResult, asked: Assignment, images: int) -> None:
+    """Compare what a client says of itself with what it was asked to do, on so many images."""
+    expected = (images, asked.steps, examples_of(images, asked.steps, asked.batch_size))
+    claimed = (result.images, result.steps, result.examples)
+    for name, value, known in zip(("images", "steps", "examples"), claimed, expected, strict=True):
+        if value != known:
+            raise ValueError(f"client {result.client} speaks of {value} {name}, must be {known}")
+    if not (math.isfinite(result.loss) and 0 <= result.accuracy <= 1):
+        raise ValueError(f"client {result.client} has loss {result.loss} and accuracy {result.accuracy}")
+
+
+def _check_arrays(reply: Reply, work: Sequence[Assignment], received: Arrays, terms: Terms) -> None:
+    """Compare the arrays with what the clients that succeeded were asked to send."""
     trained = {result.client: result.images for result in reply.results if result.ok}
     if bool(reply.arrays) != bool(trained):
         raise ValueError("it must have arrays if, and only if, a client succeeded")
     if trained:
-        _check_arrays(reply, [(a, trained[a.client]) for a in work if a.client in trained], shapes)
+        if kept := reply.arrays.keys() & set(terms.private):
+            raise ValueError(f"array {min(kept)} is one that stays on the client")
+        shapes = {name: array.shape for name, array in received.items() if name not in terms.private}
+        _check_weights(reply, [(a, trained[a.client]) for a in work if a.client in trained], shapes)
+        _check_types(reply, received, terms)
 
 
-def _check_arrays(
+def _check_types(reply: Reply, received: Arrays, terms: Terms) -> None:
+    """Compare the types of the numbers, and what int8 arrays are scaled by, with the way to round updates."""
+    rounded = ROUNDINGS[terms.upload].dtype if terms.upload in ROUNDINGS else None
+    for name, array in reply.arrays.items():
+        own = received[name].dtype
+        if array.dtype != own and not (array.dtype == rounded and name in terms.parameters):
+            raise ValueError(f"array {name} is of type {array.dtype}, the model's of {own}")
+    scaled = {
+        name for name in terms.parameters if name in reply.arrays and reply.arrays[name].dtype == np.int8
+    }
+    if reply.scales.keys() != scaled:
+        raise ValueError(f"it has scales for {len(reply.scales)} arrays, and {len(scaled)} in int8")
+
+
+def _check_values(restored: Mapping[str, Tensor], received: Arrays, steps: int, terms: Terms) -> None:
+    """Refuse numbers that no training makes of those received: counters may rise by so many steps at most."""
+    for name, values in restored.items():
+        if values.numel() == 0:
+            continue
+        if not values.is_floating_point():
+            start = int(received[name].min())
+            if int(values.min()) < start or int(values.max()) > int(received[name].max()) + steps:
+                raise ValueError(
+                    f"the counter {name} went from {start} to {int(values.max())} in {steps} steps"
+                )
+            continue
+        if not (largest := float(vector_norm(values, math.inf))) <= MAX_NUMBER:
+            what = "NaN or infinite values" if not math.isfinite(largest) else f"values beyond {MAX_NUMBER:g}"
+            raise ValueError(f"{what} in {name}")
+        if name in terms.variances and float(values.min()) < 0:
+            raise ValueError(f"the running variance {name} is negative")
+        if name in terms.fixed and not np.array_equal(values.numpy(), received[name]):
+            raise ValueError(f"{name} is {float(values.max()):g}, and training doesn't change it")
+
+
+def _check_weights(
     reply: Reply, work: Sequence[tuple[Assignment, int]], shapes: Mapping[str, tuple[int, ...]]
 ) -> None:
     """Compare layout and weights with what the clients that succeeded were asked to train, on their images.
@@ -108,15 +200,17 @@ def _check_arrays(
         for place, name in enumerate(names):
             least[name] = sum(images for a, images in work if place in _named(a, len(names)))
     check_layout(reply.arrays, shapes, optional=[name for name, weight in least.items() if not weight])
+    if reply.weights.keys() != reply.arrays.keys():
+        raise ValueError("its weights are not those of its arrays")
     for name in reply.arrays:
         if not least[name] <= reply.weights[name] <= total:
             raise ValueError(
-                f"array {name} stands for {reply.weights[name]} images, must be {least[name]} to {total}"
+                f"array {name} stands for {reply.weights[name]:g} images, must be {least[name]} to {total}"
             )
     for bank, names in banks.items():
         weight = sum(reply.weights.get(name, 0) for name in names)
         if weight != (expected := sum(images * a.kernels for a, images in work)):
-            raise ValueError(f"the kernels of {bank} stand for {weight} images, not for {expected}")
+            raise ValueError(f"the kernels of {bank} stand for {weight:g} images, not for {expected}")
 
 
 def _named(assignment: Assignment, kernels: int) -> tuple[int, ...]:

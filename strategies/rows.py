@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from types import MappingProxyType
 
 from fedfmd.build import Federation
 from fedfmd.cost import ies, rcs
@@ -29,13 +30,14 @@ def client_rows(
     ranks: Mapping[int, int],
     client_flops: Sequence[int],
     trips: Mapping[int, float],
+    remarks: Mapping[int, str] = MappingProxyType({}),
 ) -> list[ClientRow]:
     """One row per client of the round, in the order of `plans`.
 
     `results` holds the clients that were asked to train, `ranks` the node of each, `trips` the measured seconds
-    between an edge device's message and its reply. A client that was never asked because its update would come too
-    late, or because its device can't hold the model, has no result; if its plan was fine, its device has gone while
-    it was at work.
+    between an edge device's message and its reply, `remarks` what was done to a client's update. A client that was
+    never asked because its update would come too late, or because its device can't hold the model, has no result; if
+    its plan was fine, its device has gone while it was at work.
     """
     return [
         _client_row(
@@ -45,6 +47,7 @@ def client_rows(
             ranks.get(plan.client.id),
             client_flops[plan.client.id],
             trips.get(plan.client.id, math.nan),
+            remarks.get(plan.client.id, ""),
         )
         for plan in plans
     ]
@@ -122,9 +125,10 @@ def _client_row(
     rank: int | None,
     flops_before: int,
     trip_s: float,
+    remark: str,
 ) -> ClientRow:
     status: str = plan.status
-    reason = plan.reason
+    reason = plan.reason or remark
     if result is not None and not result.ok:
         status, reason = "failed", result.reason
     elif result is None and status == "ok":

@@ -6,7 +6,7 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -22,6 +22,7 @@ from fedfmd.conv import has_temperature, set_temperature
 from fedfmd.edge import WorkPlan, keep_first, plan_work, round_seconds
 from fedfmd.errors import RunError
 from fedfmd.flower_compat import answered_id, dead_worker, message_id
+from fedfmd.protocol.compression import upload_bytes
 from fedfmd.protocol.messages import (
     BY_ATTENTION,
     WEIGHT,
@@ -32,16 +33,25 @@ from fedfmd.protocol.messages import (
     to_record,
     write_instruction,
 )
-from fedfmd.protocol.state import Arrays, first_non_finite, load, parameter_names, shared_arrays
+from fedfmd.protocol.state import (
+    Arrays,
+    first_non_finite,
+    fixed_names,
+    load,
+    parameter_names,
+    shared_arrays,
+    variance_names,
+)
 from fedfmd.runs import ClientRow, RoundRow, RunFolder, latest_checkpoint, save_checkpoint
 from fedfmd.seeds import derive_seed
 from fedfmd.training import Best, Evaluation, evaluate_on_both, learning_rate
-from strategies.aggregation import aggregate
+from strategies.aggregation import aggregate, limit_updates
 from strategies.lines import header_lines, round_text
 from strategies.nodes import (
     Node,
     are_edge_devices,
     assign,
+    check_device,
     empty,
     exchange,
     meet_again,
@@ -49,7 +59,7 @@ from strategies.nodes import (
     on_edge_devices,
     reachable,
 )
-from strategies.replies import client_results, read_replies
+from strategies.replies import Terms, client_results, read_replies
 from strategies.rows import client_rows, round_row
 
 logger = logging.getLogger("fedfmd")
@@ -117,15 +127,17 @@ class TrackedStrategy(Strategy):
 
     def __init__(self, algorithm: Algorithm, federation: Federation, folder: RunFolder) -> None:
         self.algorithm = algorithm
-        self.federation = federation
+        self._terms = _terms(algorithm, federation)
+        self.federation = _without(federation, self._terms.private)
         self.folder = folder
         self.nodes: tuple[Node, ...] = ()
         self.results: dict[int, ClientResult] = {}
         self.progress = Progress(0, 0.0, (0,) * federation.settings.partition.clients)
         self._state = algorithm.init()
         self._round = Round()
+        self._limited: dict[int, str] = {}
         self._began = 0.0
-        self._parameters = parameter_names(federation.model)
+        self._parameters = self._terms.parameters
         self._annealed = has_temperature(federation.model)
 
     @property
@@ -211,9 +223,15 @@ class TrackedStrategy(Strategy):
         working = [plan for plan in plans if plan.status == "ok"]
         requests = [
             self._request(node, hand, server_round, server_round - 1, arrays)
-            for node, hand in assign(self.nodes, working, self.algorithm.separate)
+            for node, hand in assign(self.nodes, working, self._separate)
         ]
         return Round(plans, seconds, requests, budget.needed(wanted))
+
+    @property
+    def _separate(self) -> bool:
+        """Whether every client's update is needed on its own: for the algorithm, or to limit it."""
+        server = self.federation.settings.server
+        return self.algorithm.separate or bool(server.max_update_norm or server.max_update_ratio)
 
     def _finish_round(
         self, server_round: int, replies: Sequence[Message], arrived: Mapping[str, float] | None = None
@@ -242,6 +260,8 @@ class TrackedStrategy(Strategy):
         logger.info(round_text(row, server.rounds), extra={"round_row": row})
         for failed in (client for client in clients if client.status == "failed"):
             logger.warning("round %d: client %d failed: %s", server_round, failed.client, failed.reason)
+        for number, remark in self._limited.items():
+            logger.warning("round %d: client %d: %s", server_round, number, remark)
         self._stop_if_hopeless(server_round, clients)
         return learnt
 
@@ -252,7 +272,13 @@ class TrackedStrategy(Strategy):
             RunError: a worker of Flower's simulation died, or the step gave no usable model.
         """
         current = shared_arrays(self.federation.model)
-        updates = self._updates(server_round, replies, current)
+        server = self.federation.settings.server
+        updates, self._limited = limit_updates(
+            self._updates(server_round, replies, current),
+            self._parameters,
+            server.max_update_norm,
+            server.max_update_ratio,
+        )
         enough = sum(result.ok for result in self.results.values()) >= max(1, self._round.needed)
         if enough:
             new, self._state = aggregate(
@@ -267,14 +293,16 @@ class TrackedStrategy(Strategy):
 
     def _updates(self, server_round: int, replies: Sequence[Message], current: Arrays) -> list[Update]:
         """Check the replies, note what became of each client, and return the updates that can be used."""
-        if fault := dead_worker(replies):
+        if not are_edge_devices(self.nodes) and (fault := dead_worker(replies)):
             raise RunError(
                 f"round {server_round}: a Ray worker died ({fault}), and Flower does not replace it. Give the workers "
                 "more memory or start fewer, then run the same command again: it does this round anew"
             )
         asked = {request.id: request.assignments for request in self._round.requests}
         origins = {request: self._origin(work, current) for request, work in asked.items()}
-        answers = read_replies(replies, asked, {request: o.arrays for request, o in origins.items()})
+        received = {request: origin.arrays for request, origin in origins.items()}
+        terms = replace(self._terms, sizes=self.federation.sizes)
+        answers = read_replies(replies, asked, received, terms)
         self.results = client_results(answers, asked)
         nodes = {request.id: request.message.metadata.dst_node_id for request in self._round.requests}
         return [
@@ -297,7 +325,7 @@ class TrackedStrategy(Strategy):
         measured = asked if are_edge_devices(self.nodes) else []
         trips = {client: arrived[request.id] for request, client in measured if request.id in arrived}
         done = self.progress.client_flops
-        return client_rows(server_round, self._round.plans, self.results, ranks, done, trips)
+        return client_rows(server_round, self._round.plans, self.results, ranks, done, trips, self._limited)
 
     def _round_row(
         self,
@@ -329,7 +357,7 @@ class TrackedStrategy(Strategy):
         clients, server = settings.partition.clients, settings.server
         least = max(1, math.ceil((1 - server.max_failed_share) * clients)) if resumed else clients
         meet = partial(meet_again, self.nodes) if are_edge_devices(self.nodes) else meet_nodes
-        self.nodes = meet(grid, images, clients, server.node_timeout_s, least)
+        self.nodes = meet(grid, images, clients, server.node_timeout_s, least, check_device(settings))
         self.federation = on_edge_devices(self.federation, self.nodes)
 
     def _sample(self, server_round: int, time_s: float, count: int) -> list[int]:
@@ -452,3 +480,24 @@ class TrackedStrategy(Strategy):
                 f"round {server_round}: {len(reasons)} of {len(clients)} clients failed, more than "
                 f"server.max-failed-share = {limit:g}; the last reason: {reasons[-1]}"
             )
+
+
+def _terms(algorithm: Algorithm, federation: Federation) -> Terms:
+    """Return what the replies of the federation's clients are held against."""
+    model = federation.model
+    return Terms(
+        sizes=federation.sizes,
+        parameters=parameter_names(model),
+        upload=federation.settings.transport.upload,
+        private=algorithm.private(model),
+        fixed=fixed_names(model),
+        variances=variance_names(model),
+    )
+
+
+def _without(federation: Federation, private: Collection[str]) -> Federation:
+    """Return the federation with uploads that lack these arrays, none of which is a bank's kernel."""
+    model, upload = federation.model, federation.settings.transport.upload
+    kept = {name: array for name, array in shared_arrays(model).items() if name in private}
+    spared = upload_bytes(kept, upload, parameter_names(model))
+    return replace(federation, upload_bytes=tuple(sent - spared for sent in federation.upload_bytes))

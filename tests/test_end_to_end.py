@@ -237,7 +237,14 @@ def run_boxes(tiny_settings, tmp_path):
     """Runs two rounds on boxes with these node configs; gives the rows of the clients."""
 
     def run(node_configs, grid_type=InlineGrid):
-        settings = tiny_settings(**{"server.rounds": 2, "train.batch-size": 16, "model.norm": "batch"})
+        settings = tiny_settings(
+            **{
+                "server.rounds": 2,
+                "train.batch-size": 16,
+                "model.norm": "batch",
+                "server.node-timeout-s": 0.1,
+            }
+        )
         folder = RunFolder(tmp_path / "run")
         with grid_type(client_app, settings.flat(), node_configs) as grid:
             make_strategy(build_federation(settings), folder).run(grid)

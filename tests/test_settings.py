@@ -163,6 +163,13 @@ def test_all_faults_are_told_at_once():
         Settings.from_mapping({"train.lr": 0, "server.rounds": 0})
 
 
+def test_settings_that_came_later_leave_the_digest_of_earlier_runs():
+    """The digest of the defaults as it was before ``server.max-update-norm``."""
+    assert Settings().digest() == "7255d394"
+    limited = Settings.from_mapping({"server.max-update-ratio": 3})
+    assert limited.digest() != Settings().digest()
+
+
 def test_the_digest_tells_runs_apart_but_not_where_they_are_kept():
     settings = Settings()
     assert settings.digest() == Settings.from_mapping({"threads": 2}).in_folder(Path("elsewhere")).digest()

@@ -99,6 +99,11 @@ class Algorithm:
         """Updates that make a step as soon as they are there; 0: a round waits for all that it asked for."""
         return 0
 
+    def private(self, model: nn.Module) -> Collection[str]:
+        """Return the names on the wire of the arrays that stay on the clients, none of them a kernel of a bank."""
+        del model
+        return ()
+
     def training(self, local: LocalTraining) -> AbstractContextManager[None]:
         """Prepare the model, which has the global arrays, for training; take down afterwards what must not stay."""
         del local
@@ -121,6 +126,11 @@ class Algorithm:
         del current, parameters
         return updates
 
+    def buffers(self, updates: Sequence[Update], current: Arrays) -> Arrays:
+        """Return the next buffers, such as running variances, of normalised updates that hold nothing else."""
+        del current
+        return mean(updates)
+
     def init(self) -> Any:
         """Return the server's state before the first round: nested dicts and lists of arrays and plain values."""
         return {}
@@ -131,7 +141,7 @@ class Algorithm:
         """Return the next parameters and state.
 
         `current` holds all parameters, `updates` those that were trained; what it returns of others is not used.
-        Buffers, such as running variances, are averaged apart.
+        `buffers` combines what is no parameter.
         """
         del server_round, current
         return mean(updates), state

@@ -1,11 +1,13 @@
 """FedBN (Li et al., ICLR 2021, arXiv:2102.07623): every client has normalisation layers of its own.
 
-What it sends of them is averaged all the same, for the global model that the server evaluates.
+They begin as the server's and never leave the client. So the server's stay as they were made, and its model, which it
+evaluates, is nobody's: how well clients do with their own layers, their rows tell (`loss` and `accuracy` in
+clients.csv). With ``model.norm = batch`` the server's statistics are those of no images at all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -17,7 +19,11 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.GroupNorm)
 
 
 class FedBN(Algorithm, name="fedbn"):
-    """Clients put their own layers in the place of the global ones."""
+    """Clients put their own layers in the place of the global ones, and keep them to themselves."""
+
+    def private(self, model: nn.Module) -> Collection[str]:
+        """Return the names of the normalisation layers' arrays."""
+        return norm_views(model).keys()
 
     @contextmanager
     def training(self, local: LocalTraining) -> Iterator[None]:
@@ -27,6 +33,12 @@ class FedBN(Algorithm, name="fedbn"):
             for name, tensor in local.own.items():
                 views[name].copy_(tensor)
         yield
+
+    def update(self, local: LocalTraining, trained: Mapping[str, Tensor], steps: int) -> Mapping[str, Tensor]:
+        """Return what the client trained without its own layers."""
+        del steps
+        private = self.private(local.model)
+        return {name: tensor for name, tensor in trained.items() if name not in private}
 
     def keep(self, local: LocalTraining) -> Mapping[str, Tensor]:
         """Return the layers as they are after training."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fedfmd.client.host import host_of
@@ -17,9 +17,10 @@ from fedfmd.client.node_config import NodeConfig, check_version
 from fedfmd.client.round import run_assignments
 from fedfmd.cost import latency
 from fedfmd.protocol.messages import (
-    CONFIG,
+    Hosted,
     read_instruction,
     read_question,
+    write_hosted,
     write_reply,
 )
 
@@ -32,26 +33,18 @@ LATENCY_IMAGES = 5
 @app.query()
 def query(message: Message, context: Context) -> Message:
     """Tell the server which client this node hosts (-1: any) and with what."""
-    hosted: dict[str, int | str] = {
-        "client": -1,
-        "rank": 0,
-        "nodes": 0,
-        "device": "",
-        "profile": "",
-        "images": 0,
-        "error": "",
-    }
+    hosted = Hosted()
     try:
         node = NodeConfig.from_mapping(context.node_config)
-        hosted |= {"rank": node.rank, "nodes": node.nodes, "device": node.device, "profile": node.profile()}
+        hosted = Hosted(rank=node.rank, nodes=node.nodes, device=node.device, profile=node.profile())
         if node.client is not None:
-            hosted["client"] = node.client
+            hosted = replace(hosted, client=node.client)
             version, images = read_question(message.content)
             check_version(version)
-            hosted["images"] = len(host_of(context, images).images_of(node.client))
+            hosted = replace(hosted, images=len(host_of(context, images).images_of(node.client)))
     except Exception as error:  # the server decides what a refusing node means for the run
-        hosted["error"] = f"{error}"
-    return Message(RecordDict({CONFIG: ConfigRecord({**hosted})}), reply_to=message)
+        hosted = replace(hosted, error=f"{error}")
+    return Message(write_hosted(hosted), reply_to=message)
 
 
 @app.train()

@@ -28,8 +28,18 @@ from fedfmd.models import MODELS
 from fedfmd.strict_yaml import load_yaml
 
 MAX_JITTER = 2.0
-Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
+LEAST, MOST = 1e-6, 1e9
+"""Bounds of every rate, size, power and factor, so that no device can stretch virtual time without end."""
+
+
+def _physical(value: float) -> float:
+    if not LEAST <= value <= MOST:
+        raise ValueError(f"no device has that; must be from {LEAST:g} to {MOST:g}")
+    return value
+
+
+Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False), AfterValidator(_physical)]
+NonNegative = Annotated[float, Field(strict=True, ge=0, le=MOST, allow_inf_nan=False)]
 Probability = Annotated[float, Field(strict=True, gt=0, le=1)]
 Jitter = Annotated[float, Field(strict=True, ge=0, le=MAX_JITTER)]
 Figure = Literal["train_gflops", "infer_gflops", "memory_gb", "power_w", "efficiency"]
@@ -227,21 +237,16 @@ Row = TypeVar("Row", Device, Link)
 
 def _load(path: Path, row_type: type[Row]) -> dict[str, Row]:
     """Read the rows of a YAML file by name; anything wrong is a ValueError that names file, row and key."""
-    return _parse(_text(path), str(path), row_type)
-
-
-def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        table = load_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read: {error}") from error
-
-
-def _parse(text: str, origin: str, row_type: type[Row]) -> dict[str, Row]:
-    try:
-        table = load_yaml(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"{origin}: cannot be read: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
+    return _rows(table, str(path), row_type)
+
+
+def _rows(table: object, origin: str, row_type: type[Row]) -> dict[str, Row]:
     if not isinstance(table, dict):
         raise ValueError(f"{origin}: must hold one row per name, `name: {{key: value, …}}`, not {table!r}")
     return {str(name): _row(origin, str(name), row, row_type) for name, row in table.items()}
@@ -275,12 +280,22 @@ def device_text(device: Device) -> str:
 
 
 def parse_device(text: str, origin: str) -> Device:
-    """Parse the device in a text that holds one row, as an edge device's own file does.
+    """Parse the device that `device_text` wrote, as a client sent it.
+
+    That is JSON: YAML's aliases could stand for gigabytes.
 
     Raises:
         ValueError: the text holds none or several, or as `load_devices` does; the message names `origin`.
     """
-    devices = _parse(text, origin, Device)
+    try:
+        return _only(_rows(json.loads(text), origin, Device), origin)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{origin}: cannot be read: {error}") from error
+    except RecursionError:
+        raise ValueError(f"{origin}: cannot be read: it is nested too deeply") from None
+
+
+def _only(devices: Mapping[str, Device], origin: str) -> Device:
     if len(devices) != 1:
         raise ValueError(f"{origin}: holds {len(devices)} devices, an edge device's own file must hold one")
     return next(iter(devices.values()))
@@ -316,4 +331,4 @@ def read_own_device(path: Path) -> Device:
     Raises:
         ValueError: as `load_devices` does, or the file has other than one row.
     """
-    return parse_device(_text(path), str(path))
+    return _only(_load(path, Device), str(path))

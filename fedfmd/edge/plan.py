@@ -77,9 +77,14 @@ class Workload:
         return self.epochs * math.ceil(self.images / batch_size)
 
     def examples(self, steps: int, batch_size: int) -> int:
-        """Images that the first `steps` steps process: an epoch's full batches come before its short one."""
-        epochs, rest = divmod(steps, math.ceil(self.images / batch_size))
-        return epochs * self.images + rest * batch_size
+        """Images that the first `steps` steps process."""
+        return examples_of(self.images, steps, batch_size)
+
+
+def examples_of(images: int, steps: int, batch_size: int) -> int:
+    """Images that so many steps on a shard process: an epoch's full batches come before its short one."""
+    epochs, rest = divmod(steps, math.ceil(images / batch_size))
+    return epochs * images + rest * batch_size
 
 
 @dataclass(frozen=True)

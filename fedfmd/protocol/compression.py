@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
 Received = Mapping[str, np.ndarray]
@@ -22,12 +24,12 @@ Received = Mapping[str, np.ndarray]
 class Rounding:
     """A smaller type for floats: x ≈ scale · values; `encode` gives values and scale.
 
-    A number needs `number_bytes` on the wire, an array `array_bytes` more for its scale, which is 1 and not
+    A number has the type `dtype` on the wire, an array needs `array_bytes` more for its scale, which is 1 and not
     sent if that is 0.
     """
 
     encode: Callable[[Tensor], tuple[Tensor, float]]
-    number_bytes: int
+    dtype: np.dtype
     array_bytes: int
 
 
@@ -42,8 +44,14 @@ def _to_int8(x: Tensor) -> tuple[Tensor, float]:
     return (x / scale).round().clamp(-127, 127).to(torch.int8), scale
 
 
-ROUNDINGS = {"fp16": Rounding(_to_fp16, 2, 0), "int8": Rounding(_to_int8, 1, 8)}
+ROUNDINGS = {
+    "fp16": Rounding(_to_fp16, np.dtype(np.float16), 0),
+    "int8": Rounding(_to_int8, np.dtype(np.int8), 8),
+}
 UPLOADS = ("fp32", *ROUNDINGS)
+
+Scale = Annotated[float, Field(strict=True, gt=0, le=float(np.finfo(np.float16).max) / 127)]
+"""Of an int8 array, which can say no more than one in fp16 could."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +122,7 @@ def upload_bytes(arrays: Mapping[str, np.ndarray], upload: str, parameters: Coll
         return sum(array.nbytes for array in arrays.values())
     rounding = ROUNDINGS[upload]
     return sum(
-        array.size * rounding.number_bytes + rounding.array_bytes if name in parameters else array.nbytes
+        array.size * rounding.dtype.itemsize + rounding.array_bytes if name in parameters else array.nbytes
         for name, array in arrays.items()
     )
 

@@ -10,18 +10,33 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from pydantic import Field
 
 from fedfmd.data import ImageFormat
 from fedfmd.flower_compat import to_array, to_numpy
+from fedfmd.protocol.compression import Scale
+from fedfmd.protocol.parsing import (
+    MAX_WHOLE,
+    Measure,
+    Seconds,
+    Text,
+    Weight,
+    Whole,
+    parse,
+    record_of,
+    rows_of,
+)
 from fedfmd.protocol.state import Arrays
 from fedfmd.version import __version__
 
 ARRAYS, CONFIG, METRICS, WEIGHTS, SCALES = "arrays", "config", "metrics", "weights", "scales"
 IMAGES, VERSION = "images", "version"
+MAX_PROFILE = 64 * 1024
+"""Characters of an edge device's profile: ten times what a calibration of all operators writes."""
 WEIGHT = "num-examples"
 BY_ATTENTION = -1
 
@@ -81,23 +96,44 @@ class ClientResult:
     NaN in a simulation.
     """
 
-    client: int
-    images: int
-    steps: int
-    examples: int
-    loss: float
-    accuracy: float
-    wall_s: float
-    reason: str = ""
-    kernel_entropy: float = math.nan
-    input_attention: float = math.nan
-    output_attention: float = math.nan
-    latency_s: float = math.nan
+    client: Whole
+    images: Whole
+    steps: Whole
+    examples: Whole
+    loss: Measure
+    accuracy: Measure
+    wall_s: Seconds
+    reason: Text = ""
+    kernel_entropy: Measure = math.nan
+    input_attention: Measure = math.nan
+    output_attention: Measure = math.nan
+    latency_s: Seconds = math.nan
 
     @property
     def ok(self) -> bool:
         """Whether the client's update is part of the reply."""
         return not self.reason
+
+
+@dataclass(frozen=True)
+class Hosted:
+    """A node's answer to the question what it hosts.
+
+    Attributes:
+        client: the client that an edge device is; -1: a worker, which hosts any.
+        rank, nodes: a worker's place among how many.
+        device, profile: name of an edge device's profile, and the text of its own one; "" without.
+        images: how many an edge device has.
+        error: why the node can't take part; "" if it can.
+    """
+
+    client: Annotated[int, Field(strict=True, ge=-1, le=MAX_WHOLE)] = -1
+    rank: Whole = 0
+    nodes: Whole = 0
+    device: Text = ""
+    profile: Annotated[str, Field(strict=True, max_length=MAX_PROFILE)] = ""
+    images: Whole = 0
+    error: Text = ""
 
 
 @dataclass(frozen=True)
@@ -148,6 +184,21 @@ def read_question(content: RecordDict) -> tuple[str, ImageFormat]:
     return str(records[CONFIG][VERSION]), ImageFormat.from_lists(records[IMAGES])
 
 
+def write_hosted(hosted: Hosted) -> RecordDict:
+    """Pack a node's answer to the question."""
+    return RecordDict({CONFIG: ConfigRecord({**vars(hosted)})})
+
+
+def read_hosted(content: RecordDict) -> Hosted:
+    """Unpack a node's answer to the question.
+
+    Raises:
+        ValueError: it is none.
+    """
+    hosted: Hosted = parse(Hosted, dict(record_of(content, CONFIG, ConfigRecord)), "its answer")
+    return hosted
+
+
 def write_instruction(instruction: Instruction, arrays: ArrayRecord) -> RecordDict:
     """Pack a node's part of a round; `arrays` (the global state) may be shared between messages."""
     scalars = {name: getattr(instruction, name) for name in SCALARS}
@@ -163,7 +214,7 @@ def read_instruction(content: RecordDict) -> tuple[Instruction, Arrays]:
     config = content.config_records[CONFIG]
     scalars: dict[str, Any] = {name: config[name] for name in SCALARS}
     images = ImageFormat.from_lists(content[IMAGES]) if IMAGES in content else None
-    instruction = Instruction(assignments=tuple(_rows(config, Assignment)), images=images, **scalars)
+    instruction = Instruction(assignments=tuple(rows_of(config, Assignment)), images=images, **scalars)
     return instruction, from_record(content.array_records[ARRAYS])
 
 
@@ -183,12 +234,18 @@ def write_reply(reply: Reply) -> RecordDict:
 
 
 def read_reply(content: RecordDict) -> Reply:
-    """Unpack a node's answer."""
-    metrics = content.metric_records
-    results = tuple(_rows({**metrics[METRICS], **content.config_records[CONFIG]}, ClientResult))
-    weights: dict[str, Any] = dict(metrics[WEIGHTS])
-    scales: dict[str, Any] = dict(metrics[SCALES])
-    return Reply(from_record(content.array_records[ARRAYS]), results, weights, scales)
+    """Unpack a node's answer. Its arrays share the message's memory, and are as large as that is.
+
+    Raises:
+        ValueError: a record is missing or another one, a value is not of its type, an array's content is damaged.
+    """
+    metrics, config = record_of(content, METRICS, MetricRecord), record_of(content, CONFIG, ConfigRecord)
+    results = tuple(rows_of({**metrics, **config}, ClientResult))
+    weights, scales = (
+        parse(dict[str, kind], dict(record_of(content, name, MetricRecord)), f"the record {name}")
+        for name, kind in ((WEIGHTS, Weight), (SCALES, Scale))
+    )
+    return Reply(from_record(record_of(content, ARRAYS, ArrayRecord)), results, weights, scales)
 
 
 def _format_record(images: ImageFormat) -> ConfigRecord:
@@ -199,8 +256,3 @@ def _format_record(images: ImageFormat) -> ConfigRecord:
 def _columns(rows: Sequence[Row], cls: type[Row]) -> dict[str, Any]:
     """One list per field, since records hold flat lists only."""
     return {field.name: [getattr(row, field.name) for row in rows] for field in fields(cls)}
-
-
-def _rows(columns: Mapping[str, Any], cls: type[Row]) -> list[Row]:
-    names = [field.name for field in fields(cls)]
-    return [cls(*values) for values in zip(*(columns[name] for name in names), strict=True)]

@@ -12,8 +12,9 @@ from collections.abc import Collection, Mapping
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
-from fedfmd.conv.layers import BANKS, bank_names
+from fedfmd.conv.layers import BANKS, bank_names, dynamic_layers
 
 Arrays = dict[str, np.ndarray]
 
@@ -50,6 +51,27 @@ def parameter_names(module: nn.Module) -> frozenset[str]:
     """Names on the wire of what an optimiser trains, as opposed to buffers."""
     buffers = {name for name, _ in module.named_buffers()}
     return frozenset(wire_views(module).keys() - buffers)
+
+
+def fixed_names(module: nn.Module) -> frozenset[str]:
+    """Names on the wire of the buffers that training leaves as they are: the temperatures."""
+    layers = dynamic_layers(module)
+    return frozenset(
+        _child(name, "temperature") for name, layer in layers.items() if layer.temperature is not None
+    )
+
+
+def variance_names(module: nn.Module) -> frozenset[str]:
+    """Names on the wire of the running variances, which can't be negative."""
+    return frozenset(
+        _child(name, "running_var")
+        for name, layer in module.named_modules()
+        if isinstance(layer, _NormBase) and layer.running_var is not None
+    )
+
+
+def _child(parent: str, name: str) -> str:
+    return f"{parent}.{name}" if parent else name
 
 
 def pack(module: nn.Module) -> Arrays:

@@ -84,7 +84,7 @@ class ClientRow:
         round, client: its key.
         node: place of the worker that hosted the client; None if none did.
         device: name of the device profile.
-        status: ok, late, failed or unfit; `reason` says why it is not ok.
+        status: ok, late, failed or unfit; `reason` says why it is not ok, or how its update was limited.
         examples, steps: images and local steps of the plan.
         kernels: kernels of each bank that are trained; 1 without banks.
         train_flops: of this round; `cum_train_flops` since the start.

@@ -1,3 +1,5 @@
+import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -129,6 +131,40 @@ def write_devices(path, *devices):
 def test_a_device_survives_a_file_and_a_message(device, tmp_path):
     assert read_own_device(write_devices(tmp_path / "box.yaml", device)) == device
     assert parse_device(device_text(device), "message") == device
+
+
+def laughs(depth):
+    """A device file whose few aliases stand for 10^depth words."""
+    names = "abcdefghij"[: depth + 1]
+    words = f"&a [{','.join('x' * 10)}]"
+    nested = ", ".join(f"{n}: &{n} [{','.join([f'*{p}'] * 10)}]" for p, n in pairwise(names))
+    return f"x: {{source: {words}, {nested}}}"
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        (laughs(8), "cannot be read: Expecting value"),
+        ("[" * 60_000, "cannot be read: it is nested too deeply"),
+        ('{"x": ' * 10_000, "cannot be read: it is nested too deeply"),
+        ('{"x": ' + "9" * 5000 + "}", "integer"),
+        ('{"x": {"train_gflops": NaN}}', "row 'x', key 'train_gflops'"),
+        ("[]", "must hold one row per name"),
+        ("{}", "holds 0 devices"),
+    ],
+    ids=["aliases", "lists", "mappings", "digits", "nan", "list", "none"],
+)
+def test_a_text_that_a_client_sent_cannot_blow_up(text, fault):
+    with pytest.raises(ValueError, match=fault) as error:
+        parse_device(text, "its device file")
+    assert len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize(("key", "value"), [("train_gflops", 1e-300), ("memory_gb", 1e30), ("step_s", 1e300)])
+def test_no_device_can_stop_the_virtual_clock(key, value):
+    row = device_row(DEVICES["pi-4"]) | {key: value}
+    with pytest.raises(ValueError, match=key):
+        parse_device(json.dumps({"snail": row}), "message")
 
 
 def test_a_row_says_nothing_that_goes_without_saying():

@@ -155,14 +155,15 @@ def test_received_arrays_share_the_messages_memory_and_cannot_be_changed():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"no array at all", "magic string"),
-        (npy(np.arange(3.0))[:-1], "buffer is too small"),
-        (npy(np.array([None])), "Python objects"),
+        (b"no array at all", "an array is no .npy file of numbers"),
+        (npy(np.arange(3.0))[:-1], r"an array of shape \(3,\) and type float64 has 23 bytes"),
+        (npy(np.arange(3.0)) + b"x", r"an array of shape \(3,\) and type float64 has 25 bytes"),
+        (npy(np.array([None])), "an array is no .npy file of numbers"),
     ],
 )
 def test_a_damaged_array_is_refused(content, message):
     record = ArrayRecord({"w": Array("float64", (3,), "numpy.ndarray", content)})
-    with pytest.raises((TypeError, ValueError), match=message):
+    with pytest.raises(ValueError, match=message):
         from_record(record)
 
 

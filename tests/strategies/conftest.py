@@ -1,12 +1,16 @@
+from dataclasses import replace
+from types import MappingProxyType
+
 import pytest
 from flwr.app import ConfigRecord, Error, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedfmd.build import build_federation
+from fedfmd.edge import examples_of
 from fedfmd.engines.inline import InlineGrid
 from fedfmd.flower_compat import set_message_id
 from fedfmd.protocol.averaging import WeightedMean
-from fedfmd.protocol.messages import CONFIG, ClientResult, Reply, read_instruction, write_reply
+from fedfmd.protocol.messages import CONFIG, ClientResult, Hosted, Reply, read_instruction, write_reply
 from fedfmd.protocol.state import bank_of
 from fedfmd.training.partial import rotation
 
@@ -15,8 +19,16 @@ TWO_ROUNDS = {"model.conv": "static", "fleet.devices": "pi-4", "server.rounds": 
 
 @pytest.fixture
 def make_federation(tiny_settings):
-    """Builds the federation of three pi-4 on tiny digits, changed by dotted settings."""
-    return lambda changes={}: build_federation(tiny_settings(**TWO_ROUNDS | changes))
+    """Builds the federation of three pi-4 on tiny digits, changed by dotted settings.
+
+    Client c has 10 (c + 1) images, as those of `make_grid`.
+    """
+
+    def make(changes=MappingProxyType({})):
+        federation = build_federation(tiny_settings(**TWO_ROUNDS | dict(changes)))
+        return replace(federation, sizes=tuple(10 * (client + 1) for client in range(len(federation.sizes))))
+
+    return make
 
 
 @pytest.fixture
@@ -24,13 +36,19 @@ def make_grid():
     """Makes a grid of nodes that need no data: `node_configs` say what they host.
 
     Their clients don't train: client c has 10 (c + 1) images and adds c + 1 to every array that it is to
-    train. What `behave(client, round)` returns is the reason for which the client fails; if it raises, its
-    node does.
+    train, but for the temperatures. What `behave(client, round)` returns is the reason for which the client fails;
+    if it raises, its node does. `answers` has, by node, what else it answers to the query: fields, or all of it.
+    Arrays whose names are `private` are not sent.
     """
     grids = []
 
-    def make(node_configs=({},), behave=lambda client, server_round: ""):
-        grids.append(InlineGrid(stub_app(behave), {}, node_configs))
+    def make(
+        node_configs=({},),
+        behave=lambda client, server_round: "",
+        answers=MappingProxyType({}),
+        private=frozenset(),
+    ):
+        grids.append(InlineGrid(stub_app(behave, answers, private), {}, node_configs))
         return grids[-1]
 
     yield make
@@ -38,15 +56,20 @@ def make_grid():
         grid.close()
 
 
-def stub_app(behave):
+def stub_app(behave, answers, private):
     app = ClientApp()
 
     @app.query()
     def query(message, context):
-        nobody = {"client": -1, "rank": 0, "nodes": 0, "device": "", "profile": "", "images": 0, "error": ""}
-        told = nobody | context.node_config
-        told["client"] = int(told["client"])
-        return Message(RecordDict({CONFIG: ConfigRecord(told)}), reply_to=message)
+        told = answers.get(context.node_id, {})
+        if isinstance(told, RecordDict):
+            return Message(told, reply_to=message)
+        client = int(context.node_config.get("client", -1))
+        hosted = vars(Hosted(client, images=10 * (client + 1))) | context.node_config | told
+        return Message(
+            RecordDict({CONFIG: ConfigRecord(hosted | {"client": told.get("client", client)})}),
+            reply_to=message,
+        )
 
     @app.train()
     def train(message, context):
@@ -56,10 +79,15 @@ def stub_app(behave):
             client = work.client
             reason = behave(client, instruction.round)
             images = 10 * (client + 1)
-            results.append(ClientResult(client, images, work.steps, images, 1.0, 0.5, 0.1, reason))
+            seen = examples_of(images, work.steps, work.batch_size)
+            results.append(ClientResult(client, images, work.steps, seen, 1.0, 0.5, 0.1, reason))
             if not reason:
-                own = {name: array for name, array in arrays.items() if is_trained(name, work, arrays)}
-                added = {name: (array + client + 1).astype(array.dtype) for name, array in own.items()}
+                own = {
+                    name: array
+                    for name, array in arrays.items()
+                    if name not in private and is_trained(name, work, arrays)
+                }
+                added = {n: (a + client + 1).astype(a.dtype) if a.ndim else a for n, a in own.items()}
                 mean.add(added, images)
         return Message(write_reply(Reply(mean.arrays(), tuple(results), mean.weights)), reply_to=message)
 

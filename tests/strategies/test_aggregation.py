@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from fedfmd.algorithms import ALGORITHMS, Update
 from fedfmd.algorithms.flower import FlowerAlgorithm
 from fedfmd.protocol.messages import ARRAYS, ClientResult
-from strategies.aggregation import aggregate
+from strategies.aggregation import aggregate, limit_updates, update_norm
 
 PARAMETERS = {"w", "fc.bank.0", "fc.bank.1"}
 
@@ -106,6 +106,44 @@ def test_one_hostile_client_of_five_does_not_matter(step, name):
     updates = [update(node, 20, state(3.0)) for node in (5, 6, 7, 8)] + [update(9, 20, state(-1e6))]
     stepped, _ = step(ALGORITHMS[name], updates, state(100.0), parameters=PARAMETERS - {"fc.bank.1"})
     np.testing.assert_allclose(stepped["w"], 3)
+    np.testing.assert_allclose(stepped["running_var"], 3)  # a mean would be far off
+    assert stepped["num_batches_tracked"] == 3
+    assert stepped["num_batches_tracked"].dtype == np.int64
+
+
+@pytest.mark.parametrize(("name", "taken"), [("krum", [1.1]), ("multikrum", [1.0, 1.1, 1.3, 1.6])])
+def test_krum_takes_the_updates_that_are_nearest_to_the_others(step, name, taken):
+    """With five updates and one bad, the two nearest others count: those of 1.1 are at 0.1 and 0.2."""
+    updates = [update(node, 20, state(value)) for node, value in enumerate((1.0, 1.1, 1.3, 1.6, 90.0))]
+    stepped, _ = step(ALGORITHMS[name], updates, state(100.0), parameters=PARAMETERS - {"fc.bank.1"})
+    np.testing.assert_allclose(stepped["w"], np.mean(taken), rtol=1e-6)
+    np.testing.assert_allclose(stepped["running_var"], np.mean(taken), rtol=1e-6)
+
+
+def test_krum_tells_small_ways_apart_where_weights_are_large(step):
+    """‖x‖² + ‖y‖² − 2xy in float32 would see no difference at all between these."""
+
+    def near(value):
+        return {n: np.asarray(a + np.float32(value), a.dtype) for n, a in state(1000.0).items()}
+
+    updates = [update(node, 20, near(value)) for node, value in enumerate((0.0, 0.001, 0.002, 0.003, 0.5))]
+    stepped, _ = step(ALGORITHMS["krum"], updates, state(1000.0), parameters=PARAMETERS - {"fc.bank.1"})
+    assert 1000 < stepped["w"][0, 0] < 1000.0025
+
+
+def test_krum_with_fewer_updates_than_asked_for_leaves_the_farthest_out(step):
+    updates = [update(node, 20, state(value)) for node, value in enumerate((1.0, 1.2, 1e6))]
+    stepped, _ = step(ALGORITHMS["multikrum"], updates, state(100.0), parameters=PARAMETERS - {"fc.bank.1"})
+    np.testing.assert_allclose(stepped["w"], 1.1, rtol=1e-6)
+
+
+def test_an_update_is_as_long_as_its_way_from_where_it_began():
+    assert update_norm(update(1, 20, state(97.0)), PARAMETERS) == pytest.approx((4 * 9 + 3 * 9) ** 0.5)
+    (short,), done = limit_updates([update(1, 20, state(97.0))], PARAMETERS, norm=63**0.5 / 3, ratio=0)
+    np.testing.assert_allclose(short.arrays["w"], 99, rtol=1e-6)
+    np.testing.assert_allclose(short.arrays["running_var"], 99, rtol=1e-6)
+    assert short.arrays["num_batches_tracked"] == 99
+    assert done == {1: "update of norm 7.937 scaled down to 2.646 (server.max-update-norm)"}
 
 
 def test_server_momentum_carries_on_in_the_next_round(step):

@@ -1,16 +1,29 @@
+import json
 import re
 from dataclasses import replace
 
 import pytest
-from flwr.app import ConfigRecord, Error, Message, MessageType, RecordDict
+from flwr.app import ConfigRecord, Error, Message, MessageType, MetricRecord, RecordDict
 
 import strategies.nodes
 from fedfmd.data import ImageFormat
 from fedfmd.edge import Device, Speed, device_text, plan_work
 from fedfmd.engines.inline import InlineGrid
 from fedfmd.errors import RunError
-from strategies.nodes import Node, assign, empty, exchange, meet_again, meet_nodes, on_edge_devices, reachable
+from strategies.nodes import (
+    Node,
+    assign,
+    check_device,
+    empty,
+    exchange,
+    meet_again,
+    meet_nodes,
+    on_edge_devices,
+    reachable,
+)
 
+FIGURES = {"train_gflops": 1e-300, "infer_gflops": 1, "memory_gb": 1, "power_w": 1, "source": "me"}
+SLOWEST = json.dumps({"snail": FIGURES})
 IMAGES = ImageFormat(("cat", "dog"), 8, (0.5,) * 3, (0.25,) * 3, "none")
 
 
@@ -67,16 +80,77 @@ def test_missing_nodes_are_an_error_after_the_wait(make_grid, configs, came):
     ("configs", "message"),
     [
         ([box(0), box(1, error="no file x.npz")], "the edge device of client 1 refuses: no file x.npz"),
-        ([box(0), box(2), box(2)], "two edge devices say that they are client 2"),
-        ([box(0), box(3)], "an edge device says that it is client 3, but partition.clients = 3"),
-        ([box(0), worker(0, 1)], "some nodes are edge devices and some host any client"),
+        ([box(0), box(2), box(2)], "client 2 is there already, as node 1001: node 1002 is left out"),
+        ([box(0), box(3)], "client 3 is none of this run's, whose partition.clients = 3"),
+        ([box(0), worker(0, 1)], "node 1001 hosts any client, and others are edge devices: give all"),
+        ([box(0), box(1, images=0)], "the edge device of client 1 can't be used: it has no images"),
         ([{"client": "first"}], "node 1000 could not start: .*first"),
         ([worker(0, 1) | {"error": "unknown key clients = 0"}], "node 1000 refuses: unknown key clients = 0"),
     ],
 )
 def test_nodes_that_cannot_be_used_are_named(make_grid, configs, message):
     with pytest.raises(RunError, match=message):
-        meet(make_grid(configs), 3, 1)
+        meet(make_grid(configs), 3, 0.05)
+
+
+def test_a_simulation_whose_workers_all_refuse_ends_at_once(make_grid):
+    refusing = [worker(rank, 2) | {"error": "no data"} for rank in range(2)]
+    with pytest.raises(RunError, match="node 1000 refuses: no data; node 1001 refuses: no data"):
+        meet(make_grid(refusing), 3, 600)
+
+
+def test_a_simulation_goes_on_with_the_workers_that_it_has(make_grid):
+    nodes = meet(make_grid([worker(0, 2) | {"error": "no data"}, worker(1, 2)]), 3, 600)
+    assert [node.id for node in nodes] == [1001]
+
+
+STRANGE = [
+    ({"client": 5.5}, "node 1003 can't be used: its answer client: .*integer"),
+    ({"client": -2}, "node 1003 can't be used: its answer client"),
+    ({"images": "ten"}, "node 1003 can't be used: its answer images: .*integer"),
+    ({"images": 2**62}, "node 1003 can't be used: its answer images: .*1000000000000"),
+    ({"rank": [1, 2]}, "node 1003 can't be used: its answer rank: .*integer"),
+    ({"device": b"pi-4"}, "node 1003 can't be used: its answer device: .*string"),
+    ({"profile": "x" * 10**5}, "node 1003 can't be used: its answer profile: .*65536"),
+    (
+        {"client": 2, "error": "\x1b[2J\x1b]0;x\x07=cmd()\n" + "x" * 5_000_000},
+        "client 2 refuses: '=cmd.. x{200,300}…$",
+    ),
+    ({"client": 2, "profile": "x: &a [1]"}, "client 2 can't be used: its device file: cannot be read"),
+    ({"client": 2, "profile": "[" * 60_000}, "client 2 can't be used: its device file: cannot be read"),
+    ({"client": 2, "profile": '{"=1+1": {}}'}, "client 2 can't be used: its device file: row '=1.1'"),
+    ({"client": 2, "device": "toaster"}, "client 2 can't be used: .* unknown device 'toaster'"),
+    ({"client": 2, "device": "box.yaml", "profile": SLOWEST}, "client 2 can't be used: .*train_gflops"),
+    ({"client": 1}, "the edge device of client 1 is there already, as node 1001: node 1003 is left out"),
+    ({"client": 99}, "the edge device of client 99 is none of this run's"),
+]
+
+
+@pytest.mark.parametrize(("told", "fault"), STRANGE)
+def test_one_nodes_strange_answer_leaves_the_others_at_work(make_grid, caplog, told, fault, tiny_settings):
+    grid = make_grid([box(0), box(1), box(2), {}], answers={1003: {"images": 9} | told})
+    nodes = meet_nodes(grid, IMAGES, 3, 5.0, 3, check_device(tiny_settings()))
+    assert [node.id for node in nodes] == [1000, 1001, 1002]
+    (warning,) = caplog.messages
+    assert re.search(fault, warning)
+    assert len(warning) < 500
+    assert warning.isprintable()
+
+
+@pytest.mark.parametrize("record", ["missing", "of metrics"])
+def test_an_answer_without_its_record_is_no_answer(make_grid, caplog, record):
+    content = RecordDict({"config": MetricRecord({"client": 2})} if record == "of metrics" else {})
+    meet(make_grid([box(0), box(1), {}], answers={1002: content}), 2)
+    assert re.search("node 1002 can't be used: the record config is ", caplog.text)
+
+
+def test_a_newcomer_does_not_take_the_place_of_a_box_that_is_there(come_and_go, caplog):
+    there = [0, 1]
+    grid = come_and_go([box(0), box(1), box(1, images=99)], there)
+    known = meet(grid, clients=2)
+    there.append(2)
+    assert meet_again(known, grid, IMAGES, 2, 1.0, least=2) == known
+    assert "client 1 is there already, as node 1001: node 1002 is left out" in caplog.text
 
 
 def test_a_resumed_run_makes_do_with_some_of_its_boxes(make_grid):
@@ -118,7 +192,7 @@ def test_a_restarted_box_takes_the_place_of_its_old_self(come_and_go):
     there = [0, 1]
     grid = come_and_go([box(0), box(1), box(1)], there)
     known = meet(grid, clients=2)
-    there.append(2)
+    there[:] = [0, 2]
     assert [node.id for node in meet_again(known, grid, IMAGES, 2, 1.0, least=2)] == [1000, 1002]
 
 
@@ -127,8 +201,8 @@ def test_a_restarted_box_takes_the_place_of_its_old_self(come_and_go):
     [
         (box(1, error="no file x.npz"), "the edge device of client 1 refuses: no file x.npz"),
         ({"client": "first"}, "node 1002 could not start: .*first"),
-        (worker(0, 2), "node 1002 is no edge device of this run"),
-        (box(2), "node 1002 is no edge device of this run"),
+        (worker(0, 2), "node 1002 hosts any client, and others are edge devices"),
+        (box(2), "the edge device of client 2 is none of this run's, whose partition.clients = 2"),
     ],
 )
 def test_strangers_that_cannot_be_used_are_left_out(come_and_go, caplog, stranger, warning):
@@ -184,7 +258,8 @@ def test_a_box_may_have_a_device_of_the_devices_file(make_federation, tmp_path):
 
 def test_a_box_with_an_unknown_device_is_named(make_federation):
     with pytest.raises(
-        RunError, match=r"client 2 has the unknown device 'toaster': .*pi-4.*fleet\.devices-file"
+        RunError,
+        match=r"client 2 can't be used: it has the unknown device 'toaster': .*pi-4.*fleet\.devices-file",
     ):
         on_edge_devices(make_federation(), (Node(5, 2, 2, 7, "toaster"),))
 
@@ -211,7 +286,7 @@ def test_a_box_whose_device_the_server_cannot_read_is_named(make_grid):
     with pytest.raises(
         RunError, match=r"the edge device of client 0 can't be used: its device file: row 'x', .*'watts'"
     ):
-        meet_nodes(grid, IMAGES, clients=3, timeout_s=1, least=3)
+        meet_nodes(grid, IMAGES, clients=3, timeout_s=0.05, least=3)
 
 
 @pytest.fixture

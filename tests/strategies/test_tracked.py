@@ -1,5 +1,6 @@
 import json
 import logging
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -7,10 +8,13 @@ import pytest
 from flwr.app import ConfigRecord, Error, Message
 
 import strategies.tracked
+from fedfmd.algorithms.fedbn import norm_views
 from fedfmd.edge import plan_work
 from fedfmd.errors import RunError, SettingsError
+from fedfmd.flower_compat import answered_id
+from fedfmd.protocol.compression import UPLOADS, upload_bytes
 from fedfmd.protocol.messages import BY_ATTENTION, read_instruction
-from fedfmd.protocol.state import pack
+from fedfmd.protocol.state import pack, parameter_names
 from fedfmd.runs import RunFolder, latest_checkpoint, read_clients, read_rounds
 from fedfmd.training import evaluate
 from strategies import make_strategy
@@ -59,7 +63,7 @@ def test_the_clients_of_a_round_follow_from_seed_and_round_alone(make, make_fede
 
 def test_a_node_is_told_its_clients_plans_and_the_round(make, make_federation, make_grid):
     make_grid([])
-    federation = make_federation({"train.lr": 0.2, "train.batch-size": 32, "temperature.rounds": 2})
+    federation = make_federation({"train.lr": 0.2, "train.batch-size": 8, "temperature.rounds": 2})
     instructions = asked(make(federation), 2, workers(2))
     assert instructions.keys() == {100, 101}
     for instruction in instructions.values():
@@ -67,8 +71,8 @@ def test_a_node_is_told_its_clients_plans_and_the_round(make, make_federation, m
         assert instruction.lr == pytest.approx(0.1)  # cosine, after one of two rounds
         assert instruction.temperature == 15.5  # half the way from 30 to 1
         for assignment in instruction.assignments:
-            assert assignment.steps == -(-federation.sizes[assignment.client] // 32)
-            assert (assignment.batch_size, assignment.kernels) == (32, 1)
+            assert assignment.steps == -(-federation.sizes[assignment.client] // 8)
+            assert (assignment.batch_size, assignment.kernels) == (8, 1)
 
 
 def test_a_run_takes_the_mean_of_its_clients(make, make_federation, make_grid):
@@ -406,7 +410,7 @@ def test_boxes_are_planned_by_their_own_images_and_devices(make, make_federation
 
 
 def test_a_box_with_an_unknown_device_stops_the_run_before_training(make, make_federation, make_grid):
-    strategy = make(make_federation())
+    strategy = make(make_federation({"server.node-timeout-s": 0.05}))
     with pytest.raises(RunError, match="'pi-9'"):
         strategy.run(make_grid([box(0), box(1, device="pi-9"), box(2)]))
     assert not strategy.folder.rounds.exists()
@@ -434,7 +438,7 @@ def test_the_log_tells_what_runs_and_how_it_goes(make, make_federation, make_gri
     ],
 )
 def test_the_log_tells_how_many_clients_were_cut(make, make_federation, make_grid, caplog, policy, told, cut):
-    budget = {"budget.policy": policy, "budget.deadline-s": 1e-6, "server.rounds": 1}
+    budget = {"budget.policy": policy, "budget.deadline-s": 1e-6, "server.rounds": 1, "train.batch-size": 4}
     strategy = make(make_federation(budget))
     with caplog.at_level(logging.INFO, "fedfmd"):
         strategy.run(make_grid())
@@ -489,3 +493,89 @@ def test_a_finished_run_asks_no_nodes(make, make_federation, make_grid):
 def test_an_unknown_strategy_names_the_nearest(make, make_federation):
     with pytest.raises(SettingsError, match=r"server\.strategy = 'fedagv'.*did you mean 'fedavg'"):
         make(make_federation({"server.strategy": "fedagv"}))
+
+
+@pytest.mark.parametrize("upload", UPLOADS)
+@pytest.mark.parametrize("norm", ["batch", "group"])
+def test_fedbn_plans_and_takes_uploads_without_normalisation(make, make_federation, make_grid, norm, upload):
+    own = {"model.norm": norm, "transport.upload": upload, "server.strategy": "fedbn", "server.rounds": 1}
+    federation = make_federation(own)
+    private = set(norm_views(federation.model))
+    before = pack(federation.model)
+    strategy = make(federation)
+    strategy.run(make_grid(private=private))
+    after = pack(strategy.federation.model)
+    changed = {name for name, array in after.items() if not np.array_equal(array, before[name])}
+    assert changed == before.keys() - private
+    sent = {name: array for name, array in before.items() if name not in private}
+    expected = upload_bytes(sent, upload, parameter_names(federation.model))
+    assert [row.up_bytes for row in rows(strategy)[1]] == [expected] * 3
+    assert all(row.status == "ok" for row in rows(strategy)[1])
+
+
+LENGTH = {"server.rounds": 1, "partition.clients": 4, "server.strategy": "fedavg", "model.norm": "batch"}
+
+
+@pytest.mark.parametrize(
+    ("limit", "scaled"),
+    [
+        ({}, []),
+        ({"server.max-update-norm": 1e6}, []),
+        ({"server.max-update-norm": 2.0}, [0, 1, 2, 3]),
+        ({"server.max-update-ratio": 1.5}, [3]),  # clients add 1, 2, 3, 4 to each number: the median is 2.5
+    ],
+)
+def test_an_update_beyond_the_limit_is_scaled_down_to_it(
+    make, make_federation, make_grid, caplog, limit, scaled
+):
+    federation = make_federation(LENGTH | limit)
+    before, parameters = pack(federation.model), parameter_names(federation.model)
+    size = sum(array.size for name, array in before.items() if name in parameters) ** 0.5
+    strategy = make(federation)
+    strategy.run(make_grid())
+    most = min(
+        limit.get("server.max-update-norm", math.inf) / size, limit.get("server.max-update-ratio", 9) * 2.5
+    )
+    growth = sum(
+        images * min(added, most) for added, images in zip((1, 2, 3, 4), (10, 20, 30, 40), strict=True)
+    )
+    for name, array in pack(federation.model).items():
+        if array.ndim:
+            np.testing.assert_allclose(array - before[name], growth / 100, rtol=1e-3, atol=1e-6)
+    told = {row.client: (row.status, row.reason) for row in rows(strategy)[1] if row.reason}
+    assert list(told) == scaled
+    for client, (status, reason) in told.items():
+        assert status == "ok"
+        assert reason == (
+            f"update of norm {(client + 1) * size:.4g} scaled down to {most * size:.4g} ({next(iter(limit))})"
+        )
+        assert f"round 1: client {client}: {reason}" in caplog.messages
+
+
+def test_where_updates_are_limited_every_client_has_its_own_message(make, make_federation, make_grid):
+    make_grid([])
+    for limit, messages in (({}, 1), ({"server.max-update-ratio": 3}, 3)):
+        strategy = make(make_federation(limit))
+        strategy.nodes = workers(1)
+        sent = strategy.configure_train(1, strategy.initial_arrays, ConfigRecord(), grid=None)
+        assert len(sent) == messages
+
+
+def test_an_edge_devices_error_cannot_pass_for_a_dead_worker(make, make_federation, make_grid):
+    strategy = make(make_federation({"server.rounds": 1}))
+    grid = make_grid([box(0), box(1), box(2)])
+    pull = grid.pull_messages
+
+    def forged(ids):
+        """Client 0's device says that it is a Ray worker, which died."""
+        fault = Error(0, "<class 'ray.exceptions.ActorDiedError'>:<'gone'>")
+        first = [request.message for request in strategy._round.requests][:1]
+        mine = {message.metadata.message_id: message for message in first}
+        return [
+            Message(fault, reply_to=mine[id]) if (id := answered_id(reply)) in mine else reply
+            for reply in pull(ids)
+        ]
+
+    grid.pull_messages = forged
+    strategy.run(grid)
+    assert sorted(status(strategy).values()) == ["failed", "ok", "ok"]
