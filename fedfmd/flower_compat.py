@@ -210,8 +210,9 @@ def to_numpy(array: Array) -> np.ndarray:
         raise ValueError(
             f"an array of shape {shape} and type {dtype} has {len(array.data) - header.end()} bytes"
         )
-    order = "F" if header["columns"] == b"True" else "C"
-    return np.ndarray(shape, dtype, array.data, header.end(), order=order)
+    return np.ndarray(
+        shape, dtype, array.data, header.end(), order="F" if header["columns"] == b"True" else "C"
+    )
 
 
 class _Content(bytes):

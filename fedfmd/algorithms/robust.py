@@ -99,7 +99,8 @@ def krum_scores(distances: np.ndarray, byzantine: int) -> np.ndarray:
     """
     count = len(distances)
     others = np.sort(distances + np.diag(np.full(count, math.inf)), axis=1)
-    return others[:, : min(max(1, count - byzantine - 2), max(count - 1, 0))].sum(axis=1)
+    nearest = others[:, : min(max(1, count - byzantine - 2), max(count - 1, 0))]
+    return np.asarray(nearest.sum(axis=1))
 
 
 def squared_distances(updates: Sequence[Update], current: Arrays, parameters: Collection[str]) -> np.ndarray:

@@ -241,10 +241,10 @@ def read_reply(content: RecordDict) -> Reply:
     """
     metrics, config = record_of(content, METRICS, MetricRecord), record_of(content, CONFIG, ConfigRecord)
     results = tuple(rows_of({**metrics, **config}, ClientResult))
-    weights, scales = (
-        parse(dict[str, kind], dict(record_of(content, name, MetricRecord)), f"the record {name}")
-        for name, kind in ((WEIGHTS, Weight), (SCALES, Scale))
+    weights = parse(
+        dict[str, Weight], dict(record_of(content, WEIGHTS, MetricRecord)), f"the record {WEIGHTS}"
     )
+    scales = parse(dict[str, Scale], dict(record_of(content, SCALES, MetricRecord)), f"the record {SCALES}")
     return Reply(from_record(record_of(content, ARRAYS, ArrayRecord)), results, weights, scales)
 
 
