@@ -46,10 +46,14 @@ def need(purpose: str, *modules: str) -> None:
         )
 
 
-def not_one_of(name: object, names: Iterable[str]) -> str:
-    """Say of a name that isn't among the registered ones, the nearest of which is suggested."""
+def not_one_of(name: object, names: Iterable[str], own: str = "") -> str:
+    """Say of a name that isn't among the registered ones, the nearest of which is suggested.
+
+    `own` is the form of names of a user's own, where these are allowed too.
+    """
     known = tuple(names)
-    return f"must be one of {', '.join(known)}; did you mean {nearest_of(name, known)!r}?"
+    others = f", or {own} of your own" if own else ""
+    return f"must be one of {', '.join(known)}{others}; did you mean {nearest_of(name, known)!r}?"
 
 
 def nearest_of(name: object, names: Iterable[str]) -> str:

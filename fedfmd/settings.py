@@ -84,7 +84,7 @@ def _arch(value: object) -> object:
     """Accept a registered network, or a user's own."""
     if isinstance(value, str) and (value in MODELS or is_own(value)):
         return value
-    raise ValueError(f"{not_one_of(value, MODELS)}, or module:function of your own")
+    raise ValueError(not_one_of(value, MODELS, "module:function"))
 
 
 def _pairs(text: str) -> Iterable[tuple[str, str]]:

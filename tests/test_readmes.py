@@ -83,7 +83,7 @@ def test_experiment_files_are_there_and_take_the_overrides_shown(words):
     files = [word for word in words if word.endswith(".yaml") and word.startswith("experiments/")]
     overrides = [value.replace("$seed", "0") for value in options(words, "--set")]
     if words[0] == "run" and files and not PLACEHOLDER.search(files[0]):
-        assert load_experiment(ROOT / files[0], overrides).cells
+        assert load_experiment(ROOT / files[0], overrides).runs
     elif overrides:
         load_settings(None, overrides)
 
@@ -143,7 +143,7 @@ def test_python_shown_runs(text, write_checkpoint, tmp_path, monkeypatch, capsys
 @pytest.mark.parametrize("text", shown("yaml"))
 def test_experiments_shown_can_be_read(text, tmp_path):
     (tmp_path / "shown.yaml").write_text(text, encoding="utf-8")
-    assert load_experiment(tmp_path / "shown.yaml").cells
+    assert load_experiment(tmp_path / "shown.yaml").runs
 
 
 def anchors(page):

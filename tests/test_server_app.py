@@ -9,6 +9,7 @@ from fedfmd.errors import SettingsError
 from fedfmd.run_folder import open_run_folder
 from fedfmd.runs import save_checkpoint
 from fedfmd.server_app import prepare
+from fedfmd.settings import Settings
 
 
 def opened(settings):
@@ -25,7 +26,8 @@ def test_a_run_folder_holds_the_resolved_settings_and_may_be_moved(tiny_settings
     settings = tiny_settings(**{"run-dir": str(tmp_path / "deep" / "run")})
     folder = opened(settings)
     assert folder.path == tmp_path / "deep" / "run"
-    heeded = {key: value for key, value in tiny_settings().flat().items() if key != "train.epochs"}
+    left_out = {"train.epochs", *Settings.OPTIONAL}
+    heeded = {key: value for key, value in tiny_settings().flat().items() if key not in left_out}
     assert kept(folder.path) == heeded  # without the folder's own name
     assert folder.environment.exists()
 

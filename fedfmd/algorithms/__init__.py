@@ -22,9 +22,7 @@ def make_algorithm(settings: Settings) -> Algorithm:
     if is_own(name):
         return OwnStrategy(settings)
     if name not in ALGORITHMS:
-        raise SettingsError(
-            f"server.strategy = {name!r}: {not_one_of(name, ALGORITHMS)}, or module:Class of your own"
-        )
+        raise SettingsError(f"server.strategy = {name!r}: {not_one_of(name, ALGORITHMS, 'module:Class')}")
     return ALGORITHMS[name](settings)
 
 

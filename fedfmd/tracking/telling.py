@@ -60,9 +60,7 @@ def _find(name: str) -> type[Callback]:
     setting = "tracking.loggers"
     if ":" not in name:
         if name not in LOGGERS:
-            raise SettingsError(
-                f"{setting} = {name!r}: {not_one_of(name, LOGGERS)}, or module:Class of your own"
-            )
+            raise SettingsError(f"{setting} = {name!r}: {not_one_of(name, LOGGERS, 'module:Class')}")
         need(f"{setting} = {name!r}", name)
     kind = find(setting, LOGGERS.get(name, name))
     if not (isclass(kind) and issubclass(kind, Callback)):

@@ -44,7 +44,8 @@ def test_what_is_allowed_is_told_in_words(key, allowed):
 def test_every_choice_of_the_typed_model_can_be_set(key):
     for choice in SETTINGS[key].choices:
         values = {key: choice == "true" if choice in ("true", "false") else choice}
-        assert str(Settings.from_mapping(values).flat()[key]).lower() == choice
+        value = Settings.from_mapping(values).flat()[key]
+        assert (str(value).lower() if isinstance(value, bool) else str(value)) == choice
 
 
 def test_settings_are_found_by_name_meaning_or_value():

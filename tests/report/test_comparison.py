@@ -148,7 +148,7 @@ def test_a_folder_without_runs_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("rounds.csv", "round\nx\n", r"rounds\.csv, line 2, column round"),
+        ("rounds.csv", "round\nx\n", r"rounds\.csv, line 1: no column virtual_s"),
         ("partition.npz", "", r"partition\.npz: "),
         ("environment.json", "{", "static-0: "),
     ],

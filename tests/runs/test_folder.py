@@ -86,7 +86,7 @@ def test_the_commit_is_known_where_git_knows_the_package(tmp_path, monkeypatch):
 
     file = tmp_path / "__init__.py"
     file.write_text("version = 1")
-    monkeypatch.setattr(fedfmd, "__file__", str(file))
+    monkeypatch.setattr("fedfmd.runs.folder.__file__", str(tmp_path / "runs" / "folder.py"))
     git("init")
     git("commit", "--allow-empty", "-m", "a project with the package in an environment of its own")
     assert environment()["commit"] is None

@@ -1,6 +1,7 @@
 import json
 import os
 import struct
+import time
 
 import pytest
 
@@ -34,11 +35,15 @@ def records(path):
 
 
 def offline_runs(folder):
-    """The records of each start, in order."""
-    files = sorted(
-        (folder.path / "wandb").glob("offline-run-*/run-*.wandb"), key=lambda path: path.stat().st_mtime
-    )
-    return [list(records(file)) for file in files]
+    """The records of each start, in order, once W&B's own process has written the last one."""
+    limit = time.monotonic() + 30
+    while True:
+        files = (folder.path / "wandb").glob("offline-run-*/run-*.wandb")
+        runs = [list(records(file)) for file in sorted(files, key=lambda path: path.stat().st_mtime)]
+        ended = all(any(record.HasField("exit") for record in run) for run in runs)
+        if ended or time.monotonic() > limit:
+            return runs
+        time.sleep(0.1)
 
 
 def logged(run):
