@@ -11,7 +11,7 @@ from fedfmd.runs import RunFolder, load_model, read_epochs
 from fedfmd.serving.cam import write_cam
 from fedfmd.serving.checkpoints import trained_model
 from fedfmd.settings import Settings
-from fedfmd.training import evaluate
+from fedfmd.training import evaluate, train
 
 MEASURED = ("wall_s", "latency_s", "ies_", "rcs_")
 TINY = {
@@ -64,6 +64,18 @@ def test_every_epoch_is_a_row(finished):
         "log.txt",
         "settings.yaml",
     }
+
+
+def test_every_epoch_has_an_order_of_its_own(tmp_path, monkeypatch):
+    seeds = []
+
+    def recorded(model, images, dataset, sgd, steps, generator, device, optimiser):
+        seeds.append(generator.initial_seed())
+        return train(model, images, dataset, sgd, 1, generator, device, optimiser)
+
+    monkeypatch.setattr("fedfmd.engines.centralised.train", recorded)
+    run_centralised(settings_in(tmp_path), threads=1)
+    assert len(set(seeds)) == len(seeds) == 3
 
 
 def test_the_best_epoch_is_chosen_by_validation_and_told_by_its_test_accuracy(tmp_path):
