@@ -14,11 +14,11 @@ from fedfmd.build import network_sources
 from fedfmd.errors import SettingsError
 from fedfmd.runs import (
     CHECKPOINTS,
+    Digest,
     RoundRow,
     RunFolder,
     code_digest,
     environment,
-    file_digest,
     kept_settings,
     read_environment,
     round_line,
@@ -70,8 +70,7 @@ def _check(settings: Settings, path: Path) -> None:
     for values in told:
         _check_same(settings, Settings.from_mapping(values), path)
     if told:
-        _check_code(settings, path)
-        _check_weights(settings, path)
+        _check_origin(settings, path)
 
 
 def _new_path(settings: Settings) -> Path:
@@ -99,7 +98,8 @@ def _check_same(settings: Settings, earlier: Settings, path: Path) -> None:
         )
 
 
-def _check_code(settings: Settings, path: Path) -> None:
+def _check_origin(settings: Settings, path: Path) -> None:
+    """Refuse another code, or other weights to start from, than the folder's environment.json tells of."""
     own = _own_sources(settings)
     try:
         earlier = read_environment(path)
@@ -110,10 +110,7 @@ def _check_code(settings: Settings, path: Path) -> None:
             f"run-dir = {path} holds a run of other code ({_code(earlier)}; now {_code(environment(*own))}): "
             "name another folder, or delete this one to start again"
         )
-
-
-def _check_weights(settings: Settings, path: Path) -> None:
-    if read_environment(path).get("weights") != _weights(settings):
+    if earlier.get("weights") != _weights(settings):
         raise SettingsError(
             f"run-dir = {path} holds a run that started from other weights than {start_file(settings)} has now: name "
             "another folder, or delete this one to start again"
@@ -124,7 +121,7 @@ def _weights(settings: Settings) -> str | None:
     """Return the digest of the weights that the run starts from; None if they are drawn."""
     file = start_file(settings)
     try:
-        return file_digest(file) if file else None
+        return Digest.of(file).sha256[:12] if file else None
     except OSError as error:
         raise SettingsError(f"cannot read {file}, which the run starts from: {error.strerror}") from None
 

@@ -12,9 +12,10 @@ from fedfmd.runs.checkpoint import (
     read_header,
     save_checkpoint,
 )
+from fedfmd.runs.digests import Digest
 from fedfmd.runs.files import atomic_write, save_tensors
 from fedfmd.runs.folder import CHECKPOINTS, RunFolder, environment, read_environment
-from fedfmd.runs.provenance import code_digest, file_digest
+from fedfmd.runs.provenance import code_digest
 from fedfmd.runs.rows import (
     CLIENT_COLUMNS,
     EPOCH_COLUMNS,
@@ -44,6 +45,7 @@ __all__ = [
     "WALL_COLUMNS",
     "Checkpoint",
     "ClientRow",
+    "Digest",
     "EpochRow",
     "RoundRow",
     "RunFolder",
@@ -52,7 +54,6 @@ __all__ = [
     "code_digest",
     "csv_text",
     "environment",
-    "file_digest",
     "kept_settings",
     "known",
     "latest_checkpoint",

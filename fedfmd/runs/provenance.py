@@ -30,16 +30,6 @@ def code_digest(*own: Path) -> str:
     return digest.hexdigest()[:12]
 
 
-def file_digest(path: Path) -> str:
-    """Short hash of a file's content.
-
-    Raises:
-        OSError: it can't be read.
-    """
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:12]
-
-
 def _sources() -> Iterator[tuple[str, Path]]:
     """Return the packages' files, by their names inside."""
     for package in PACKAGES:

@@ -18,7 +18,7 @@ class TensorBoard:
     """Writes a scalar for each number of a row, at the step of its round."""
 
     def run_started(self, run: TrackedRun) -> None:
-        """Open the folder; what was written of rounds that nobody was told of is void."""
+        """Open the folder; what was written of rounds that nobody was told of is discarded."""
         self._writer = SummaryWriter(run.folder / FOLDER, purge_step=run.told + 1)
         self._round = run.told
         lines = [f"    {key}: {value}" for key, value in run.settings.kept().items()]
