@@ -65,30 +65,30 @@ def test_a_device_by_hand():
         measurement("resnet18", "fmdconv", 5, kernels=4, factors=(0.125, 0.4)),
         measurement("resnet18", "fmdconv", 5, kernels=1, factors=(0.9, 0.8)),
     ]
-    box = make_device("mine", measured, "here", memory_gb=2, power_w=6, up_mbps=30)
-    assert (box.name, box.memory_gb, box.power_w, box.source) == ("mine", 2, 6, "here")
-    assert (box.train_gflops, box.infer_gflops) == (20, 6)  # geometric means of 10 and 40, 4 and 9
-    assert box.efficiency == {
+    device = make_device("mine", measured, "here", memory_gb=2, power_w=6, up_mbps=30)
+    assert (device.name, device.memory_gb, device.power_w, device.source) == ("mine", 2, 6, "here")
+    assert (device.train_gflops, device.infer_gflops) == (20, 6)  # geometric means of 10 and 40, 4 and 9
+    assert device.efficiency == {
         Scope("static"): Factors(1, 1),
         Scope("fmdconv", 4): Factors(0.25, 0.6),  # geometric means of 1/2 and 1/8, 0.9 and 0.4
         Scope("fmdconv", 1): Factors(0.9, 0.8),
     }
-    assert box.models[Scope("resnet8/fmdconv", 4)] == Speed(10, 8, 0.1235, 0.25)
-    assert list(map(str, box.models)) == [
+    assert device.models[Scope("resnet8/fmdconv", 4)] == Speed(10, 8, 0.1235, 0.25)
+    assert list(map(str, device.models)) == [
         "resnet8/static",
         "resnet8/fmdconv/4",
         "resnet18/static",
         "resnet18/fmdconv/4",
         "resnet18/fmdconv/1",
     ]
-    assert (box.down_mbps, box.up_mbps, box.estimate) == (None, 30, ())
+    assert (device.down_mbps, device.up_mbps, device.estimate) == (None, 30, ())
 
 
 def test_watts_that_nobody_gives_are_those_of_the_most_similar_device():
-    box = make_device("mine", [measurement("resnet8", "static", 17)], "here", memory_gb=2)
-    assert box.power_w == DEVICES["pi-4"].power_w
-    assert box.estimate == ("power_w",)
-    assert box.source == "here; watts of pi-4, whose rate is the nearest"
+    device = make_device("mine", [measurement("resnet8", "static", 17)], "here", memory_gb=2)
+    assert device.power_w == DEVICES["pi-4"].power_w
+    assert device.estimate == ("power_w",)
+    assert device.source == "here; watts of pi-4, whose rate is the nearest"
 
 
 def test_static_networks_are_always_measured_and_nothing_twice():
@@ -124,8 +124,8 @@ def clock(monkeypatch):
 def test_a_simulation_of_a_calibrated_box_predicts_its_rounds(clock, tiny_settings, tmp_path):
     networks = calibration.models_of(["resnet8"], ["fmdconv"], [2], TINY)
     measured = [calibration.measure(network, 10, 8, [16]) for network in networks]
-    box = make_device("mine", measured, "here", memory_gb=2)
-    calibration.write_devices(tmp_path / "box.yaml", {"mine": box})
+    device = make_device("mine", measured, "here", memory_gb=2)
+    calibration.write_devices(tmp_path / "box.yaml", {"mine": device})
     for conv, true in TRUE.items():
         mine = {"fleet.devices": "mine", "fleet.devices-file": str(tmp_path / "box.yaml"), "model.conv": conv}
         federation = build_federation(tiny_settings(**mine))

@@ -221,20 +221,20 @@ def test_a_client_with_a_single_image_is_trained(run, tmp_path):
 
 
 @pytest.fixture
-def boxes(tmp_path):
-    """The --node-config of three boxes with 30, 40 and 1 digits."""
+def devices(tmp_path):
+    """The --node-config of three edge devices with 30, 40 and 1 digits."""
     train = load_dataset("digits", image_size=8).train
     shares = [train.subset(indices) for indices in torch.arange(71).split([30, 40, 1])]
     devices = ("pi-5", "jetson-nano", "")
     return [
-        {"client": client, "data": write_npz(tmp_path / f"box-{client}.npz", share), "device": device}
+        {"client": client, "data": write_npz(tmp_path / f"device-{client}.npz", share), "device": device}
         for client, (share, device) in enumerate(zip(shares, devices, strict=True))
     ]
 
 
 @pytest.fixture
-def run_boxes(tiny_settings, tmp_path):
-    """Runs two rounds on boxes with these node configs; gives the rows of the clients."""
+def run_devices(tiny_settings, tmp_path):
+    """Runs two rounds on edge devices with these node configs; gives the rows of the clients."""
 
     def run(node_configs, grid_type=InlineGrid):
         settings = tiny_settings(
@@ -253,9 +253,9 @@ def run_boxes(tiny_settings, tmp_path):
     return run
 
 
-def test_boxes_train_on_their_own_images_with_their_own_devices(run_boxes, boxes, tiny_settings):
+def test_edge_devices_train_on_their_own_images_with_their_own_devices(run_devices, devices, tiny_settings):
     simulated = build_federation(tiny_settings()).fleet.clients[2].device.name
-    clients = run_boxes(list(reversed(boxes)))
+    clients = run_devices(list(reversed(devices)))
     assert [(row.node, row.client, row.device, row.examples, row.steps, row.status) for row in clients] == [
         (0, 0, "pi-5", 30, 2, "ok"),
         (1, 1, "jetson-nano", 40, 3, "ok"),
@@ -264,25 +264,25 @@ def test_boxes_train_on_their_own_images_with_their_own_devices(run_boxes, boxes
     assert all(row.loss is not None for row in clients)
 
 
-def test_boxes_measure_what_is_modelled(run_boxes, boxes):
-    for row in run_boxes(boxes):
+def test_edge_devices_measure_what_is_modelled(run_devices, devices):
+    for row in run_devices(devices):
         assert row.wall_s > 0
         assert row.measured_transfer_s > 0
         assert row.measured_latency_s > 0
 
 
-def test_boxes_may_bring_a_device_file_of_their_own(run_boxes, boxes, tmp_path):
+def test_edge_devices_may_bring_a_device_file_of_their_own(run_devices, devices, tmp_path):
     own = replace(DEVICES["pi-5"], name="mine", round_s=100, down_mbps=8, up_mbps=8)
     (tmp_path / "box.yaml").write_text(device_text(own))
-    boxes[1]["device"] = str(tmp_path / "box.yaml")
-    mine, other = [row for row in run_boxes(boxes) if row.round == 1 and row.client in (1, 2)]
+    devices[1]["device"] = str(tmp_path / "box.yaml")
+    mine, other = [row for row in run_devices(devices) if row.round == 1 and row.client in (1, 2)]
     assert mine.device == "mine"
     assert 100 < mine.compute_s < 110 > other.compute_s
     assert mine.down_s == pytest.approx(mine.down_bytes / 1e6)
     assert mine.up_s == pytest.approx(mine.up_bytes / 1e6)
 
 
-def test_nothing_of_a_boxs_images_leaves_it(run_boxes, boxes, tiny_settings):
+def test_nothing_of_an_edge_devices_images_leaves_it(run_devices, devices, tiny_settings):
     sent = []
 
     class TappedGrid(InlineGrid):
@@ -291,7 +291,7 @@ def test_nothing_of_a_boxs_images_leaves_it(run_boxes, boxes, tiny_settings):
             sent.extend((reply.metadata.message_type, dict(reply.content)) for reply in replies)
             return replies
 
-    run_boxes(boxes, TappedGrid)
+    run_devices(devices, TappedGrid)
     model = pack(build_model(tiny_settings(**{"model.norm": "batch"}), classes=10))
     answers, updates = ([content for type_, content in sent if type_ == kind] for kind in ("query", "train"))
     assert (len(answers), len(updates)) == (3, 2 * 3)
@@ -312,9 +312,9 @@ def test_nothing_of_a_boxs_images_leaves_it(run_boxes, boxes, tiny_settings):
         assert dict(content["config"]) == {"reason": [""]}
 
 
-def test_boxes_whose_data_is_wrong_stop_the_run_before_training(run_boxes, boxes):
-    np.savez(boxes[1]["data"], images=np.zeros((2, 8, 8, 3), np.uint8), labels=np.array([3, 10]))
+def test_edge_devices_whose_data_is_wrong_stop_the_run_before_training(run_devices, devices):
+    np.savez(devices[1]["data"], images=np.zeros((2, 8, 8, 3), np.uint8), labels=np.array([3, 10]))
     with pytest.raises(
-        RunError, match=r"the edge device of client 1 refuses: .*box-1\.npz: label 10 is outside"
+        RunError, match=r"the edge device of client 1 refuses: .*device-1\.npz: label 10 is outside"
     ):
-        run_boxes(boxes)
+        run_devices(devices)

@@ -420,8 +420,8 @@ def test_attentions_are_those_of_the_last_eight_steps(make_host):
 
 
 @pytest.fixture
-def box(tmp_path):
-    path = tmp_path / "box.npz"
+def own_data(tmp_path):
+    path = tmp_path / "own_data.npz"
     np.savez(path, images=np.zeros((7, 8, 8, 3), np.uint8), labels=np.arange(7))
     return str(path)
 
@@ -450,8 +450,8 @@ def test_a_worker_says_that_it_hosts_any_client(tiny_settings):
     }
 
 
-def test_a_box_tells_its_client_images_and_device(tiny_settings, box):
-    told = ask(tiny_settings(), {"client": 2, "data": box, "device": "pi-5"})[CONFIG]
+def test_an_edge_device_tells_its_client_images_and_device(tiny_settings, own_data):
+    told = ask(tiny_settings(), {"client": 2, "data": own_data, "device": "pi-5"})[CONFIG]
     mine = {"client": 2, "rank": 2, "nodes": 0, "device": "pi-5", "profile": "", "images": 7, "error": ""}
     assert dict(told) == mine
 
@@ -463,8 +463,8 @@ def device_file(tmp_path):
     return path
 
 
-def test_a_box_tells_the_device_in_its_own_file(tiny_settings, box, device_file):
-    told = ask(tiny_settings(), {"client": 2, "data": box, "device": str(device_file)})[CONFIG]
+def test_an_edge_device_tells_the_device_in_its_own_file(tiny_settings, own_data, device_file):
+    told = ask(tiny_settings(), {"client": 2, "data": own_data, "device": str(device_file)})[CONFIG]
     assert told["error"] == ""
     assert parse_device(told["profile"], "message") == DEVICES["pi-4"]
 
@@ -473,72 +473,74 @@ def test_a_box_tells_the_device_in_its_own_file(tiny_settings, box, device_file)
     ("content", "reason"),
     [
         (None, "cannot be read"),
-        ("box: {watts: 3}", "row 'box', key 'train_gflops'"),
+        ("mine: {watts: 3}", "row 'mine', key 'train_gflops'"),
         ("{}", "holds 0 devices"),
     ],
 )
-def test_a_box_whose_device_file_is_broken_says_why_it_refuses(
-    tiny_settings, box, device_file, content, reason
+def test_an_edge_device_whose_device_file_is_broken_says_why_it_refuses(
+    tiny_settings, own_data, device_file, content, reason
 ):
     device_file.unlink() if content is None else device_file.write_text(content)
-    told = ask(tiny_settings(), {"client": 2, "data": box, "device": str(device_file)})[CONFIG]
+    told = ask(tiny_settings(), {"client": 2, "data": own_data, "device": str(device_file)})[CONFIG]
     assert told["error"].startswith(f"{device_file}: {reason}")
 
 
-def test_a_box_without_data_says_why_it_refuses(tiny_settings):
+def test_an_edge_device_without_data_says_why_it_refuses(tiny_settings):
     told = ask(tiny_settings(), {"client": 0, "data": "nowhere.npz"})[CONFIG]
     assert told["images"] == 0
     assert told["error"].startswith("nowhere.npz: no such file")
 
 
-def test_a_box_needs_no_data_set_of_the_runs(tiny_settings, box, tmp_path):
+def test_an_edge_device_needs_no_data_set_of_the_runs(tiny_settings, own_data, tmp_path):
     elsewhere = {"data.dataset": "npz", "data.train": "/server/train.npz", "data.test": "/server/test.npz"}
     settings = tiny_settings(**elsewhere, **{"data.image-size": 0})
-    assert ask(settings, {"client": 0, "data": box})[CONFIG]["images"] == 7
+    assert ask(settings, {"client": 0, "data": own_data})[CONFIG]["images"] == 7
 
 
 @pytest.mark.parametrize(
     ("wanted", "node_config", "error"),
     [
-        ({"class_names": tuple("abc")}, {}, r"box\.npz: label 6 "),
+        ({"class_names": tuple("abc")}, {}, r"own_data\.npz: label 6 "),
         (
             {"image_size": 32},
             {},
-            r"box\.npz: images of 8×8 pixels, the run's have 32×32: .*data\.image-size=32",
+            r"own_data\.npz: images of 8×8 pixels, the run's have 32×32: .*data\.image-size=32",
         ),
         ({}, {"devise": "pi-5"}, r"unknown key devise = 'pi-5'; the nearest one is device"),
         ({}, {"device-backend": "gpu"}, r"^device-backend = 'gpu': "),
         ({}, {"device-backend": "cuda:7"}, r"device-backend = 'cuda:7' .* sees 0 GPUs .*device-backend=cpu"),
     ],
 )
-def test_a_box_that_does_not_fit_says_why(tiny_settings, box, monkeypatch, wanted, node_config, error):
+def test_an_edge_device_that_does_not_fit_says_why(
+    tiny_settings, own_data, monkeypatch, wanted, node_config, error
+):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     settings = tiny_settings(**{"data.image-size": 0})
     question = write_question(replace(IMAGES, **wanted))
-    told = ask(settings, {"client": 0, "data": box} | node_config, question)[CONFIG]
+    told = ask(settings, {"client": 0, "data": own_data} | node_config, question)[CONFIG]
     assert re.search(error, told["error"])
     assert told["images"] == 0
 
 
-def test_a_box_refuses_a_server_of_another_version(tiny_settings, box):
+def test_an_edge_device_refuses_a_server_of_another_version(tiny_settings, own_data):
     question = write_question(IMAGES)
     question[CONFIG]["version"] = "9.9.9"
-    told = ask(tiny_settings(), {"client": 0, "data": box}, question)[CONFIG]
+    told = ask(tiny_settings(), {"client": 0, "data": own_data}, question)[CONFIG]
     assert re.fullmatch(
         r"this edge device has fedfmd .*, the server 9\.9\.9: install the same .*", told["error"]
     )
 
 
-def test_a_box_trains_on_its_own_images(tiny_settings, box):
+def test_an_edge_device_trains_on_its_own_images(tiny_settings, own_data):
     model = build_model(tiny_settings(), classes=10)
     work = write_instruction(instruction(1, steps=1, images=IMAGES), to_record(pack(model)))
-    reply = read_reply(ask(tiny_settings(), {"client": 1, "data": box}, work, MessageType.TRAIN))
+    reply = read_reply(ask(tiny_settings(), {"client": 1, "data": own_data}, work, MessageType.TRAIN))
     assert [(r.client, r.images, r.reason) for r in reply.results] == [(1, 7, "")]
     load(model, reply.arrays)
 
 
 @pytest.mark.parametrize(
-    ("node_config", "measured"), [({"client": 1}, True), ({}, False)], ids=["box", "worker"]
+    ("node_config", "measured"), [({"client": 1}, True), ({}, False)], ids=["edge device", "worker"]
 )
 def test_only_a_box_measures_inference(tiny_settings, node_config, measured):
     model = build_model(tiny_settings(), classes=10)

@@ -75,20 +75,20 @@ def test_training_and_inference_may_have_factors_of_their_own_for_some_numbers_o
     ],
 )
 def test_which_factor_counts_for_k_kernels(efficiency, kernels, factor):
-    device = Device("box", 10, 20, 1, 1, "here", efficiency=efficiency)
+    device = Device("mine", 10, 20, 1, 1, "here", efficiency=efficiency)
     running = device.running("resnet8", "fmdconv", kernels)
     assert (running.train_gflops, running.infer_gflops) == (10 * factor, 20 * factor)
 
 
 def test_a_models_speed_may_be_for_some_number_of_kernels_too():
     models = {"resnet8/fmdconv/1": Speed(8, 4), "resnet8/fmdconv/4": Speed(2, 1)}
-    device = Device("box", 10, 20, 1, 1, "here", models=models)
+    device = Device("mine", 10, 20, 1, 1, "here", models=models)
     rates = [device.running("resnet8", "fmdconv", kernels).train_gflops for kernels in (1, 3, 8)]
     assert rates == [8, 2, 2]
 
 
-BOX = Device(
-    "box",
+DEVICE = Device(
+    "mine",
     train_gflops=20,
     infer_gflops=10,
     memory_gb=2,
@@ -112,13 +112,13 @@ BOX = Device(
     ids=["its own speed", "by conv", "at the full rates"],
 )
 def test_the_speed_on_a_model_is_the_most_special_one_that_the_row_has(arch, conv, speed):
-    running = BOX.running(arch, conv, 4)
+    running = DEVICE.running(arch, conv, 4)
     assert Speed(running.train_gflops, running.infer_gflops, running.step_s, running.round_s) == speed
     assert running.running(arch, conv, 4) == running
 
 
 def test_a_device_may_have_a_link_of_its_own_in_each_direction():
-    assert BOX.bandwidth(Bandwidth(1e6, 2e6)) == Bandwidth(50e6, 2e6)
+    assert DEVICE.bandwidth(Bandwidth(1e6, 2e6)) == Bandwidth(50e6, 2e6)
     assert DEVICES["pi-4"].bandwidth(Bandwidth(1e6, 2e6)) == Bandwidth(1e6, 2e6)
 
 
@@ -127,7 +127,7 @@ def write_devices(path, *devices):
     return path
 
 
-@pytest.mark.parametrize("device", [BOX, *DEVICES.values()], ids=lambda device: device.name)
+@pytest.mark.parametrize("device", [DEVICE, *DEVICES.values()], ids=lambda device: device.name)
 def test_a_device_survives_a_file_and_a_message(device, tmp_path):
     assert read_own_device(write_devices(tmp_path / "box.yaml", device)) == device
     assert parse_device(device_text(device), "message") == device
@@ -168,7 +168,7 @@ def test_no_device_can_stop_the_virtual_clock(key, value):
 
 
 def test_a_row_says_nothing_that_goes_without_saying():
-    assert list(device_row(Device("box", 1, 2, 3, 4, "here"))) == [
+    assert list(device_row(Device("mine", 1, 2, 3, 4, "here"))) == [
         "train_gflops",
         "infer_gflops",
         "memory_gb",
@@ -181,7 +181,7 @@ def test_a_box_has_one_device(tmp_path):
     with pytest.raises(
         ValueError, match=r"two\.yaml: holds 2 devices, an edge device's own file must hold one"
     ):
-        read_own_device(write_devices(tmp_path / "two.yaml", BOX, DEVICES["pi-4"]))
+        read_own_device(write_devices(tmp_path / "two.yaml", DEVICE, DEVICES["pi-4"]))
 
 
 @pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES.keys())

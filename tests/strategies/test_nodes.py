@@ -36,7 +36,7 @@ def worker(rank, nodes):
     return {"rank": rank, "nodes": nodes}
 
 
-def box(client, **told):
+def edge_device(client, **told):
     return {"client": client, "rank": client, "images": 10} | told
 
 
@@ -51,11 +51,13 @@ def test_nodes_come_in_the_order_of_their_ranks(make_grid):
 
 
 def test_boxes_tell_what_they_have(make_grid):
-    nodes = meet(make_grid([box(1, device="pi-5", images=7), box(0)]), 2, 1)
+    nodes = meet(make_grid([edge_device(1, device="pi-5", images=7), edge_device(0)]), 2, 1)
     assert nodes == (Node(1001, 0, 0, 10, ""), Node(1000, 1, 1, 7, "pi-5"))
 
 
-@pytest.mark.parametrize("configs", [[worker(0, 3), worker(1, 3), worker(2, 3)], [box(0), box(1), box(2)]])
+@pytest.mark.parametrize(
+    "configs", [[worker(0, 3), worker(1, 3), worker(2, 3)], [edge_device(0), edge_device(1), edge_device(2)]]
+)
 def test_nodes_that_come_late_are_waited_for(make_grid, monkeypatch, configs):
     grid = make_grid(configs)
     looks = iter(range(10))
@@ -66,8 +68,8 @@ def test_nodes_that_come_late_are_waited_for(make_grid, monkeypatch, configs):
 
 @pytest.mark.parametrize(
     ("configs", "came"),
-    [([], 0), ([worker(0, 2)], 1), ([box(0), box(1)], 2)],
-    ids=["none", "worker", "boxes"],
+    [([], 0), ([worker(0, 2)], 1), ([edge_device(0), edge_device(1)], 2)],
+    ids=["none", "worker", "devices"],
 )
 def test_missing_nodes_are_an_error_after_the_wait(make_grid, configs, came):
     with pytest.raises(
@@ -79,11 +81,20 @@ def test_missing_nodes_are_an_error_after_the_wait(make_grid, configs, came):
 @pytest.mark.parametrize(
     ("configs", "message"),
     [
-        ([box(0), box(1, error="no file x.npz")], "the edge device of client 1 refuses: no file x.npz"),
-        ([box(0), box(2), box(2)], "client 2 is there already, as node 1001: node 1002 is left out"),
-        ([box(0), box(3)], "client 3 is none of this run's, whose partition.clients = 3"),
-        ([box(0), worker(0, 1)], "node 1001 hosts any client, and others are edge devices: give all"),
-        ([box(0), box(1, images=0)], "the edge device of client 1 can't be used: it has no images"),
+        (
+            [edge_device(0), edge_device(1, error="no file x.npz")],
+            "the edge device of client 1 refuses: no file x.npz",
+        ),
+        (
+            [edge_device(0), edge_device(2), edge_device(2)],
+            "client 2 is there already, as node 1001: node 1002 is left out",
+        ),
+        ([edge_device(0), edge_device(3)], "client 3 is none of this run's, whose partition.clients = 3"),
+        ([edge_device(0), worker(0, 1)], "node 1001 hosts any client, and others are edge devices: give all"),
+        (
+            [edge_device(0), edge_device(1, images=0)],
+            "the edge device of client 1 can't be used: it has no images",
+        ),
         ([{"client": "first"}], "node 1000 could not start: .*first"),
         ([worker(0, 1) | {"error": "unknown key clients = 0"}], "node 1000 refuses: unknown key clients = 0"),
     ],
@@ -128,7 +139,9 @@ STRANGE = [
 
 @pytest.mark.parametrize(("told", "fault"), STRANGE)
 def test_one_nodes_strange_answer_leaves_the_others_at_work(make_grid, caplog, told, fault, tiny_settings):
-    grid = make_grid([box(0), box(1), box(2), {}], answers={1003: {"images": 9} | told})
+    grid = make_grid(
+        [edge_device(0), edge_device(1), edge_device(2), {}], answers={1003: {"images": 9} | told}
+    )
     nodes = meet_nodes(grid, IMAGES, 3, 5.0, 3, check_device(tiny_settings()))
     assert [node.id for node in nodes] == [1000, 1001, 1002]
     (warning,) = caplog.messages
@@ -140,13 +153,13 @@ def test_one_nodes_strange_answer_leaves_the_others_at_work(make_grid, caplog, t
 @pytest.mark.parametrize("record", ["missing", "of metrics"])
 def test_an_answer_without_its_record_is_no_answer(make_grid, caplog, record):
     content = RecordDict({"config": MetricRecord({"client": 2})} if record == "of metrics" else {})
-    meet(make_grid([box(0), box(1), {}], answers={1002: content}), 2)
+    meet(make_grid([edge_device(0), edge_device(1), {}], answers={1002: content}), 2)
     assert re.search("node 1002 can't be used: the record config is ", caplog.text)
 
 
 def test_a_newcomer_does_not_take_the_place_of_a_box_that_is_there(come_and_go, caplog):
     there = [0, 1]
-    grid = come_and_go([box(0), box(1), box(1, images=99)], there)
+    grid = come_and_go([edge_device(0), edge_device(1), edge_device(1, images=99)], there)
     known = meet(grid, clients=2)
     there.append(2)
     assert meet_again(known, grid, IMAGES, 2, 1.0, least=2) == known
@@ -154,13 +167,13 @@ def test_a_newcomer_does_not_take_the_place_of_a_box_that_is_there(come_and_go, 
 
 
 def test_a_resumed_run_makes_do_with_some_of_its_boxes(make_grid):
-    nodes = meet(make_grid([box(2), box(0)]), clients=3, timeout_s=0.05, least=2)
+    nodes = meet(make_grid([edge_device(2), edge_device(0)]), clients=3, timeout_s=0.05, least=2)
     assert [node.client for node in nodes] == [0, 2]
 
 
 @pytest.fixture
 def come_and_go(make_grid, monkeypatch):
-    """Makes a grid on which those of the boxes are there that `there`, a list that may be changed, names by place."""
+    """Makes a grid on which those edge devices are there that `there`, a list that may be changed, names by place."""
 
     def make(configs, there):
         grid = make_grid(configs)
@@ -172,7 +185,7 @@ def come_and_go(make_grid, monkeypatch):
 
 def test_boxes_that_go_and_come_back_are_noticed(come_and_go, caplog):
     there = [0, 1]
-    grid = come_and_go([box(0), box(1), box(1, images=9)], there)
+    grid = come_and_go([edge_device(0), edge_device(1), edge_device(1, images=9)], there)
     known = meet(grid, clients=2)
 
     there.remove(1)
@@ -190,7 +203,7 @@ def test_boxes_that_go_and_come_back_are_noticed(come_and_go, caplog):
 
 def test_a_restarted_box_takes_the_place_of_its_old_self(come_and_go):
     there = [0, 1]
-    grid = come_and_go([box(0), box(1), box(1)], there)
+    grid = come_and_go([edge_device(0), edge_device(1), edge_device(1)], there)
     known = meet(grid, clients=2)
     there[:] = [0, 2]
     assert [node.id for node in meet_again(known, grid, IMAGES, 2, 1.0, least=2)] == [1000, 1002]
@@ -199,15 +212,15 @@ def test_a_restarted_box_takes_the_place_of_its_old_self(come_and_go):
 @pytest.mark.parametrize(
     ("stranger", "warning"),
     [
-        (box(1, error="no file x.npz"), "the edge device of client 1 refuses: no file x.npz"),
+        (edge_device(1, error="no file x.npz"), "the edge device of client 1 refuses: no file x.npz"),
         ({"client": "first"}, "node 1002 could not start: .*first"),
         (worker(0, 2), "node 1002 hosts any client, and others are edge devices"),
-        (box(2), "the edge device of client 2 is none of this run's, whose partition.clients = 2"),
+        (edge_device(2), "the edge device of client 2 is none of this run's, whose partition.clients = 2"),
     ],
 )
 def test_strangers_that_cannot_be_used_are_left_out(come_and_go, caplog, stranger, warning):
     there = [0, 1]
-    grid = come_and_go([box(0), box(1), stranger], there)
+    grid = come_and_go([edge_device(0), edge_device(1), stranger], there)
     known = meet(grid, clients=2)
     there[:] = [0, 2]
     assert [node.client for node in meet_again(known, grid, IMAGES, 2, 1.0, least=1)] == [0]
@@ -216,7 +229,7 @@ def test_strangers_that_cannot_be_used_are_left_out(come_and_go, caplog, strange
 
 def test_too_few_boxes_end_the_run_after_the_wait(come_and_go):
     there = [0, 1]
-    grid = come_and_go([box(0), box(1)], there)
+    grid = come_and_go([edge_device(0), edge_device(1)], there)
     known = meet(grid, clients=2)
     there.clear()
     with pytest.raises(
@@ -232,8 +245,8 @@ def test_clients_are_reachable_if_a_node_can_train_them():
 
 def test_boxes_bring_their_own_images_and_devices(make_federation):
     simulated = make_federation()
-    boxes = (Node(5, 0, 0, 7, "pi-5"), Node(6, 1, 1, 8, ""), Node(7, 2, 2, 9, "jetson-nano"))
-    federation = on_edge_devices(simulated, boxes)
+    devices = (Node(5, 0, 0, 7, "pi-5"), Node(6, 1, 1, 8, ""), Node(7, 2, 2, 9, "jetson-nano"))
+    federation = on_edge_devices(simulated, devices)
     assert federation.sizes == (7, 8, 9)
     assert federation.fleet.counts == {"jetson-nano": 1, "pi-4": 1, "pi-5": 1}
     assert federation.fleet.clients[1] == simulated.fleet.clients[1]
@@ -269,7 +282,13 @@ TOASTER = Device("toaster", 3, 2, 1, 4, "me", models={"resnet8/static": Speed(7,
 
 def test_a_box_may_bring_its_own_device(make_grid, make_federation):
     told = {"device": "/srv/box.yaml", "profile": device_text(TOASTER)}
-    nodes = meet_nodes(make_grid([box(0, **told), box(1), box(2)]), IMAGES, clients=3, timeout_s=1, least=3)
+    nodes = meet_nodes(
+        make_grid([edge_device(0, **told), edge_device(1), edge_device(2)]),
+        IMAGES,
+        clients=3,
+        timeout_s=1,
+        least=3,
+    )
     assert [node.profile for node in nodes] == [TOASTER, None, None]
     simulated = make_federation({"model.conv": "static", "fleet.jitter": 0.3}).fleet.clients[0]
     client = on_edge_devices(
@@ -282,7 +301,9 @@ def test_a_box_may_bring_its_own_device(make_grid, make_federation):
 
 
 def test_a_box_whose_device_the_server_cannot_read_is_named(make_grid):
-    grid = make_grid([box(0, device="box.yaml", profile='{"x": {"watts": 3}}'), box(1), box(2)])
+    grid = make_grid(
+        [edge_device(0, device="box.yaml", profile='{"x": {"watts": 3}}'), edge_device(1), edge_device(2)]
+    )
     with pytest.raises(
         RunError, match=r"the edge device of client 0 can't be used: its device file: row 'x', .*'watts'"
     ):
@@ -311,8 +332,8 @@ def test_workers_without_work_get_no_message(plans):
 
 
 def test_boxes_get_their_own_client_if_it_was_picked(plans):
-    boxes = [Node(5, 0, 2, 10, ""), Node(6, 1, 1, 20, ""), Node(7, 2, 0, 30, "")]
-    assert hands(boxes, plans[1:]) == [(5, [2]), (6, [1])]
+    devices = [Node(5, 0, 2, 10, ""), Node(6, 1, 1, 20, ""), Node(7, 2, 0, 30, "")]
+    assert hands(devices, plans[1:]) == [(5, [2]), (6, [1])]
 
 
 def test_a_message_holds_one_client_where_updates_are_needed_separately(plans):

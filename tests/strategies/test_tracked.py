@@ -133,7 +133,7 @@ def test_a_dead_node_costs_only_its_own_clients(make, make_federation, make_grid
         return ""
 
     strategy = make(make_federation())
-    strategy.run(make_grid([box(0), box(1), box(2)], behave))
+    strategy.run(make_grid([edge_device(0), edge_device(1), edge_device(2)], behave))
     _, clients = rows(strategy)
     assert [(row.client, row.status, row.reason) for row in clients[:3]] == [
         (0, "failed", "RuntimeError: killed"),
@@ -257,7 +257,7 @@ def test_a_fleet_that_cannot_hold_the_model_stops_with_the_reason(make, make_fed
         make(big).run(make_grid())
 
 
-def box(client, **told):
+def edge_device(client, **told):
     return {"client": client, "rank": client, "images": 10 * (client + 1)} | told
 
 
@@ -396,9 +396,9 @@ def test_speeds_change_from_round_to_round_and_are_the_same_each_time(make, make
 
 def test_boxes_are_planned_by_their_own_images_and_devices(make, make_federation, make_grid, caplog):
     strategy = make(make_federation({"train.batch-size": 8}))
-    boxes = [box(0, device="pi-5"), box(1), box(2, device="jetson-nano")]
+    devices = [edge_device(0, device="pi-5"), edge_device(1), edge_device(2, device="jetson-nano")]
     with caplog.at_level(logging.INFO, "fedfmd"):
-        strategy.run(make_grid(boxes))
+        strategy.run(make_grid(devices))
     _, clients = rows(strategy)
     assert [(row.device, row.examples, row.steps) for row in clients[:3]] == [
         ("pi-5", 10, 2),
@@ -412,7 +412,7 @@ def test_boxes_are_planned_by_their_own_images_and_devices(make, make_federation
 def test_a_box_with_an_unknown_device_stops_the_run_before_training(make, make_federation, make_grid):
     strategy = make(make_federation({"server.node-timeout-s": 0.05}))
     with pytest.raises(RunError, match="'pi-9'"):
-        strategy.run(make_grid([box(0), box(1, device="pi-9"), box(2)]))
+        strategy.run(make_grid([edge_device(0), edge_device(1, device="pi-9"), edge_device(2)]))
     assert not strategy.folder.rounds.exists()
 
 
@@ -563,7 +563,7 @@ def test_where_updates_are_limited_every_client_has_its_own_message(make, make_f
 
 def test_an_edge_devices_error_cannot_pass_for_a_dead_worker(make, make_federation, make_grid):
     strategy = make(make_federation({"server.rounds": 1}))
-    grid = make_grid([box(0), box(1), box(2)])
+    grid = make_grid([edge_device(0), edge_device(1), edge_device(2)])
     pull = grid.pull_messages
 
     def forged(ids):
