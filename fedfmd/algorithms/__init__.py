@@ -1,8 +1,13 @@
-"""The algorithms that ``server.strategy`` names, each in a file: their clients' half and their server's."""
+"""The algorithms that ``server.strategy`` names, each in a file: their clients' half and their server's.
+
+An `Algorithm` with a name in a new file of this folder is known everywhere.
+"""
 
 from __future__ import annotations
 
-from fedfmd.algorithms import fedavg, fedbn, fedbuff, fednova, fedprox, optimisers, robust  # noqa: F401
+from importlib import import_module
+from pkgutil import iter_modules
+
 from fedfmd.algorithms.algorithm import ALGORITHMS, Algorithm, LocalTraining, Update
 from fedfmd.algorithms.flower import OwnStrategy
 from fedfmd.errors import SettingsError, not_one_of
@@ -10,6 +15,9 @@ from fedfmd.own_code import is_own
 from fedfmd.settings import ServerSettings, Settings
 
 __all__ = ["ALGORITHMS", "Algorithm", "LocalTraining", "Update", "find_algorithm", "make_algorithm"]
+
+for _file in iter_modules(__path__, f"{__name__}."):
+    import_module(_file.name)
 
 
 def make_algorithm(settings: Settings) -> Algorithm:

@@ -37,9 +37,13 @@ def trained_views(module: nn.Module, kernels: Mapping[str, Collection[int]]) -> 
 
 def wire_views(module: nn.Module) -> dict[str, Tensor]:
     """Return the module's state under its names on the wire, as tensors that share its memory."""
+    return split_banks(module.state_dict(), bank_names(module))
+
+
+def split_banks(tensors: Mapping[str, Tensor], banks: Collection[str]) -> dict[str, Tensor]:
+    """Return the tensors under their names on the wire: views of the kernels in place of each of the `banks`."""
     views: dict[str, Tensor] = {}
-    banks = bank_names(module)
-    for name, tensor in module.state_dict().items():
+    for name, tensor in tensors.items():
         if name in banks:
             views |= {f"{name}.{k}": kernel for k, kernel in enumerate(tensor.unbind())}
         else:

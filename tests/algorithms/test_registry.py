@@ -20,13 +20,13 @@ class Toy(Algorithm):
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_every_name_is_found(tiny_settings, name):
-    prox = {"train.proximal-mu": 0.1} if name == "fedprox" else {}
+    prox = {"train.proximal-mu": 0.1} if name in ("fedprox", "feddyn") else {}
     settings = tiny_settings(**FIVE, **prox, **{"server.strategy": name})
     assert type(find_algorithm(settings)) is ALGORITHMS[name]
     assert find_algorithm(settings).settings == settings
 
 
-def test_all_algorithms_have_been_there_before_and_no_other():
+def test_each_file_of_the_folder_is_known():
     assert sorted(ALGORITHMS) == [
         *(
             "fedadagrad",
@@ -35,6 +35,7 @@ def test_all_algorithms_have_been_there_before_and_no_other():
             "fedavgm",
             "fedbn",
             "fedbuff",
+            "feddyn",
             "fedmedian",
             "fednova",
             "fedprox",
@@ -72,6 +73,7 @@ def test_the_file_of_a_class_of_ones_own_is_known(tiny_settings, tmp_path, monke
             r"server\.trim = 0\.3 has no effect with server\.strategy = fedavg: .*trimmed",
         ),
         ({"server.strategy": "fedprox"}, r"needs train\.proximal-mu > 0"),
+        ({"server.strategy": "feddyn"}, r"needs train\.proximal-mu > 0, its α"),
         (
             {"server.strategy": "krum", "server.byzantine": 2},
             r"server\.byzantine = 2: krum needs more than 6",
