@@ -18,14 +18,19 @@ from fedfmd.experiment import export_checkpoint, load_experiment, load_settings
 from fedfmd.settings import Settings
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "experiments").rglob("README.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "experiments").rglob("README.md")),
+]
 COMMANDS = typer.main.get_command(cli)
 PLACEHOLDER = re.compile(r"…|[A-Z]{4}")  # FILE.yaml, NAME, data.train=…
 
 
 def blocks(page, language):
-    """The fenced blocks of a language."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(encoding="utf-8"), re.M | re.S)
+    """The fenced blocks of a language, without those that the site takes from a file (`--8<--`)."""
+    return re.findall(rf"^```{language}\n(?!--8<--)(.*?)^```$", page.read_text(encoding="utf-8"), re.M | re.S)
 
 
 def typed(program):
@@ -75,7 +80,7 @@ def test_a_command_line_is_one_that_the_command_takes(words):
 
 @pytest.mark.parametrize("words", cases("fedfmd"))
 def test_a_command_that_is_spoken_of_exists(words):
-    assert words[0] in COMMANDS.commands
+    assert words[0] in COMMANDS.commands or words[0].startswith("--")
 
 
 @pytest.mark.parametrize("words", cases("fedfmd", min_words=2))
@@ -100,6 +105,12 @@ def test_the_node_config_shown_is_one_that_nodes_read(words):
         NodeConfig.from_mapping(parse_config_args([config]))
 
 
+def test_files_that_the_site_takes_in_are_there():
+    files = [file for page in PAGES for file in re.findall(r'^--8<-- "(.+)"$', page.read_text("utf-8"), re.M)]
+    assert files
+    assert all((ROOT / file).is_file() for file in files)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_scripts_that_a_page_names_are_there(page):
     for script in re.findall(r"experiments/\S+\.(?:py|sh)\b", page.read_text(encoding="utf-8")):
@@ -107,7 +118,8 @@ def test_scripts_that_a_page_names_are_there(page):
 
 
 def test_the_table_of_commands_tells_options_that_they_have():
-    rows = re.findall(r"^\| `fedfmd (\w+).*$", (text := PAGES[0].read_text(encoding="utf-8")), re.M)
+    text = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `fedfmd (\w+).*$", text, re.M)
     assert sorted(rows) == sorted(COMMANDS.commands)
     for row in re.findall(r"^\| `fedfmd .*$", text, re.M):
         command = COMMANDS.commands[row.split()[2].strip("`")]
