@@ -90,7 +90,7 @@ def test_links_change_neither_with_the_devices_nor_with_the_number_of_clients():
     assert [c.bandwidth for c in few.clients] == [c.bandwidth for c in many.clients[:5]]
 
 
-def test_a_box_brings_its_own_link_and_leaves_the_others_theirs():
+def test_a_device_brings_its_own_link_and_leaves_the_others_theirs():
     wired = Device("wired", 1, 1, 1, 1, source="measured", down_mbps=900, up_mbps=800)
     plain = make_fleet("pi-4", 6, WIFI, seed=3)
     mixed = make_fleet("pi-4:3, wired:3", 6, WIFI, seed=3, devices=DEVICES | {"wired": wired})
