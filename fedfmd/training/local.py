@@ -163,8 +163,8 @@ def evaluate(
 ) -> Evaluation:
     """Loss, accuracies and kernel entropy of the model in evaluation mode."""
     model.eval()
-    totals = torch.zeros(3, device=device)
-    with record_attention(model) as record:
+    totals, entropy = torch.zeros(3, device=device), 0.0
+    with record_attention(model, last=1) as record:  # of all images, attentions would outgrow the model
         for inputs, labels in batches(
             images,
             batch_size,
@@ -177,8 +177,9 @@ def evaluate(
             logits = model(inputs)
             loss_and_hits = _loss_and_hits(F.cross_entropy(logits, labels, reduction="sum"), logits, labels)
             totals += torch.cat([loss_and_hits, _top_hits(logits, labels)])
-    loss, accuracy, top = (total / len(images) for total in totals.tolist())
-    return Evaluation(loss, accuracy, record.kernel_entropy(), top)
+            entropy += record.kernel_entropy() * len(labels)
+    loss, accuracy, top, entropy = (total / len(images) for total in (*totals.tolist(), entropy))
+    return Evaluation(loss, accuracy, entropy, top)
 
 
 def _parameters(optimiser: torch.optim.Optimizer) -> list[Tensor]:

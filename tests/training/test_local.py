@@ -1,10 +1,11 @@
 import math
+from contextlib import contextmanager
 
 import pytest
 import torch
 from torch import nn
 
-from fedfmd.conv import CONVS
+from fedfmd.conv import CONVS, record_attention
 from fedfmd.cost import count
 from fedfmd.data import Dataset, ImageSet, load_dataset
 from fedfmd.edge import Workload
@@ -113,6 +114,32 @@ def test_top5_counts_labels_among_the_five_most_probable_classes(dataset):
     result = evaluate(model, images, dataset, batch_size=8)
     assert result.top5_accuracy == pytest.approx(15 / 20)
     assert result.accuracy == pytest.approx(3 / 20)
+
+
+@pytest.mark.parametrize("conv", ["condconv", "dyconv", "odconv", "fmdconv"])
+def test_the_entropy_is_a_mean_over_all_images_whatever_the_batches(dataset, conv):
+    """The last of the batches has 6 images."""
+    model = make_model("resnet8", conv, 3, width=0.25, norm="group", attention_init="kaiming")
+    one, many = (evaluate(model, dataset.test, dataset, batch_size=size).kernel_entropy for size in (20, 7))
+    assert many == pytest.approx(one, rel=1e-5)
+    assert 0 < one < 1
+
+
+def test_evaluation_holds_the_attentions_of_one_batch(dataset, monkeypatch):
+    held = []
+    monkeypatch.setattr(
+        "fedfmd.training.local.record_attention",
+        lambda model, **options: _watched(record_attention(model, **options), held),
+    )
+    evaluate(network("fmdconv"), dataset.test, dataset, batch_size=5)
+    assert max(len(entries) for record in held for entries in record.values.values()) == 1
+
+
+@contextmanager
+def _watched(recording, held):
+    with recording as record:
+        held.append(record)
+        yield record
 
 
 def test_evaluation_changes_nothing_and_leaves_no_gradients(dataset):
