@@ -32,10 +32,12 @@ from flwr.common.constant import (
     SType,
     SubStatus,
 )
+from flwr.proto.fleet_pb2 import PushMessagesRequest
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 from flwr.supercore.run import Run as Run
 from flwr.supercore.task_identity import TaskIdentity
+from google.protobuf.message import DecodeError
 from numpy.lib.format import header_data_from_array_1_0, write_array_header_1_0
 
 Json = dict[str, Any]
@@ -268,6 +270,50 @@ def quiet_logs() -> None:
     afterwards, and this module has imported it.
     """
     logging.getLogger("flwr").setLevel(logging.WARNING)
+
+
+# --- What a device of a deployment asks of the SuperLink --------------------------------------------------------
+
+DEVICE_CALLS = frozenset(
+    {
+        "activate-node",
+        "deactivate-node",
+        "send-node-heartbeat",
+        "pull-messages",
+        "push-messages",
+        "get-run",
+        "get-fab",
+        "pull-object",
+        "push-object",
+        "confirm-message-received",
+    }
+)
+"""What a SuperNode with a registered key posts to ``/v1/fleet/…`` (`flwr.supernode.fleet_http_client`).
+
+The two that are left out, by which a node registers and unregisters itself, a SuperLink with node authentication
+refuses (`flwr.superlink.servicer.fleet.fleet_handlers`).
+"""
+
+DEVICE_HEADERS = ("content-type", "flwr-", "x-flwr-")
+"""How the headers begin that SuperNode and SuperLink read (`flwr.supercore.constant`)."""
+
+
+def speaks_for_itself(pushed: bytes) -> bool:
+    """Whether what a device posts to ``push-messages`` holds replies in its own name only.
+
+    The SuperLink checks that the device is the request's `node`, but not that it is the messages' sender; and it
+    stores what replies to nothing as a message of its own to any other device
+    (`flwr.superlink.servicer.fleet.fleet_handlers.push_messages`, `store_message_and_object_tree` in
+    `flwr.server.superlink.linkstate`).
+    """
+    try:
+        request = PushMessagesRequest.FromString(pushed)
+    except DecodeError:
+        return False
+    return all(
+        message.metadata.src_node_id == request.node.node_id and message.metadata.reply_to_message_id
+        for message in request.messages_list
+    )
 
 
 # --- A private SuperLink and the commands of a simulation ------------------------------------------------------

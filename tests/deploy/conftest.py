@@ -6,11 +6,13 @@ import contextlib
 import os
 import re
 import shlex
+import shutil
 import ssl
 import string
 import subprocess
 import sys
 import time
+import tomllib
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
@@ -64,7 +66,11 @@ sys.meta_path.insert(0, NoRay())
 
 
 class Deployment:
-    """The processes of a server and of boxes with digits of their own; each writes a log into `folder`."""
+    """The processes of a server and of boxes with digits of their own; each writes a log into `folder`.
+
+    What a machine has in /etc/fedfmd, here it has in a folder "etc …", whose name has a space. A process is called
+    as its service on the server, as its box, or, for what runs submitted code there, "box.app".
+    """
 
     boxes = BOXES
 
@@ -73,86 +79,118 @@ class Deployment:
     ) -> None:
         self.folder = folder
         self.database = folder / "superlink.db" if on_disk else ":flwr-in-memory:"
-        self.port = free_port()
-        self.certificates = folder / "certificates"
+        self.port, self.control_port = free_port(), free_port()
         self.processes: dict[str, subprocess.Popen] = {}
         self.commands: dict[str, list[str]] = {}
         self.sabotage = sabotage or {}
-        subprocess.run(
-            [DEPLOY / "certificates.sh", self.certificates, "127.0.0.1", *BOXES, "stranger"],
-            check=True,
-            capture_output=True,
-        )
-        for box in (*BOXES, "stranger"):
-            (self.certificates / "boxes" / box).replace(self.certificates / box)  # as on the box itself
-        connection = {"address": self.address, "root-certificates": str(self.certificates / "ca.crt")}
-        config = {"superlink": {"default": "boxes", "boxes": connection}}
+        self._make_certificates()
         self.environment("user")
-        (folder / "user" / "config.toml").write_text(tomli_w.dumps(config))
+        self.connect("boxes", self.control_port)
         train = load_dataset("digits", image_size=8).train
         for place, box in enumerate((*BOXES, "stranger")):
             own = train.subset(torch.arange(place * IMAGES_PER_BOX, (place + 1) * IMAGES_PER_BOX))
             pixels = own.images.permute(0, 2, 3, 1).numpy()
             np.savez(folder / f"{box}.npz", images=pixels, labels=own.labels.numpy())
 
+    def _make_certificates(self) -> None:
+        """As the README tells: each machine makes its keys, and only public things travel."""
+        ca, server = self.etc("ca"), self.etc("server")
+        steps = [("ca", ca), ("server", server), ("sign", ca, server / "server.csr", "127.0.0.1")]
+        steps += [("device", self.etc(box), box) for box in (*BOXES, "stranger")]
+        for step in steps:
+            subprocess.run([DEPLOY / "certificates.sh", *step], check=True, capture_output=True)
+        for machine in ("server", *BOXES, "stranger"):
+            shutil.copy(ca / "ca.crt", self.etc(machine))
+
+    def etc(self, machine: str) -> Path:
+        return self.folder / f"etc {machine}"
+
+    def connect(self, name: str, port: int) -> None:
+        """Let the user's `flwr` reach a port of the server by this name."""
+        file = self.folder / "user" / "config.toml"
+        config = tomllib.loads(file.read_text()) if file.exists() else {"superlink": {"default": name}}
+        trust = str(self.etc("server") / "ca.crt")
+        config["superlink"][name] = {"address": f"127.0.0.1:{port}", "root-certificates": trust}
+        file.write_text(tomli_w.dumps(config))
+
     @property
     def address(self) -> str:
+        """The devices' port."""
         return f"127.0.0.1:{self.port}"
 
-    def environment(self, name: str) -> dict[str, str]:
+    def environment(self, machine: str) -> dict[str, str]:
         """The environment of a machine of its own, with its own home, without ray, and with its sabotage."""
-        home = self.folder / name
+        home = self.folder / machine
         home.mkdir(exist_ok=True)
-        (home / "sitecustomize.py").write_text(NO_RAY + self.sabotage.get(name, ""))
+        (home / "sitecustomize.py").write_text(NO_RAY + self.sabotage.get(machine, ""))
         path = os.pathsep.join([str(home), *filter(None, [os.environ.get("PYTHONPATH")])])
         return flower_environment(home) | {"PYTHONPATH": path, "XDG_CACHE_HOME": str(home / "cache")}
 
-    def start_server(self) -> None:
-        server = {"HOST": "127.0.0.1", "PORT": self.port}
-        self._start("superlink", "fedfmd-superlink.service", DATABASE=self.database, **server)
+    def start_server(self, superexec: bool = True) -> None:
+        server = {"HOST": "127.0.0.1", "PORT": self.port, "CONTROL_PORT": self.control_port}
+        server |= {"CERTIFICATES": self.etc("server"), "DATABASE": self.database}
+        self._start("superlink", "fedfmd-superlink.service", **server)
         self.wait_for(self.is_healthy)
-        self._start("superexec", "fedfmd-superexec.service", **server)
+        self._start("gate", "fedfmd-gate.service", **server)
+        if superexec:
+            self._start("superexec", "fedfmd-superexec.service", **server)
 
     def is_healthy(self) -> bool:
-        trust = ssl.create_default_context(cafile=self.certificates / "ca.crt")
+        trust = ssl.create_default_context(cafile=self.etc("server") / "ca.crt")
         with contextlib.suppress(urllib.error.URLError, OSError):
-            urllib.request.urlopen(f"https://{self.address}/health", timeout=5, context=trust).close()
+            url = f"https://127.0.0.1:{self.control_port}/health"
+            urllib.request.urlopen(url, timeout=5, context=trust).close()
             return True
         return False
 
-    def register(self, box: str) -> None:
-        key = self.certificates / "boxes" / f"{box}.pub"
-        command = ["flwr", "supernode", "register", str(key), "boxes", "--name", box, "--format", "json"]
-        assert flwr_json(command, self.environment("user"))["success"]
+    def flwr(self, *words: object) -> dict:
+        """What a user's `flwr` command answers."""
+        command = ["flwr", *map(str, words), "--format", "json"]
+        return flwr_json(command, self.environment("user"))
 
-    def start_box(self, box: str) -> subprocess.Popen:
+    def register(self, box: str) -> None:
+        key = self.etc(box) / f"{box}.pub"
+        assert self.flwr("supernode", "register", key, "boxes", "--name", box)["success"]
+
+    def start_box(self, box: str, options: str = "") -> subprocess.Popen:
         client = BOXES.index(box) if box in BOXES else 0
-        return self._start(
-            box,
-            "fedfmd-supernode@.service",
-            SUPERLINK=self.address,
-            PORT=free_port(),
-            NODE_CONFIG=f'client={client} data="{self.folder / box}.npz" device="{DEVICES[client]}"',
-        )
+        settings = {
+            "SUPERLINK": self.address,
+            "PORT": free_port(),
+            "CERTIFICATES": self.etc(box),
+            "NODE_CONFIG": f'client={client} data="{self.folder / box}.npz" device="{DEVICES[client]}"',
+            "OPTIONS": options,
+        }
+        process = self._start(box, "fedfmd-supernode@.service", **settings)
+        if box in BOXES:
+            self._start(f"{box}.app", "fedfmd-clientapp@.service", **settings)
+        return process
 
     def _start(self, name: str, unit: str, **variables: object) -> subprocess.Popen:
         """Start what a unit's ExecStart says, with these values of its variables."""
-        text = (DEPLOY / unit).read_text().replace("\\\n", " ").replace("%i", name)
+        text = (DEPLOY / unit).read_text().replace("\\\n", " ").replace("%i", name.partition(".")[0])
+        text = text.replace("/opt/fedfmd/src", shlex.quote(str(REPOSITORY)))
         program, *words = shlex.split(re.search(r"^ExecStart=(.*)$", text, re.MULTILINE)[1])
-        variables["CERTIFICATES"] = self.certificates
-        arguments = [string.Template(word).substitute(variables) for word in words]
+        arguments = []
+        for word in words:
+            value = string.Template(word).substitute(variables)
+            # As systemd: $NAME alone is any number of words, ${NAME} is one.
+            arguments += shlex.split(value) if re.fullmatch(r"\$\w+", word) else [value]
         self.commands[name] = [program, *arguments]
-        self.processes[name] = self.launch(name, self.commands[name])
+        self._launch_again(name)
         return self.processes[name]
 
+    def _launch_again(self, name: str) -> None:
+        self.processes[name] = self.launch(name, self.commands[name])
+
     def launch(self, name: str, command: list[str]) -> subprocess.Popen:
-        """Start a program that lies beside this Python, on the machine `name`."""
+        """Start a program that lies beside this Python, on the machine of that name."""
         program, *arguments = command
         with (self.folder / f"{name}.log").open("ab") as log:
             return subprocess.Popen(
                 [Path(sys.executable).with_name(Path(program).name), *arguments],
                 cwd=self.folder,
-                env=self.environment(name),
+                env=self.environment(name.partition(".")[0]),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -164,12 +202,10 @@ class Deployment:
         settings = Settings.from_mapping(SETTINGS | changes | {"run-dir": str(self.folder / name)})
         file = self.folder / f"{name}.toml"
         file.write_text(tomli_w.dumps(settings.flat()))
-        command = ["flwr", "run", str(REPOSITORY), "boxes", "-c", str(file), "--format", "json"]
-        return str(flwr_json(command, self.environment("user"))["run-id"])
+        return str(self.flwr("run", REPOSITORY, "boxes", "-c", file)["run-id"])
 
     def status(self, run: str) -> str:
-        command = ["flwr", "ls", "boxes", "--run-id", run, "--format", "json"]
-        return flwr_json(command, self.environment("user"))["runs"][0]["status"]
+        return self.flwr("ls", "boxes", "--run-id", run)["runs"][0]["status"]
 
     def rounds(self, name: str) -> list:
         file = self.folder / name / "rounds.csv"
@@ -181,17 +217,32 @@ class Deployment:
     def log(self, name: str) -> str:
         return (self.folder / name).read_text(errors="replace")
 
-    def kill(self, name: str) -> None:
-        """As a power cut: the process and all that it started, at once."""
-        process = psutil.Process(self.processes.pop(name).pid)
-        for victim in (*process.children(recursive=True), process):
+    def services(self, machine: str) -> list[str]:
+        return [name for name in self.commands if name.partition(".")[0] == machine]
+
+    def running(self, machine: str) -> list[psutil.Process]:
+        """The processes of a machine's services, and all that they started."""
+        found = []
+        for name in self.services(machine):
+            with contextlib.suppress(KeyError, psutil.NoSuchProcess):
+                process = psutil.Process(self.processes[name].pid)
+                found += [process, *process.children(recursive=True)]
+        return found
+
+    def kill(self, machine: str) -> None:
+        """As a power cut: all that runs there, at once."""
+        victims = self.running(machine)
+        for victim in victims:
             with contextlib.suppress(psutil.NoSuchProcess):
                 victim.kill()
-        process.wait()
+        psutil.wait_procs(victims)
+        for name in self.services(machine):
+            self.processes.pop(name, None)
 
-    def restart(self, *names: str) -> None:
-        for name in names:
-            self.processes[name] = self.launch(name, self.commands[name])
+    def restart(self, *machines: str) -> None:
+        for machine in machines:
+            for name in self.services(machine):
+                self._launch_again(name)
 
     def wait_for(self, what) -> None:
         """Wait until `what()` is true; as systemd does, start again what ends."""
@@ -199,7 +250,8 @@ class Deployment:
         while not what():
             assert time.monotonic() < deadline, f"waited in vain; see the logs in {self.folder}"
             time.sleep(RESTART_S)
-            self.restart(*(name for name, process in self.processes.items() if process.poll() is not None))
+            for name in [name for name, process in self.processes.items() if process.poll() is not None]:
+                self._launch_again(name)
 
     def wait_for_rounds(self, name: str, count: int) -> None:
         self.wait_for(lambda: len(self.rounds(name)) >= count)

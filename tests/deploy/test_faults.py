@@ -5,7 +5,6 @@ import shutil
 import signal
 import subprocess
 
-import psutil
 import pytest
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults]
@@ -86,12 +85,12 @@ def test_a_run_is_resumed_after_everything_was_killed(deployment):
     deployment.submit("run", **{"server.rounds": 4, "server.checkpoint-every": 1})
     deployment.wait_for_rounds("run", 2)
     finished = deployment.rounds("run")[:2]
-    for name in list(deployment.processes):
-        deployment.kill(name)
+    for machine in ("superlink", "gate", "superexec", *deployment.boxes):
+        deployment.kill(machine)
 
     deployment.restart("superlink")
     deployment.wait_for(deployment.is_healthy)
-    deployment.restart("superexec", *deployment.boxes)
+    deployment.restart("gate", "superexec", *deployment.boxes)
     for box in deployment.boxes:
         deployment.register(box)
     deployment.submit("run", **{"server.rounds": 4, "server.checkpoint-every": 1, "resume": True})
@@ -103,12 +102,12 @@ def test_a_run_is_resumed_after_everything_was_killed(deployment):
 def test_a_box_that_is_too_slow_for_a_round_is_left_behind(deployment):
     deployment.submit("run", **{"server.rounds": 60, "server.round-timeout-s": 45})
     deployment.wait_for_rounds("run", 1)
-    box = psutil.Process(deployment.processes["box1"].pid)
-    for process in (box, *box.children(recursive=True)):
+    stopped = deployment.running("box1")
+    for process in stopped:
         os.kill(process.pid, signal.SIGSTOP)
     slow = "no reply within server.round-timeout-s"
     deployment.wait_for(lambda: slow in {row.reason for row in deployment.clients("run") if row.client == 1})
-    for process in (box, *box.children(recursive=True)):
+    for process in stopped:
         os.kill(process.pid, signal.SIGCONT)
     before = len(status_of(deployment, 1))
     deployment.wait_for(lambda: "ok" in status_of(deployment, 1)[before:])
