@@ -7,6 +7,7 @@ version of Flower, those that fail tell what to change here.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import os
@@ -314,6 +315,20 @@ def speaks_for_itself(pushed: bytes) -> bool:
         message.metadata.src_node_id == request.node.node_id and message.metadata.reply_to_message_id
         for message in request.messages_list
     )
+
+
+HUB_CALL = "/v1/hub/fetch-fab"
+"""What a SuperLink posts to Flower Hub to get an app and its signatures; FLWR_SUPERGRID_API_URL, up to ``/v1``, says
+where the Hub is (`flwr.superlink.servicer.control.control_handlers._get_remote_fab`, `flwr.supercore.constant`)."""
+
+
+def message_to_sign(app: bytes, signed_at: int) -> bytes:
+    """Return what a signature of an app is made over; `signed_at` in seconds since 1970.
+
+    A SuperNode with ``--trusted-entities`` checks it (`flwr.supernode.start_client_internal._verify_fab`,
+    `flwr.supercore.primitives.asymmetric_ed25519.create_message_to_sign`).
+    """
+    return signed_at.to_bytes(8, "big") + hashlib.sha256(app).digest()
 
 
 # --- A private SuperLink and the commands of a simulation ------------------------------------------------------

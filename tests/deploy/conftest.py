@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import re
 import shlex
@@ -255,6 +256,19 @@ class Deployment:
 
     def wait_for_rounds(self, name: str, count: int) -> None:
         self.wait_for(lambda: len(self.rounds(name)) >= count)
+
+
+@pytest.fixture
+def script():
+    """A function that imports one of the scripts of `experiments/deploy`."""
+
+    def load(name):
+        spec = importlib.util.spec_from_file_location(name, DEPLOY / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
 
 
 @pytest.fixture
