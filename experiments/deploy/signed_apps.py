@@ -89,9 +89,11 @@ class Apps(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         """Tell where an app is, and who has signed it."""
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        found = newest(self.folder, asked["app_id"], asked["app_version"])
-        if self.path != HUB_CALL or found is None:
+        found = None
+        if self.path == HUB_CALL:
+            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            found = newest(self.folder, asked["app_id"], asked["app_version"])
+        if found is None:
             self.reply(404, json.dumps({"detail": {"available_app_versions": []}}).encode())
             return
         app, signature = found

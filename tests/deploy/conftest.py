@@ -80,7 +80,7 @@ class Deployment:
     ) -> None:
         self.folder = folder
         self.database = folder / "superlink.db" if on_disk else ":flwr-in-memory:"
-        self.port, self.control_port = free_port(), free_port()
+        self.port, self.control_port, self.apps_port = free_port(), free_port(), free_port()
         self.processes: dict[str, subprocess.Popen] = {}
         self.commands: dict[str, list[str]] = {}
         self.sabotage = sabotage or {}
@@ -96,12 +96,16 @@ class Deployment:
     def _make_certificates(self) -> None:
         """As the README tells: each machine makes its keys, and only public things travel."""
         ca, server = self.etc("ca"), self.etc("server")
-        steps = [("ca", ca), ("server", server), ("sign", ca, server / "server.csr", "127.0.0.1")]
-        steps += [("device", self.etc(box), box) for box in (*BOXES, "stranger")]
-        for step in steps:
-            subprocess.run([DEPLOY / "certificates.sh", *step], check=True, capture_output=True)
+        self.certificates("ca", ca)
+        self.certificates("server", server)
+        self.certificates("sign", ca, server / "server.csr", "127.0.0.1")
+        for box in (*BOXES, "stranger"):
+            self.certificates("device", self.etc(box), box)
         for machine in ("server", *BOXES, "stranger"):
             shutil.copy(ca / "ca.crt", self.etc(machine))
+
+    def certificates(self, *arguments: object) -> None:
+        subprocess.run([DEPLOY / "certificates.sh", *arguments], check=True, capture_output=True)
 
     def etc(self, machine: str) -> Path:
         return self.folder / f"etc {machine}"
@@ -125,7 +129,11 @@ class Deployment:
         home.mkdir(exist_ok=True)
         (home / "sitecustomize.py").write_text(NO_RAY + self.sabotage.get(machine, ""))
         path = os.pathsep.join([str(home), *filter(None, [os.environ.get("PYTHONPATH")])])
-        return flower_environment(home) | {"PYTHONPATH": path, "XDG_CACHE_HOME": str(home / "cache")}
+        return flower_environment(home) | {
+            "PYTHONPATH": path,
+            "XDG_CACHE_HOME": str(home / "cache"),
+            "FLWR_SUPERGRID_API_URL": f"http://127.0.0.1:{self.apps_port}/v1",
+        }
 
     def start_server(self, superexec: bool = True) -> None:
         server = {"HOST": "127.0.0.1", "PORT": self.port, "CONTROL_PORT": self.control_port}
@@ -135,6 +143,10 @@ class Deployment:
         self._start("gate", "fedfmd-gate.service", **server)
         if superexec:
             self._start("superexec", "fedfmd-superexec.service", **server)
+
+    def start_apps(self, folder: Path) -> None:
+        """Serve the signed apps of a folder."""
+        self._start("apps", "fedfmd-apps.service", APPS=folder, APPS_PORT=self.apps_port)
 
     def is_healthy(self) -> bool:
         trust = ssl.create_default_context(cafile=self.etc("server") / "ca.crt")
@@ -198,12 +210,12 @@ class Deployment:
                 start_new_session=True,
             )
 
-    def submit(self, name: str, **changes: object) -> str:
+    def submit(self, name: str, app: object = REPOSITORY, **changes: object) -> str:
         """`flwr run` with the run folder `name`; the run's id."""
         settings = Settings.from_mapping(SETTINGS | changes | {"run-dir": str(self.folder / name)})
         file = self.folder / f"{name}.toml"
         file.write_text(tomli_w.dumps(settings.flat()))
-        return str(self.flwr("run", REPOSITORY, "boxes", "-c", file)["run-id"])
+        return str(self.flwr("run", app, "boxes", "-c", file)["run-id"])
 
     def status(self, run: str) -> str:
         return self.flwr("ls", "boxes", "--run-id", run)["runs"][0]["status"]
@@ -256,6 +268,11 @@ class Deployment:
 
     def wait_for_rounds(self, name: str, count: int) -> None:
         self.wait_for(lambda: len(self.rounds(name)) >= count)
+
+
+@pytest.fixture(scope="session")
+def make_deployment():
+    return Deployment
 
 
 @pytest.fixture

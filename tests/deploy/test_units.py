@@ -13,7 +13,8 @@ SUBMITTED_CODE = {"fedfmd-superexec.service", "fedfmd-clientapp@.service"}
 
 
 def value(unit, key):
-    return re.findall(rf"^{key}=(.*)$", unit.read_text(), re.MULTILINE)
+    text = unit.read_text().replace("\\\n", " ")
+    return re.findall(rf"^{key}=(.*)$", text, re.MULTILINE)
 
 
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="needs systemd-analyze")
