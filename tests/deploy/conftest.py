@@ -73,7 +73,7 @@ class Deployment:
     as its service on the server, as its box, or, for what runs submitted code there, "box.app".
     """
 
-    boxes = BOXES
+    boxes, repository = BOXES, REPOSITORY
 
     def __init__(
         self, folder: Path, on_disk: bool = False, sabotage: Mapping[str, str] | None = None
