@@ -117,8 +117,8 @@ class Apps(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
 
-def main() -> None:
-    """Sign one app, or serve a folder of signed ones until a signal ends it."""
+def parse_options() -> argparse.Namespace:
+    """Return what the command line says."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     signing = commands.add_parser("sign", help="write FAB.json, the app's signature")
@@ -128,7 +128,12 @@ def main() -> None:
     serving = commands.add_parser("serve", help="hand signed apps to a SuperLink of this machine")
     serving.add_argument("folder", type=Path)
     serving.add_argument("--port", type=int, required=True)
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Sign one app, or serve a folder of signed ones until a signal ends it."""
+    options = parse_options()
     if options.command == "sign":
         print(sign(options.key, options.name, options.fab))
     else:

@@ -71,11 +71,12 @@ def test_a_run_ends_when_too_few_boxes_are_left_and_is_resumed(deployment):
 
 
 @pytest.mark.parametrize("deployment", [{"on_disk": True}], indirect=True)
-def test_a_run_goes_on_when_its_superlink_is_killed(deployment):
+def test_a_run_goes_on_when_its_superlink_and_gate_are_killed(deployment):
     run = deployment.submit("run", **{"server.rounds": 4})
     deployment.wait_for_rounds("run", 1)
-    deployment.kill("superlink")
-    deployment.restart("superlink")
+    for service in ("superlink", "gate"):
+        deployment.kill(service)
+    deployment.restart("superlink", "gate")
     deployment.wait_for_rounds("run", 4)
     assert [row.round for row in deployment.rounds("run")] == [1, 2, 3, 4]
     deployment.wait_for(lambda: deployment.status(run) == "finished:completed")
