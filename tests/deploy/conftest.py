@@ -1,4 +1,4 @@
-"""A SuperLink and boxes as `experiments/deploy` sets them up: its units' commands, on loopback, without ray."""
+"""A SuperLink and edge devices as `experiments/deploy` sets them up: its units' commands, on loopback, without ray."""
 
 from __future__ import annotations
 
@@ -67,10 +67,10 @@ sys.meta_path.insert(0, NoRay())
 
 
 class Deployment:
-    """The processes of a server and of boxes with digits of their own; each writes a log into `folder`.
+    """The processes of a server and of edge devices with digits of their own; each writes a log into `folder`.
 
     What a machine has in /etc/fedfmd, here it has in a folder "etc …", whose name has a space. A process is called
-    as its service on the server, as its box, or, for what runs submitted code there, "box.app".
+    as its service on the server, as its device, or, for what runs submitted code there, "box0.app".
     """
 
     boxes, repository = BOXES, REPOSITORY
@@ -290,10 +290,10 @@ def script():
 
 @pytest.fixture
 def deployment(tmp_path, request):
-    """A server and its three boxes, registered and started; all is ended after the test.
+    """A server and its three edge devices, registered and started; all is ended after the test.
 
     The SuperLink's state is in memory, or, with the parameter `on_disk`, in a file. `sabotage` has Python code
-    that boxes of these names run before everything else.
+    that devices of these names run before everything else.
     """
     before = descendants()
     deployment = Deployment(tmp_path, **getattr(request, "param", {}))

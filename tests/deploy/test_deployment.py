@@ -1,4 +1,4 @@
-"""Real boxes, as `experiments/deploy` sets them up: TLS, keys, images of their own, no ray."""
+"""Real edge devices, as `experiments/deploy` sets them up: TLS, keys, images of their own, no ray."""
 
 import subprocess
 import sys
