@@ -5,8 +5,8 @@ import sys
 import pytest
 import torch
 
-from fedfmd.algorithms import make_algorithm
-from fedfmd.build import build_model, network_sources
+from fedfmd.algorithms import find_algorithm
+from fedfmd.build import build_model, own_sources
 from fedfmd.conv import FMDConv2d
 from fedfmd.errors import SettingsError
 from fedfmd.experiment import load_experiment
@@ -81,8 +81,9 @@ def test_a_strategy_may_stand_beside_the_experiment_file(write_yaml, tmp_path):
         "from flwr.serverapp.strategy import FedAvg\nclass Mine(FedAvg): pass\n"
     )
     file = write_yaml(**{"server.strategy": "strategy_beside_it:Mine"})
-    own = make_algorithm(load_experiment(file).runs[0].settings)
-    assert own.sources == (tmp_path / "strategy_beside_it.py",)
+    settings = load_experiment(file).runs[0].settings
+    find_algorithm(settings)
+    assert own_sources(settings) == (tmp_path / "strategy_beside_it.py",)
 
 
 def test_an_own_network_gets_what_the_settings_say(own):
@@ -99,7 +100,7 @@ def test_an_own_network_gets_what_the_settings_say(own):
 @pytest.mark.parametrize("kind", ["federated", "centralised"])
 def test_its_source_counts_as_code_of_the_run(kind, own, mine, tmp_path):
     settings = own(kind=kind).in_folder(tmp_path / "run")
-    assert network_sources(settings) == (mine / "mine.py",)
+    assert own_sources(settings) == (mine / "mine.py",)
     with open_run_folder(settings):
         pass
     run_path(settings)
