@@ -6,13 +6,10 @@ from torch import Tensor, nn
 class Separable(nn.Module):
     """A depthwise and a pointwise convolution (Howard et al., arXiv:1704.04861), made as nn.Conv2d is.
 
-    Keyword arguments behind a star are options: of kernels and the like those of that name, others by
-    model.conv-options. A subclass of fedfmd.conv.DynamicConv2d has a bank, whose kernels policies and reports know.
+    Arguments behind a star are options, as model.kernels and model.conv-options have them.
     """
 
-    def __init__(
-        self, in_channels: int, out_channels: int, kernel_size, bias: bool = True, **geometry
-    ) -> None:  # noqa: ANN001, ANN003
+    def __init__(self, in_channels, out_channels, kernel_size, bias=True, **geometry):  # noqa: ANN001, ANN003, ANN204
         super().__init__()
         geometry["groups"] = in_channels
         self.depthwise = nn.Conv2d(in_channels, in_channels, kernel_size, bias=False, **geometry)

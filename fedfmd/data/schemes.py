@@ -55,6 +55,8 @@ class Split:
                 f"client needs partition.min-images = {self.min_images}, so use at most "
                 f"{self.images // self.min_images} clients"
             )
+        if is_own(self.scheme):  # which says itself what can't be met
+            return
         if "alpha" in self.parameters and not 0 < self.alpha <= MAX_ALPHA:
             raise ValueError(
                 f"partition.alpha = {self.alpha}: must be above 0 (small: a very uneven split) and at most "

@@ -78,8 +78,10 @@ def test_an_own_policy_halves_the_work_of_the_slow(run):
     (folder,), text = run("policy")
     assert "policy policy:halve" in text
     rows = {row.device: row for row in read_clients(folder / "clients.csv") if row.round == 1}
-    assert (rows["pi-5"].kernels, rows["pi-5"].steps) == (2, 30)
-    assert (rows["jetson-nano"].kernels, rows["jetson-nano"].steps) == (1, 15)
+    assert {device: (row.kernels, row.steps) for device, row in rows.items()} == {
+        **{"pi-4": (2, 30), "jetson-nano": (2, 30)},
+        "pi-5": (1, 15),  # whose link is the slowest
+    }
 
 
 def test_own_images_are_learnt_until_they_are_told_apart(run):
@@ -116,17 +118,23 @@ def test_torchvisions_mobilenet_made_dynamic_trains_as_an_own_network(run, tmp_p
         "from torchvision.models import mobilenet_v2\n"
         "from fedfmd.conv import make_dynamic\n"
         "def make(classes, image_size, conv, norm):\n"
-        "    return make_dynamic(mobilenet_v2(num_classes=classes, width_mult=0.35), 'fmdconv', kernels=2)\n"
+        "    return make_dynamic(mobilenet_v2(num_classes=classes, width_mult=0.25), 'fmdconv', kernels=2)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    network = ("model.arch=torchvisions:make", "model.options=", "model.kernels=2", "data.image-size=32")
-    work = ("partition.clients=2", "train.batch-size=8", "budget.policy=policy:twenty", "server.rounds=1")
+    network = ("model.arch=torchvisions:make", "model.options=", "model.kernels=2", "data.image-size=16")
+    work = (
+        "partition.clients=2",
+        "train.batch-size=8",
+        "train.lr=0.01",
+        "budget.policy=policy:twenty",
+        "server.rounds=1",
+    )
     (tmp_path / "policy.py").write_text("def twenty(full, plan):\n    return plan(steps=20)\n")
     (folder,), text = run("network", *network, *work, "partition.scheme=iid")
     rows = read_clients(folder / "clients.csv")
     assert [row.steps for row in rows] == [20, 20]
     assert all(row.status == "ok" and row.kernels == 2 for row in rows)
-    assert rows[0].kernel_entropy == pytest.approx(1, abs=0.01)
+    assert 0.9 < rows[0].kernel_entropy < 1
     assert "torchvisions:make with fmdconv (K=2)" in text
     assert torch.isfinite(torch.tensor([row.loss for row in rows])).all()
     sys.modules.pop("torchvisions")
