@@ -12,7 +12,7 @@ import fedfmd.client.round
 import strategies.tracked
 from fedfmd.build import build_federation, build_model
 from fedfmd.client_app import app as client_app
-from fedfmd.data import ImageSet, load_dataset
+from fedfmd.data import ImageSet, load_dataset, load_partition, own_test_size
 from fedfmd.edge import DEVICES, device_text
 from fedfmd.engines.inline import InlineGrid, run_inline
 from fedfmd.errors import RunError
@@ -318,3 +318,23 @@ def test_edge_devices_whose_data_is_wrong_stop_the_run_before_training(run_devic
         RunError, match=r"the edge device of client 1 refuses: .*device-1\.npz: label 10 is outside"
     ):
         run_devices(devices)
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "fedbn", "fedbuff"])
+def test_the_clients_of_tested_rounds_test_the_model_on_what_they_hold_out(strategy, run):
+    how = {"server.strategy": strategy, "partition.test-share": 0.2, "server.evaluate-every": 2}
+    if strategy == "fedbuff":
+        how["server.buffer"] = 2
+    one, two = run("one", **how, **{"server.rounds": 3}), run("two", workers=2, **how, **{"server.rounds": 3})
+    rows = read_clients(one / "clients.csv")
+    for row in rows:
+        tested = row.round in (2, 3)
+        assert (row.test_accuracy is not None) == (row.test_loss is not None) == tested
+        assert (row.personal_test_accuracy is not None) == (tested and strategy == "fedbn")
+    assert [replace(row, node=0, wall_s=0) for row in rows] == [
+        replace(row, node=0, wall_s=0) for row in read_clients(two / "clients.csv")
+    ]
+    sizes = load_partition(one / "partition.npz").sizes
+    for row in rows:
+        if row.round == 1:
+            assert row.examples == sizes[row.client] - own_test_size(int(sizes[row.client]), 0.2)

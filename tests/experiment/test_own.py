@@ -79,7 +79,8 @@ def test_an_own_policy_halves_the_work_of_the_slow(run):
     assert "policy policy:halve" in text
     rows = {row.device: row for row in read_clients(folder / "clients.csv") if row.round == 1}
     assert {device: (row.kernels, row.steps) for device, row in rows.items()} == {
-        **{"pi-4": (2, 30), "jetson-nano": (2, 30)},
+        "pi-4": (2, 30),
+        "jetson-nano": (2, 30),
         "pi-5": (1, 15),  # whose link is the slowest
     }
 
