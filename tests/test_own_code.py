@@ -173,7 +173,7 @@ def test_its_source_counts_as_code_of_the_run(kind, own, mine, tmp_path):
         ({"model.arch": "mine:wrong"}, "must map images B×3×8×8 to logits B×10; one image gave (1, 192)"),
         ({"model.arch": "mine:nothing"}, "must return an nn.Module, and returned a NoneType"),
         ({"model.options": "chanels:16"}, "can't be called (got an unexpected keyword argument 'chanels'): it gets"),
-        ({"model.arch": "mine:breaks"}, "'mine:breaks' fails in mine.py, line 16: KeyError: 'no such key'"),
+        ({"model.arch": "mine:breaks"}, "'mine:breaks' fails in mine.py, line 15: KeyError: 'no such key'"),
         (
             {"model.arch": "resnet8", "model.conv": "mine:Late"},
             "model.conv = 'mine:Late' fails on an image of 3×8×8: RuntimeError: The size of tensor a",
@@ -230,7 +230,7 @@ def test_what_cannot_be_used_is_one_clear_line(changes, line, own):
         ),
         (
             {"budget.policy": "mine:decide"},
-            "budget.policy = 'mine:decide' fails in mine.py, line 79: ValueError: ste",
+            "budget.policy = 'mine:decide' fails in mine.py, line 63: ValueError: ste",
         ),
         (
             {"budget.policy": "mine:decides_nothing"},

@@ -413,8 +413,10 @@ def test_a_matrix_that_is_stopped_and_killed_ends_as_if_it_had_not_been(write_ya
 @pytest.mark.parametrize("matrix", [None, CONVS])
 def test_a_run_that_met_its_limit_is_finished_for_runs_matrices_and_reports(matrix, run, pools, write_yaml):
     file = write_yaml(matrix=matrix, **{"server.rounds": 4, "server.stop-at": "accuracy=0.01"})
-    folders, text = run(file)
-    assert "the run ends after round 1 of 4: accuracy on the test images" in text
+    folders, _ = run(file)
+    for folder in folders:
+        log = (folder / "log.txt").read_text()
+        assert "the run ends after round 1 of 4: accuracy on the test images" in log
     before = [(folder / "rounds.csv").read_bytes() for folder in folders]
     _, again = run(file)
     assert again.count("finished before, accuracy on the test images, without any validation images,") == len(

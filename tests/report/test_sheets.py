@@ -209,7 +209,7 @@ def test_tests_of_clients_have_a_table_where_there_are_any(summary, make_run):
     sheet = make_sheets(tested)[1]
     assert sheet.title == "Clients' own test images"
     assert lines(sheet) == {
-        "runs": ("all runs",),
+        "runs": ("fmdconv",),
         "mean %": ("50.0",),
         "spread": ("14.1",),
         "worst tenth %": ("40.0",),

@@ -15,7 +15,8 @@ def row(number, **values):
         "clients_late": 0,
         "clients_failed": 0,
     }
-    return RoundRow(round=number, virtual_s=10.0 * number, round_s=10.0, wall_s=1.0, **work, **spent | values)
+    times = {"virtual_s": 10.0 * number, "round_s": 10.0, "wall_s": 1.0}
+    return RoundRow(round=number, **work, **times | spent | values)
 
 
 def rows(rounds, **last):

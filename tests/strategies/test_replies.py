@@ -460,16 +460,13 @@ def test_scores_come_back_by_client(reply_of):
             lambda: write_scores([ClientScore(0), ClientScore(3, 1.0, 0.5, 1.0, -0.1)]),
             "client 3 has personal test loss 1.0 and accuracy -0.1",
         ),
-        (lambda: write_scores([ClientScore(0), ClientScore(3, "low", 0.5)]), "unusable reply"),
-        (lambda: write_reply(Reply({}, ())), "unusable reply: the list client is"),
+        (lambda: write_reply(Reply({}, ())), "unusable reply: the list test_loss: Input should"),
     ],
 )
 def test_scores_that_cannot_be_are_refused(content, reason, reply_of):
-    try:
-        message = reply_of(5, content())
-    except (TypeError, ValueError):
-        pytest.skip("Flower itself refuses it")
-    scores = client_scores([message, reply_of(6, write_scores([ClientScore(1, 1.0, 0.5)]))], CLIENTS)
+    scores = client_scores(
+        [reply_of(5, content()), reply_of(6, write_scores([ClientScore(1, 1.0, 0.5)]))], CLIENTS
+    )
     assert (scores[1].test_accuracy, scores[1].reason) == (0.5, "")
     for client in (0, 3):
         assert reason in scores[client].reason
