@@ -105,13 +105,23 @@ def test_an_own_convolution_is_compared_with_the_static_one_in_processes_of_thei
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["optimiser", "partition", "dataset", "policy"])
-def test_ray_workers_find_own_code(name, run):
+def test_rays_workers_find_all_of_it(run):
     pytest.importorskip("ray")
-    (folder,), _ = run(name, "server.rounds=1", "server.stop-at=", engine="flwr")
-    (inline,), _ = run(name, "server.rounds=1", "server.stop-at=", out="inline")
-    rows = [read_rounds(one / "rounds.csv")[0].accuracy for one in (folder, inline)]
-    assert rows[0] == rows[1]
+    own = (
+        *("data.dataset=dataset:stripes", "model.conv=conv:Separable", "train.loss=loss:focal"),
+        *(
+            "train.optimiser=optimiser:SignSGD",
+            "train.lr=0.002",
+            "budget.policy=policy:halve",
+            "server.rounds=1",
+        ),
+    )
+    (flwr,), _ = run("partition", *own, engine="flwr")
+    (inline,), _ = run("partition", *own, out="inline")
+    rows = [read_clients(folder / "clients.csv") for folder in (flwr, inline)]
+    assert [row.status for row in rows[0]] == ["ok"] * 3
+    assert [row.loss for row in rows[0]] == pytest.approx([row.loss for row in rows[1]])
+    assert [row.test_loss for row in rows[0]] == pytest.approx([row.test_loss for row in rows[1]], rel=1e-4)
 
 
 def test_torchvisions_mobilenet_made_dynamic_trains_as_an_own_network(run, tmp_path, monkeypatch):
