@@ -47,6 +47,8 @@ def find(setting: str, name: str) -> Any:
             f"{setting} = {name!r} can't be imported ({error}): put its file beside the experiment file, or its "
             "folder on PYTHONPATH"
         ) from None
+    except Exception as error:  # what stands in the module is the user's to mend
+        raise SettingsError(f"{setting} = {name!r} can't be imported: {one_line(error)}") from error
 
 
 def call(

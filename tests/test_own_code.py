@@ -130,6 +130,15 @@ def test_the_file_of_own_code_is_known(mine):
     assert sources_of(find("model.arch", "mine:make")) == (mine / "mine.py",)
 
 
+def test_a_module_that_fails_is_one_line(tmp_path):
+    (tmp_path / "half_written.py").write_text("def loss(:\n")
+    look_in(tmp_path)
+    with pytest.raises(
+        SettingsError, match=r"train\.loss = 'half_written:loss' can't be imported: SyntaxError: .*line 1"
+    ):
+        find("train.loss", "half_written:loss")
+
+
 def test_a_strategy_may_stand_beside_the_experiment_file(write_yaml, tmp_path):
     (tmp_path / "strategy_beside_it.py").write_text(
         "from flwr.serverapp.strategy import FedAvg\nclass Mine(FedAvg): pass\n"
