@@ -236,7 +236,7 @@ def devices(tmp_path):
 def run_devices(tiny_settings, tmp_path):
     """Runs two rounds on edge devices with these node configs; gives the rows of the clients."""
 
-    def run(node_configs, grid_type=InlineGrid):
+    def run(node_configs, grid_type=InlineGrid, **changes):
         settings = tiny_settings(
             **{
                 "server.rounds": 2,
@@ -244,6 +244,7 @@ def run_devices(tiny_settings, tmp_path):
                 "model.norm": "batch",
                 "server.node-timeout-s": 0.1,
             }
+            | changes
         )
         folder = RunFolder(tmp_path / "run")
         with grid_type(client_app, settings.flat(), node_configs) as grid:
@@ -341,3 +342,17 @@ def test_the_clients_of_tested_rounds_test_the_model_on_what_they_hold_out(strat
     for row in rows:
         if row.round == 1:
             assert row.examples == sizes[row.client] - own_test_size(int(sizes[row.client]), 0.2)
+
+
+def test_edge_devices_test_the_model_on_what_they_hold_out_of_their_own(run_devices, devices):
+    rows = run_devices(devices, **{"partition.test-share": 0.1, "server.strategy": "fedbn"})
+    held = {0: 3, 1: 4}  # of 30 and 40 images; the only one of client 2 can't be spared
+    for row in rows:
+        assert row.examples == {0: 27, 1: 36, 2: 1}[row.client]
+        for accuracy in (row.test_accuracy, row.personal_test_accuracy):
+            images = held.get(row.client)
+            assert (
+                accuracy is None
+                if images is None
+                else accuracy * images == pytest.approx(round(accuracy * images))
+            )

@@ -85,8 +85,8 @@ def _score(
         load(model, arrays)
         tested = evaluate(model, images, host.dataset, device=host.device)
         score = ClientScore(client, tested.loss, tested.accuracy)
-        own = _kept(host, instruction, client).own
-        if not (own and algorithm.private(model)):
+        own = _kept(host, instruction, client).own if algorithm.private(model) else {}
+        if not own:
             return score
         with algorithm.training(
             LocalTraining(model, arrays, own)

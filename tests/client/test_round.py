@@ -609,11 +609,11 @@ def test_fedbn_clients_test_the_model_with_their_own_layers_too(make_host, state
         assert score.personal_test_loss == pytest.approx(personal.loss, rel=1e-5) != score.test_loss
 
 
-def test_a_box_tests_on_its_own_images(tiny_settings, box):
+def test_an_edge_device_tests_on_its_own_images(tiny_settings, own_data):
     settings = tiny_settings(**HELD)
-    assert ask(settings, {"client": 1, "data": box})[CONFIG]["images"] == 5  # of 7 images 2 are held out
+    assert ask(settings, {"client": 1, "data": own_data})[CONFIG]["images"] == 5  # of 7 images 2 are held out
     model = build_model(settings, classes=10)
     work = write_instruction(instruction(1, images=IMAGES), to_record(pack(model)))
-    (score,) = read_scores(ask(settings, {"client": 1, "data": box}, work, MessageType.EVALUATE))
+    (score,) = read_scores(ask(settings, {"client": 1, "data": own_data}, work, MessageType.EVALUATE))
     assert (score.client, score.reason) == (1, "")
     assert score.test_accuracy in (0, 0.5, 1)
