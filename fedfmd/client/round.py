@@ -88,9 +88,7 @@ def _score(
         own = _kept(host, instruction, client).own if algorithm.private(model) else {}
         if not own:
             return score
-        with algorithm.training(
-            LocalTraining(model, arrays, own)
-        ):  # which gives the model the client's arrays
+        with algorithm.training(LocalTraining(model, arrays, own)):  # puts the client's arrays in
             tested = evaluate(model, images, host.dataset, device=host.device)
         return replace(score, personal_test_loss=tested.loss, personal_test_accuracy=tested.accuracy)
     except Exception as error:  # one client's fault must not cost the others of this node their scores
