@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -15,10 +14,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
-from fedfmd.conv import TemperatureSchedule, is_dynamic, make_conv
+from fedfmd.conv import TemperatureSchedule, dynamic_layers, is_dynamic, make_conv
 from fedfmd.cost import Cost, count
-from fedfmd.data import Dataset, Partition, cached_partition, hold_out, load_dataset
+from fedfmd.data import Dataset, Partition, cached_partition, hold_out, load_dataset, own_test_size
 from fedfmd.edge import (
     LINKS,
     Budget,
@@ -29,24 +29,26 @@ from fedfmd.edge import (
     load_devices,
     load_trace,
     make_fleet,
+    plan_work,
 )
-from fedfmd.errors import SettingsError
+from fedfmd.errors import SettingsError, one_line
 from fedfmd.models import NORMS, make_model
-from fedfmd.own_code import find, is_own, sources_of
+from fedfmd.own_code import call, find, is_own, sources_of
 from fedfmd.protocol.compression import upload_bytes
 from fedfmd.protocol.state import Arrays, bank_of, parameter_names, payload_bytes, shared_arrays
 from fedfmd.seeds import derive_seed
 from fedfmd.settings import DataSettings, Settings
 from fedfmd.start import load_start
-from fedfmd.training import LocalSGD
+from fedfmd.training import LOSSES, OPTIMISERS, LocalSGD, Loss, scheduled_rate
 
 
 @dataclass(frozen=True)
 class Federation:
-    """Everything that is fixed during a run, on the server's side; `sizes` counts each client's images.
+    """Everything that is fixed during a run, on the server's side; `sizes` counts what each client has to train on.
 
     `payload_bytes` are those of the whole model, `upload_bytes` those that a client sends which trained 1, 2, …
     kernels of each bank. `start` tells of the weights that the model starts from, "" if they are drawn.
+    `optimiser_states` counts the numbers that a client's optimiser keeps for each parameter.
     """
 
     settings: Settings
@@ -61,6 +63,7 @@ class Federation:
     device: torch.device
     payload_bytes: int
     upload_bytes: tuple[int, ...]
+    optimiser_states: int = 1
     start: str = ""
 
     def workload(self, client: int) -> Workload:
@@ -73,6 +76,7 @@ class Federation:
             cost=self.cost,
             payload_bytes=self.payload_bytes,
             upload_bytes=self.upload_bytes,
+            states=self.optimiser_states,
         )
 
     @property
@@ -90,14 +94,16 @@ def build_federation(settings: Settings) -> Federation:
     device = torch_device(settings)
     dataset = build_dataset(settings)
     partition = build_partition(settings, dataset)
-    sizes = tuple(partition.sizes.tolist())
+    share = settings.partition.test_share
+    sizes = tuple(images - own_test_size(images, share) for images in partition.sizes.tolist())
     fleet = build_fleet(settings, sizes)
     model = build_model(settings, dataset.classes, dataset.image_size)
     start = load_start(model, settings, dataset.classes)
     model = model.to(device)
     cost = count(model, dataset.image_size)
     arrays = shared_arrays(model)
-    return Federation(
+    states = check_training(settings, dataset.classes)
+    federation = Federation(
         settings=settings,
         dataset=dataset,
         partition=partition,
@@ -110,8 +116,11 @@ def build_federation(settings: Settings) -> Federation:
         device=device,
         payload_bytes=payload_bytes(arrays),
         upload_bytes=_upload_bytes(arrays, parameter_names(model), settings.transport.upload, cost.kernels),
+        optimiser_states=states,
         start=start,
     )
+    _check_policy(federation)
+    return federation
 
 
 def build_dataset(settings: Settings) -> Dataset:
@@ -207,7 +216,10 @@ def device_in_run(settings: Settings, device: Device) -> Device:
 
 def build_budget(settings: Settings) -> Budget:
     """Return what a client may spend in a round."""
-    budget = settings.budget
+    budget, choose = settings.budget, None
+    if is_own(budget.policy):
+        find("budget.policy", budget.policy)
+        choose = partial(call, "budget.policy", budget.policy, {})
     return Budget(
         deadline_s=budget.deadline_s or None,
         energy_j=budget.energy_j or None,
@@ -217,70 +229,105 @@ def build_budget(settings: Settings) -> Budget:
         kernel_choice=budget.kernel_choice,
         over_select=budget.over_select,
         min_reports=budget.min_reports,
+        choose=choose,
     )
+
+
+def _check_policy(federation: Federation) -> None:
+    """See that a policy of the user's own has a plan for every client, and kernels to choose from where it needs them.
+
+    Raises:
+        SettingsError: it hasn't; what of this fedfmd's own parts could show, the settings checked.
+    """
+    settings, budget = federation.settings, federation.budget
+    layers = dynamic_layers(federation.model).values()
+    if budget.rules.fewer_kernels and not layers:
+        raise SettingsError(
+            f"budget.policy = {budget.policy!r} trains some kernels of each bank, and the network has no banks: "
+            "take a dynamic convolution, or budget.policy=partial"
+        )
+    chooses = budget.rules.fewer_kernels or budget.choose
+    unweighed = any(not layer.has_kernel_attention for layer in layers) and settings.model.kernels > 1
+    if chooses and budget.kernel_choice == "attention" and unweighed:
+        raise SettingsError(
+            f"budget.kernel-choice = 'attention' needs kernel attention, and model.conv = {settings.model.conv!r} "
+            "has none: set budget.kernel-choice=rotation"
+        )
+    if budget.choose:
+        with _bad_input():
+            for client in federation.fleet.clients:
+                plan_work(client, federation.workload(client.id), budget)
 
 
 def build_model(settings: Settings, classes: int, image_size: int = 0) -> nn.Module:
     """Make the model; its initial weights depend on the seed alone.
 
-    `image_size` is for a user's own network; 0: that of the run's data set.
+    `image_size` is for a user's own network or convolution; 0: that of the run's data set.
     """
     model = settings.model
+
+    def size() -> int:
+        return image_size or settings.data.image_size or build_dataset(settings).image_size
+
     with _bad_input(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(settings.seed, "model"))
         if is_own(model.arch):
-            size = image_size or settings.data.image_size or build_dataset(settings).image_size
-            return _own_network(settings, classes, size)
-        return make_model(
-            model.arch,
-            model.conv,
-            classes,
-            stem=model.stem,
-            width=model.width,
-            temperature=settings.temperature.initial,
-            **model.options(),
-        )
+            network = _own_network(settings, classes, size())
+        else:
+            network = make_model(
+                model.arch,
+                model.conv,
+                classes,
+                stem=model.stem,
+                width=model.width,
+                temperature=settings.temperature.initial,
+                **model.options(),
+            )
+        for key, name in (("model.arch", model.arch), ("model.conv", model.conv)):
+            if is_own(name):
+                _check_network(f"{key} = {name!r}", network, classes, size())
+    return network
 
 
 def _own_network(settings: Settings, classes: int, image_size: int) -> nn.Module:
-    """Call the user's function, and see that its network maps images to logits."""
+    """Call the user's function."""
     model = settings.model
-    name, make, arguments = (
-        f"model.arch = {model.arch!r}",
-        find("model.arch", model.arch),
-        model.arguments(),
-    )
-    given = {
-        "classes": classes,
-        "image_size": image_size,
-        "conv": partial(make_conv, model.conv, temperature=settings.temperature.initial, **model.options()),
-        "norm": NORMS[model.norm],
-        **arguments,
-    }
-    try:
-        inspect.signature(make).bind(**given)
-    except TypeError as error:
-        raise SettingsError(
-            f"{name} can't be called ({error}): it gets classes, image_size, conv, norm"
-            f"{''.join(f', {option}' for option in arguments)}; model.options sets the last ones"
-        ) from None
-    network = make(**given)
+    conv = partial(make_conv, model.conv, temperature=settings.temperature.initial, **model.options())
+    given = {"classes": classes, "image_size": image_size, "conv": conv, "norm": NORMS[model.norm]}
+    hint = "; model.options sets the last ones" if model.arguments() else ""
+    network = call("model.arch", model.arch, given | model.arguments(), hint=hint)
     if not isinstance(network, nn.Module):
-        raise SettingsError(f"{name} must return an nn.Module, and returned a {type(network).__name__}")
-    with torch.no_grad():
-        logits = network.eval()(torch.zeros(1, 3, image_size, image_size))
+        raise SettingsError(
+            f"model.arch = {model.arch!r} must return an nn.Module, and returned a {type(network).__name__}"
+        )
+    return network
+
+
+def _check_network(name: str, network: nn.Module, classes: int, image_size: int) -> None:
+    """See that the network, which `name` has a part in, maps images to logits."""
+    try:
+        with torch.no_grad():
+            logits = network.eval()(torch.zeros(1, 3, image_size, image_size))
+    except Exception as error:  # whatever it is, it is the user's to mend
+        raise SettingsError(
+            f"{name} fails on an image of 3×{image_size}×{image_size}: {one_line(error)}"
+        ) from error
     if not isinstance(logits, torch.Tensor) or logits.shape != (1, classes):
         got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
         raise SettingsError(
             f"{name} must map images B×3×{image_size}×{image_size} to logits B×{classes}; one image gave {got}"
         )
-    return network.train()
+    network.train()
 
 
-def network_sources(settings: Settings) -> tuple[Path, ...]:
-    """Return the file of a user's own network; none for one of `MODELS`."""
-    arch = settings.model.arch
-    return sources_of(find("model.arch", arch)) if is_own(arch) else ()
+def own_sources(settings: Settings) -> tuple[Path, ...]:
+    """Return the files of the user's own code that the run's results depend on.
+
+    Raises:
+        SettingsError: the settings name some that can't be imported.
+    """
+    files = [file for key, name in settings.own_code.items() for file in sources_of(find(key, name))]
+    return tuple(dict.fromkeys(files))
 
 
 def describe_network(settings: Settings, cost: Cost, dataset: Dataset) -> str:
@@ -300,8 +347,11 @@ def build_temperature(settings: Settings) -> TemperatureSchedule:
 
 
 def build_sgd(settings: Settings) -> LocalSGD:
-    """Build the optimiser at the start of a run, with the whole batch; μ is a client's alone."""
+    """Build the optimiser at the start of a run, with the whole batch, and the loss; μ is a client's alone."""
     train = settings.train
+    loss: Loss = find("train.loss", train.loss) if is_own(train.loss) else LOSSES[train.loss]
+    if train.label_smoothing:  # the settings give an own loss none
+        loss = partial(F.cross_entropy, label_smoothing=train.label_smoothing)
     return LocalSGD(
         lr=train.lr,
         momentum=train.momentum,
@@ -309,7 +359,58 @@ def build_sgd(settings: Settings) -> LocalSGD:
         weight_decay=train.weight_decay,
         batch_size=train.batch_size,
         precision=train.precision,
+        clip_norm=train.clip_norm,
+        loss=loss,
+        make=partial(_own_optimiser, train.optimiser)
+        if is_own(train.optimiser)
+        else OPTIMISERS[train.optimiser],
     )
+
+
+def build_rate(settings: Settings, done: int) -> float:
+    """Return the learning rate after so many rounds or epochs."""
+    train = settings.train
+    return scheduled_rate(train.lr, train.schedule, done, settings.length, train.lr_warmup)
+
+
+def _own_optimiser(name: str, parameters: Iterable[Any], how: LocalSGD) -> torch.optim.Optimizer:
+    """Make the optimiser of that name, of PyTorch or of the user's own, for these parameters."""
+    offered = {name: getattr(how, name) for name in ("weight_decay", "momentum", "nesterov")}
+    made = call("train.optimiser", name, {"lr": how.lr}, offered, {"parameters": list(parameters)})
+    if not isinstance(made, torch.optim.Optimizer):
+        raise SettingsError(
+            f"train.optimiser = {name!r} must make a torch.optim.Optimizer, and made a {type(made).__name__}"
+        )
+    return made
+
+
+def check_training(settings: Settings, classes: int) -> int:
+    """See that a user's own loss and optimiser work; returns how many numbers that keeps for each parameter.
+
+    Raises:
+        SettingsError: they don't.
+    """
+    train, sgd = settings.train, build_sgd(settings)
+    if is_own(train.loss):
+        logits = torch.randn(4, classes, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        labels = torch.arange(4) % classes
+        loss = call("train.loss", train.loss, first={"logits": logits, "labels": labels})
+        if not (isinstance(loss, torch.Tensor) and loss.shape == () and loss.requires_grad):
+            got = (
+                f"one of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
+            )
+            raise SettingsError(
+                f"train.loss = {train.loss!r} must return the mean loss, a tensor without dimensions that follows "
+                f"from the logits, and returned {got}"
+            )
+    try:
+        return sgd.states()
+    except SettingsError:
+        raise
+    except Exception as error:  # such as one whose step wants a closure
+        raise SettingsError(
+            f"train.optimiser = {train.optimiser!r} can't take a step: {one_line(error)}"
+        ) from error
 
 
 def _upload_bytes(arrays: Arrays, parameters: Collection[str], upload: str, kernels: int) -> tuple[int, ...]:

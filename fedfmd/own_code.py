@@ -1,18 +1,23 @@
-"""A user's own code, which settings name as ``module:name``: where it is found, and which files it is."""
+"""A user's own code, which settings name as ``module:name``: where it is found, how it is called, which files it is."""
 
 from __future__ import annotations
 
 import inspect
 import os
 import sys
+import traceback
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from fedfmd.errors import SettingsError
+from fedfmd.errors import SettingsError, one_line
 
 FOLDER = "FEDFMD_OWN_CODE"
 """The environment variable that tells this process, and those that it starts, where to look."""
+
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 def look_in(folder: Path) -> None:
@@ -42,9 +47,66 @@ def find(setting: str, name: str) -> Any:
             f"{setting} = {name!r} can't be imported ({error}): put its file beside the experiment file, or its "
             "folder on PYTHONPATH"
         ) from None
+    except Exception as error:  # what stands in the module is the user's to mend
+        raise SettingsError(f"{setting} = {name!r} can't be imported: {one_line(error)}") from error
+
+
+def call(
+    setting: str,
+    name: str,
+    given: Mapping[str, Any] = NOTHING,
+    offered: Mapping[str, Any] = NOTHING,
+    first: Mapping[str, Any] = NOTHING,
+    hint: str = "",
+) -> Any:
+    """Call what `name` stands for, and return what it returns.
+
+    Args:
+        setting: the setting, for errors.
+        name: ``module:name``.
+        given: the arguments that it must have, by name.
+        offered: those that it may have, and gets if it does.
+        first: those that come first, whatever it calls them.
+        hint: ends the error where it can't be called.
+
+    Raises:
+        SettingsError: there is no such thing, it takes other arguments, or it fails, in the line that is named.
+    """
+    own = find(setting, name)
+    try:
+        known = inspect.signature(own).parameters
+        arguments = {**given, **{option: value for option, value in offered.items() if option in known}}
+        inspect.signature(own).bind(*first.values(), **arguments)
+    except (TypeError, ValueError) as error:  # the latter where Python can't tell the arguments
+        names = ", ".join([*first, *given]) or "nothing"
+        also = f", and what it has arguments for of {', '.join(offered)}" if offered else ""
+        raise SettingsError(
+            f"{setting} = {name!r} can't be called ({error}): it gets {names}{also}{hint}"
+        ) from None
+    try:
+        return own(*first.values(), **arguments)
+    except SettingsError:
+        raise
+    except Exception as error:  # whatever it is, it is the user's to mend
+        raise SettingsError(f"{setting} = {name!r} fails{_place(own, error)}: {one_line(error)}") from error
 
 
 def sources_of(own: Any) -> tuple[Path, ...]:
     """Return the file that a class or function is in, if it has one."""
-    file = inspect.getsourcefile(own)
+    try:
+        file = inspect.getsourcefile(own)
+    except TypeError:  # what is written in C has none
+        file = None
     return (Path(file),) if file else ()
+
+
+def _place(own: Any, error: Exception) -> str:
+    """Return the last line of the user's file that an error came through, in words."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [
+        f" in {file.name}, line {frame.lineno}"
+        for file in sources_of(own)
+        for frame in frames
+        if frame.filename == str(file)
+    ]
+    return lines[-1] if lines else ""

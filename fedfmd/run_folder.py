@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from fedfmd.build import network_sources
+from fedfmd.build import own_sources
 from fedfmd.errors import SettingsError
 from fedfmd.runs import (
     CHECKPOINTS,
@@ -46,7 +46,7 @@ def open_run_folder(settings: Settings) -> Iterator[RunFolder]:
             _check(settings, folder.path)  # again: a run may have begun and ended here meanwhile
         except ValueError as error:
             raise SettingsError(str(error)) from error
-        folder.write_environment(*_own_sources(settings), weights=_weights(settings))
+        folder.write_environment(*own_sources(settings), weights=_weights(settings))
         folder.write_settings(settings.kept())  # last: where it stands, the other does too
         stack.enter_context(_logging_to(folder))
         stack.enter_context(tracked(settings, folder))
@@ -100,7 +100,7 @@ def _check_same(settings: Settings, earlier: Settings, path: Path) -> None:
 
 def _check_origin(settings: Settings, path: Path) -> None:
     """Refuse another code, or other weights to start from, than the folder's environment.json tells of."""
-    own = _own_sources(settings)
+    own = own_sources(settings)
     try:
         earlier = read_environment(path)
     except ValueError as error:
@@ -124,16 +124,6 @@ def _weights(settings: Settings) -> str | None:
         return Digest.of(file).sha256[:12] if file else None
     except OSError as error:
         raise SettingsError(f"cannot read {file}, which the run starts from: {error.strerror}") from None
-
-
-def _own_sources(settings: Settings) -> tuple[Path, ...]:
-    """Return the user's own code that a run depends on."""
-    network = network_sources(settings)
-    if settings.kind == "centralised":  # which has no strategy, and needs no Flower
-        return network
-    from strategies import own_sources
-
-    return (*network, *own_sources(settings))
 
 
 def _code(facts: Mapping[str, Any]) -> str:

@@ -44,7 +44,9 @@ from fedfmd.errors import SettingsError, nearest_of, not_one_of
 from fedfmd.models import MODELS, TORCHVISION
 from fedfmd.own_code import is_own
 from fedfmd.protocol.compression import UPLOADS
+from fedfmd.runs import parse_stop
 from fedfmd.strict_yaml import load_yaml
+from fedfmd.training import LOSSES, OPTIMISERS
 
 Scalar = bool | int | float | str
 
@@ -56,7 +58,7 @@ FEDERATED = (
 )
 """How the settings begin that are about clients and their server."""
 
-CHECKPOINTS = frozenset({"server.checkpoint-every", "server.keep-checkpoints"})
+HEEDED_BY_ALL = frozenset({"server.checkpoint-every", "server.keep-checkpoints", "server.stop-at"})
 """Those of them that centralised training heeds too."""
 
 PAIRS = frozenset({"fleet.devices", "model.conv-options", "model.options"})
@@ -80,11 +82,22 @@ def _one_of(allowed: Iterable[str], earlier: Mapping[str, str] = MappingProxyTyp
     return BeforeValidator(check, json_schema_input_type=Literal.__getitem__(names))
 
 
-def _arch(value: object) -> object:
-    """Accept a registered network, or a user's own."""
-    if isinstance(value, str) and (value in MODELS or is_own(value)):
-        return value
-    raise ValueError(not_one_of(value, MODELS, "module:function"))
+def _one_of_or_own(allowed: Iterable[str], form: str = "module:function") -> BeforeValidator:
+    """Accept registered names, and a user's own code, whose names have this form; nothing is imported."""
+    names = tuple(allowed)
+
+    def check(value: object) -> object:
+        if isinstance(value, str) and (value in names or is_own(value)):
+            return value
+        raise ValueError(not_one_of(value, names, form))
+
+    return BeforeValidator(check, json_schema_input_type=Literal.__getitem__((*names, form)))
+
+
+def _stop(value: str) -> str:
+    """Accept what `parse_stop` reads."""
+    parse_stop(value)
+    return value
 
 
 def _pairs(text: str) -> Iterable[tuple[str, str]]:
@@ -152,12 +165,14 @@ Attentions = Annotated[
 class ModelSettings(_Section):
     """Which network is trained."""
 
-    arch: Annotated[str, BeforeValidator(_arch)] = "resnet8"
+    arch: Annotated[str, _one_of_or_own(MODELS)] = "resnet8"
     """Network. The depths 8 and 20 are for images of 32×32 pixels, the others are ImageNet's. module:function is one
     of your own, called with classes, image_size, conv, norm and model.options.
     """
-    conv: Annotated[str, _one_of(CONVS)] = "fmdconv"
-    """Convolution of the residual blocks; the first layer and the 1×1 shortcuts are static."""
+    conv: Annotated[str, _one_of_or_own(CONVS, "module:Class")] = "fmdconv"
+    """Convolution of the residual blocks; the first layer and the 1×1 shortcuts are static. module:Class is one of
+    your own, made as PyTorch's Conv2d is.
+    """
     kernels: Count = 4
     """Kernels per layer that a dynamic convolution mixes, K."""
     attentions: Attentions = ATTENTIONS
@@ -227,9 +242,10 @@ class ModelSettings(_Section):
 class DataSettings(_Section):
     """Which images are used."""
 
-    dataset: Annotated[str, _one_of(DATASETS)] = "digits"
+    dataset: Annotated[str, _one_of_or_own(DATASETS)] = "digits"
     """Source of the images: digits come with scikit-learn; cifar10 and cifar100 are in data.dir, npz in
-    data.train and data.test, imagefolder in either.
+    data.train and data.test, imagefolder in either; module:function of your own returns the training and the test
+    set, each as images and labels.
     """
     dir: str = ""
     """Folder of the data set: the files of CIFAR, or train/ and val/ (or test/) of imagefolder."""
@@ -248,15 +264,15 @@ class DataSettings(_Section):
     validation: Annotated[NonNegative, AfterValidator(_share_or_number)] = 0.0
     """Training images that are held out to choose by: a share below 1, or their number; 0 is none."""
     classes: Annotated[int, Field(ge=0)] = 0
-    """Classes that the labels of npz files stand for; 0: as many as there are labels."""
+    """Classes that the labels of npz files, or of a source of your own, stand for; 0: as many as there are labels."""
 
 
 class PartitionSettings(_Section):
     """How the training images are split over the clients."""
 
-    scheme: Annotated[str, _one_of(PARTITIONS)] = "dirichlet"
+    scheme: Annotated[str, _one_of_or_own(PARTITIONS)] = "dirichlet"
     """Split: iid, all alike; dirichlet, by unequal shares of each class; pathological, a few classes each;
-    quantity, by unequal amounts.
+    quantity, by unequal amounts; module:function of your own, called with labels, clients and rng.
     """
     alpha: Positive = 0.5
     """Evenness of dirichlet and quantity: the smaller, the more unequal."""
@@ -266,10 +282,14 @@ class PartitionSettings(_Section):
     """Classes that each client has in the pathological split."""
     min_images: Count = 1
     """Images that every client has at least."""
+    test_share: Annotated[Number, Field(ge=0, lt=1)] = 0.0
+    """Share of each client's images that it does not train on: whenever the server tests the model, so does each
+    client of the round on these; 0 is none.
+    """
 
 
 class TrainSettings(_Section):
-    """SGD on a client, or centralised."""
+    """What learns, on a client or centralised, and from which loss."""
 
     lr: Positive = 0.05
     """Learning rate at the start."""
@@ -280,11 +300,11 @@ class TrainSettings(_Section):
     local_epochs: Count = 6
     """Epochs of a client over its own images in a round."""
     momentum: Annotated[Number, Field(ge=0, lt=1)] = 0.9
-    """Momentum of SGD."""
+    """Momentum of SGD; β₁ of adam and adamw."""
     nesterov: bool = True
-    """Whether the momentum is Nesterov's."""
+    """Whether the momentum of SGD is Nesterov's."""
     weight_decay: NonNegative = 5e-4
-    """Weight decay of SGD."""
+    """Weight decay of SGD and the others; adamw's is apart from the gradient."""
     schedule: Literal["constant", "cosine", "step"] = "cosine"
     """How the learning rate falls over the rounds or epochs: cosine to 0; step divides it by 10 after 30, 60
     and 90 %.
@@ -293,6 +313,22 @@ class TrainSettings(_Section):
     """Numbers that forward and backward passes compute with; weights stay float32."""
     proximal_mu: NonNegative = 0.0
     """Weight μ of FedProx's term, which holds a client near the global model; 0 is none."""
+    optimiser: Annotated[str, _one_of_or_own(OPTIMISERS, "module:Class")] = "sgd"
+    """What takes the steps: sgd, adam, adamw, or module:Class, an optimiser of PyTorch's or your own, which gets
+    train.lr and what it has of weight_decay, momentum and nesterov. A client's begins anew in each round.
+    """
+    loss: Annotated[str, _one_of_or_own(LOSSES)] = "cross-entropy"
+    """What training minimises: cross-entropy, or module:function of your own, from logits and labels to the mean
+    loss. Tests always tell the cross entropy.
+    """
+    label_smoothing: Annotated[Number, Field(ge=0, lt=1)] = 0.0
+    """Share of each label that the cross entropy spreads over all classes; 0 is none."""
+    clip_norm: NonNegative = 0.0
+    """L2 norm beyond which the gradient of a step is scaled down to it; 0 is no limit."""
+    lr_warmup: Annotated[int, Field(ge=0)] = 0
+    """First rounds, or epochs, over which the learning rate rises to train.lr in equal steps, before it falls by
+    train.schedule; 0 is none.
+    """
 
 
 class TemperatureSettings(_Section):
@@ -360,6 +396,10 @@ class ServerSettings(_Section):
     """
     max_update_ratio: NonNegative = 0.0
     """The same as a multiple of the median norm of a round's updates; 0 is no limit."""
+    stop_at: Annotated[str, AfterValidator(_stop)] = ""
+    """What ends the run early, the first that is met: accuracy=0.95 (on validation images, on test images without
+    any), seconds=600 (virtual ones; of training if centralised), mb=100 (up and down), joules=5000; one or several.
+    """
 
 
 class FleetSettings(_Section):
@@ -403,9 +443,10 @@ class BudgetSettings(_Section):
     """Joules of a client in a round; 0 is no limit."""
     up_bytes: Annotated[int, Field(ge=0)] = 0
     """Bytes of a client's update; 0 is no limit."""
-    policy: Annotated[str, _one_of(POLICIES)] = "wait"
+    policy: Annotated[str, _one_of_or_own(POLICIES)] = "wait"
     """What becomes of clients that can't do all the work in time: wait for them, drop their update, let them
-    do a part (partial), train fewer kernels (kernels), or both.
+    do a part (partial), train fewer kernels (kernels), or both; module:function of your own chooses each client's
+    plan.
     """
     kernels: Annotated[int, Field(ge=0)] = 0
     """Kernels of each bank that every client trains, with kernels and partial+kernels; 0: as many as fit."""
@@ -447,10 +488,17 @@ class Settings(_Section):
     OPTIONAL: ClassVar = frozenset(
         {
             *("model.options", "model.init", "model.pretrained"),
-            *("server.max-update-norm", "server.max-update-ratio"),
+            *("server.max-update-norm", "server.max-update-ratio", "server.stop-at", "partition.test-share"),
+            *("train.optimiser", "train.loss", "train.label-smoothing", "train.clip-norm", "train.lr-warmup"),
         }
     )
     """Settings that are kept only where they are set, so that runs from before there were any keep their names."""
+
+    OWN: ClassVar = (
+        *("model.arch", "model.conv", "data.dataset", "partition.scheme", "train.optimiser", "train.loss"),
+        *("server.strategy", "budget.policy"),
+    )
+    """Settings that may name a user's own code, on which results depend."""
 
     kind: Annotated[str, _one_of(KINDS)] = "federated"
     """Federated training, or centralised training of the same network on all images."""
@@ -485,7 +533,18 @@ class Settings(_Section):
         """The settings that a run of this kind doesn't heed."""
         if self.kind == "federated":
             return frozenset({"train.epochs"})
-        return frozenset(key for key in self.flat() if key.startswith(FEDERATED) and key not in CHECKPOINTS)
+        return frozenset(key for key in self.flat() if key.startswith(FEDERATED) and key not in HEEDED_BY_ALL)
+
+    @property
+    def own_code(self) -> dict[str, str]:
+        """The user's own code that the run's results depend on, as ``module:name``, by the settings that name it."""
+        kept = self.kept()
+        return {key: str(kept[key]) for key in self.OWN if is_own(str(kept.get(key, "")))}
+
+    @property
+    def stop_limits(self) -> dict[str, float]:
+        """What ends the run early, by name."""
+        return parse_stop(self.server.stop_at)
 
     @property
     def clients_per_round(self) -> int:
@@ -494,17 +553,38 @@ class Settings(_Section):
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Settings:
-        if self.train.nesterov and not self.train.momentum:
-            raise SettingsError("train.nesterov = True needs train.momentum > 0: set train.nesterov=false")
+        self._check_training()
         if self.server.clients_per_round > self.partition.clients:
             raise SettingsError(
                 f"server.clients-per-round = {self.server.clients_per_round} but partition.clients = "
                 f"{self.partition.clients}: ask for at most that many, or 0 for all"
             )
-        self.model.options()
+        if not is_own(self.model.conv):  # what isn't fedfmd's is looked at when it is used
+            self.model.options()
         self._check_network()
         self._check_budget()
         return self
+
+    def _check_training(self) -> None:
+        train = self.train
+        if train.optimiser == "sgd" and train.nesterov and not train.momentum:
+            raise SettingsError("train.nesterov = True needs train.momentum > 0: set train.nesterov=false")
+        if train.label_smoothing and is_own(train.loss):
+            raise SettingsError(
+                f"train.label-smoothing = {train.label_smoothing:g} has no effect with train.loss = {train.loss!r}: "
+                "leave it out, or smooth the labels there"
+            )
+        if train.lr_warmup >= self.length:
+            what = "server.rounds" if self.kind == "federated" else "train.epochs"
+            raise SettingsError(
+                f"train.lr-warmup = {train.lr_warmup} but {what} = {self.length}: the rate must reach train.lr before "
+                "the last one"
+            )
+        if self.kind == "centralised" and (odd := self.stop_limits.keys() & {"mb", "joules"}):
+            raise SettingsError(
+                f"server.stop-at = {self.server.stop_at!r}: centralised training knows no {min(odd)}: use accuracy "
+                "or seconds"
+            )
 
     def _check_network(self) -> None:
         model, default = self.model, ModelSettings()
@@ -561,7 +641,7 @@ class Settings(_Section):
                 f"budget.over-select = {budget.over_select:g} asks more than server.clients-per-round, which is 0, "
                 "all: ask for fewer clients, or set budget.over-select=1"
             )
-        if not POLICIES[budget.policy].fewer_kernels:
+        if is_own(budget.policy) or is_own(model.conv) or not POLICIES[budget.policy].fewer_kernels:
             return
         if not is_dynamic(model.conv):
             raise SettingsError(
@@ -615,10 +695,11 @@ class Settings(_Section):
     def kept(self) -> dict[str, Scalar]:
         """Return what a run's files keep: all settings that it heeds, as they were before `in_folder`."""
         flat, unused = self.model_copy(update={"run_dir": "", "resume": False}).flat(), self.unused
+        usual = Settings().flat()
         return {
             key: value
             for key, value in flat.items()
-            if key not in unused and (value or key not in self.OPTIONAL)
+            if key not in unused and not (key in self.OPTIONAL and value == usual[key])
         }
 
     def in_folder(self, run_dir: Path) -> Settings:

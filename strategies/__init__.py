@@ -3,7 +3,7 @@
 from fedfmd.algorithms import ALGORITHMS as STRATEGIES
 from fedfmd.algorithms import find_algorithm as find_strategy
 from strategies.buffered import BufferedStrategy
-from strategies.factory import make_strategy, own_sources
+from strategies.factory import make_strategy
 from strategies.tracked import TrackedStrategy
 
 __all__ = [
@@ -12,5 +12,4 @@ __all__ = [
     "TrackedStrategy",
     "find_strategy",
     "make_strategy",
-    "own_sources",
 ]

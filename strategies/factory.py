@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from fedfmd.algorithms import find_algorithm, make_algorithm
+from fedfmd.algorithms import find_algorithm
 from fedfmd.build import Federation
 from fedfmd.runs import RunFolder
-from fedfmd.settings import Settings
 from strategies.buffered import BufferedStrategy
 from strategies.tracked import TrackedStrategy
 
@@ -21,12 +18,3 @@ def make_strategy(federation: Federation, folder: RunFolder) -> TrackedStrategy:
     algorithm = find_algorithm(federation.settings)
     kind = BufferedStrategy if algorithm.buffer else TrackedStrategy
     return kind(algorithm, federation, folder)
-
-
-def own_sources(settings: Settings) -> tuple[Path, ...]:
-    """Return the files of a user's own algorithm; none for one of `STRATEGIES`.
-
-    Raises:
-        SettingsError: there is no such class.
-    """
-    return make_algorithm(settings).sources

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fedfmd.build import Federation, describe_network
-from fedfmd.edge import POLICIES, Budget
+from fedfmd.edge import Budget
 from fedfmd.runs import RoundRow
 from fedfmd.version import __version__
 
@@ -57,5 +57,5 @@ def _limits(budget: Budget) -> str:
         )
         if limit is not None
     ]
-    unheeded = " (unheeded)" if limits and POLICIES[budget.policy].waits else ""
+    unheeded = " (unheeded)" if limits and budget.rules.waits else ""
     return ", ".join(limits) + unheeded or "no limits"

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from types import MappingProxyType
+from typing import Any
 
 from fedfmd.build import Federation
 from fedfmd.cost import ies, rcs
 from fedfmd.edge import WorkPlan
-from fedfmd.protocol.messages import ClientResult
+from fedfmd.protocol.messages import ClientResult, ClientScore
 from fedfmd.runs import ClientRow, RoundRow, known
 from fedfmd.training import Evaluation
 
 
-def _names(of: type[ClientResult] | type[ClientRow] | type[WorkPlan]) -> set[str]:
+def _names(of: type[ClientResult] | type[ClientScore] | type[ClientRow] | type[WorkPlan]) -> set[str]:
     return {field.name for field in fields(of)}
 
 
 TOLD = sorted(_names(ClientResult) & _names(ClientRow) - _names(WorkPlan))
 """What a client measures under the name of its column; plans say the rest."""
+
+SCORED = sorted(_names(ClientScore) & _names(ClientRow) - {"client", "reason"})
+"""What it measures on images that it holds out."""
 
 
 def client_rows(
@@ -51,6 +55,15 @@ def client_rows(
         )
         for plan in plans
     ]
+
+
+def with_scores(rows: Sequence[ClientRow], scores: Mapping[int, ClientScore]) -> list[ClientRow]:
+    """Return the rows with what the clients that have a score measured on images that they hold out."""
+
+    def columns(score: ClientScore) -> dict[str, Any]:
+        return {name: known(getattr(score, name)) for name in SCORED}
+
+    return [replace(row, **columns(scores[row.client])) if row.client in scores else row for row in rows]
 
 
 def round_row(

@@ -17,7 +17,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from fedfmd.algorithms import Algorithm, Update
-from fedfmd.build import Federation
+from fedfmd.build import Federation, build_rate
 from fedfmd.conv import has_temperature, set_temperature
 from fedfmd.edge import WorkPlan, keep_first, plan_work, round_seconds
 from fedfmd.errors import RunError
@@ -28,6 +28,7 @@ from fedfmd.protocol.messages import (
     WEIGHT,
     Assignment,
     ClientResult,
+    ClientScore,
     Instruction,
     from_record,
     to_record,
@@ -42,9 +43,17 @@ from fedfmd.protocol.state import (
     shared_arrays,
     variance_names,
 )
-from fedfmd.runs import ClientRow, RoundRow, RunFolder, latest_checkpoint, save_checkpoint
+from fedfmd.runs import (
+    ClientRow,
+    RoundRow,
+    RunFolder,
+    latest_checkpoint,
+    read_rounds,
+    save_checkpoint,
+    stop_reason,
+)
 from fedfmd.seeds import derive_seed
-from fedfmd.training import Best, Evaluation, evaluate_on_both, learning_rate
+from fedfmd.training import Best, Evaluation, evaluate_on_both
 from strategies.aggregation import aggregate, limit_updates
 from strategies.lines import header_lines, round_text
 from strategies.nodes import (
@@ -59,8 +68,8 @@ from strategies.nodes import (
     on_edge_devices,
     reachable,
 )
-from strategies.replies import Terms, client_results, read_replies
-from strategies.rows import client_rows, round_row
+from strategies.replies import Terms, client_results, client_scores, read_replies
+from strategies.rows import client_rows, round_row, with_scores
 
 logger = logging.getLogger("fedfmd")
 
@@ -122,7 +131,9 @@ class TrackedStrategy(Strategy):
         strategy.start(grid, strategy.initial_arrays, num_rounds=settings.server.rounds)
 
     The clients are those of `fedfmd.client_app`, which reads the same settings from the app's run config.
-    Flower's hooks are the two halves of a round. Nobody is asked to evaluate, as the server does so itself.
+    Flower's hooks are the two halves of a round. The server evaluates the model itself; the round's clients do so too,
+    in a message of their own before the round ends, where they hold images out (``partition.test-share``). That costs
+    neither virtual time nor energy nor counted bytes.
     """
 
     def __init__(self, algorithm: Algorithm, federation: Federation, folder: RunFolder) -> None:
@@ -137,6 +148,8 @@ class TrackedStrategy(Strategy):
         self._round = Round()
         self._limited: dict[int, str] = {}
         self._began = 0.0
+        self._grid: Grid | None = None
+        self._stopped = ""
         self._parameters = self._terms.parameters
         self._annealed = has_temperature(federation.model)
 
@@ -153,17 +166,24 @@ class TrackedStrategy(Strategy):
     def run(self, grid: Grid) -> Progress:
         """Train to the last round, from the newest checkpoint if the folder holds one.
 
+        It ends earlier where a limit of ``server.stop-at`` is met.
+
         Raises:
             RunError: the nodes are not there, or more than ``server.max-failed-share`` of a round's clients failed.
         """
         server = self.federation.settings.server
         self._resume()
-        if self.progress.round < server.rounds:
+        self._stopped = stop_reason(self._limits, self._rows())
+        if self.progress.round < server.rounds and not self._stopped:
             self._meet(grid, resumed=self.progress.round > 0)
         self.summary()
-        for server_round in range(self.progress.round + 1, server.rounds + 1):
+        while self.progress.round < server.rounds and not self._stopped:
+            server_round = self.progress.round + 1
             messages = self._begin_round(server_round, grid)
             self._finish_round(server_round, *exchange(grid, messages, server.round_timeout_s))
+        if self._stopped:
+            done = self.progress.round
+            logger.info("the run ends after round %d of %d: %s", done, server.rounds, self._stopped)
         return self.progress
 
     def configure_train(
@@ -179,6 +199,10 @@ class TrackedStrategy(Strategy):
         if server_round > (rounds := self.federation.settings.server.rounds):
             raise RunError(
                 f"round {server_round}, but server.rounds = {rounds}: start with num_rounds={rounds}"
+            )
+        if self._limits:
+            raise RunError(
+                "server.stop-at ends a run of `run`, and Flower's `start` does all rounds: leave it empty"
             )
         if server_round == 1:
             self.folder.truncate_after(0)
@@ -206,6 +230,7 @@ class TrackedStrategy(Strategy):
 
     def _begin_round(self, server_round: int, grid: Grid) -> list[Message]:
         """Plan the round; the messages that are to be sent."""
+        self._grid = grid
         if are_edge_devices(self.nodes) or not self.nodes:
             self._meet(grid, resumed=bool(self.nodes))
         self._began = time.perf_counter()
@@ -241,10 +266,18 @@ class TrackedStrategy(Strategy):
         `arrived` tells after how many seconds each reply was there, by its request's id, if that was measured.
         """
         learnt = self._learn(server_round, replies)
-        evaluations = self._evaluate(server_round)
         clients = self._client_rows(server_round, arrived or {})
-        best = self.progress.best.or_later(*evaluations)
+        before, best = self._rows(), self.progress.best
+        evaluations: tuple[Evaluation | None, Evaluation | None] = None, None
         row = self._round_row(server_round, clients, evaluations, best, discarded=not learnt)
+        server = self.federation.settings.server
+        last = server_round == server.rounds or bool(stop_reason(self._limits, [*before, row]))
+        if last or server_round % server.evaluate_every == 0:
+            evaluations = self._evaluate(server_round)
+            best = best.or_later(*evaluations)
+            clients = with_scores(clients, self._score_clients(server_round))
+            row = self._round_row(server_round, clients, evaluations, best, discarded=not learnt)
+        self._stopped = stop_reason(self._limits, [*before, row])
         flops = dict(enumerate(self.progress.client_flops)) | {c.client: c.cum_train_flops for c in clients}
         self.progress = replace(
             self.progress,
@@ -254,8 +287,7 @@ class TrackedStrategy(Strategy):
             client_flops=tuple(flops.values()),
         )
         self.folder.append_round(row, clients)
-        server = self.federation.settings.server
-        if server_round % server.checkpoint_every == 0 or server_round == server.rounds:
+        if server_round % server.checkpoint_every == 0 or server_round == server.rounds or self._stopped:
             self._save()
         logger.info(round_text(row, server.rounds), extra={"round_row": row})
         for failed in (client for client in clients if client.status == "failed"):
@@ -264,6 +296,14 @@ class TrackedStrategy(Strategy):
             logger.warning("round %d: client %d: %s", server_round, number, remark)
         self._stop_if_hopeless(server_round, clients)
         return learnt
+
+    @property
+    def _limits(self) -> Mapping[str, float]:
+        return self.federation.settings.stop_limits
+
+    def _rows(self) -> list[RoundRow]:
+        """Return the rows of the rounds so far, as a resume reads them; none where nothing asks for them."""
+        return read_rounds(self.folder.rounds) if self._limits and self.folder.rounds.exists() else []
 
     def _learn(self, server_round: int, replies: Sequence[Message]) -> bool:
         """Let the model take the algorithm's step; False if too few clients succeeded.
@@ -388,17 +428,28 @@ class TrackedStrategy(Strategy):
 
         `server_round` is what the clients' randomness and their rotation of kernels follow.
         """
-        settings = self.federation.settings
         assignments = tuple(self._assignment(server_round, plan) for plan in hand)
+        return self._asking(MessageType.TRAIN, node, assignments, server_round, done, arrays)
+
+    def _asking(
+        self,
+        kind: str,
+        node: int,
+        assignments: tuple[Assignment, ...],
+        number: int,
+        done: int,
+        arrays: ArrayRecord,
+    ) -> Request:
+        """Return the message of a kind for a node; what its clients kept is that of before the round `number`."""
         instruction = Instruction(
-            server_round,
-            learning_rate(settings.train.lr, settings.train.schedule, done / settings.server.rounds),
+            number,
+            build_rate(self.federation.settings, done),
             self.federation.temperature.at(done),
             assignments,
             run=self.progress.run,
             images=self.federation.dataset.format if are_edge_devices(self.nodes) else None,
         )
-        return Request(Message(write_instruction(instruction, arrays), node, MessageType.TRAIN), assignments)
+        return Request(Message(write_instruction(instruction, arrays), node, kind), assignments)
 
     def _origin(self, work: Sequence[Assignment], current: Arrays) -> Origin:
         """Return what these clients were sent."""
@@ -413,17 +464,39 @@ class TrackedStrategy(Strategy):
             first = BY_ATTENTION
         return Assignment(client, plan.steps, plan.batch_size, plan.kernels, first)
 
-    def _evaluate(self, server_round: int) -> tuple[Evaluation | None, Evaluation | None]:
-        """Return the model's evaluations on test and validation images, None where the settings want none."""
-        server = self.federation.settings.server
-        if server_round % server.evaluate_every and server_round != server.rounds:
-            return None, None
+    def _evaluate(self, server_round: int) -> tuple[Evaluation, Evaluation | None]:
+        """Return the model's evaluations on test and validation images, None where there are none of these."""
         federation = self.federation
         both = evaluate_on_both(federation.model, federation.dataset, federation.device)
         for evaluation in both:
             if evaluation and not math.isfinite(evaluation.loss):
                 raise self._diverged(server_round, f"a loss of {evaluation.loss}")
         return both
+
+    def _score_clients(self, server_round: int) -> dict[int, ClientScore]:
+        """Have the clients whose update came test the model on what they hold out; nobody where nobody does."""
+        server, hands = self.federation.settings.server, dict[int, list[Assignment]]()
+        if not self.federation.settings.partition.test_share or self._grid is None:
+            return {}
+        for request in self._round.requests:
+            came = [a for a in request.assignments if self.results[a.client].ok]
+            hands.setdefault(request.message.metadata.dst_node_id, []).extend(came)
+        arrays = self.initial_arrays
+        requests = [
+            self._asking(MessageType.EVALUATE, node, tuple(hand), server_round + 1, server_round, arrays)
+            for node, hand in hands.items()
+            if hand
+        ]
+        messages = [request.message for request in requests]
+        replies, _ = exchange(self._grid, messages, server.round_timeout_s)
+        asked = {request.id: [a.client for a in request.assignments] for request in requests}
+        scores = client_scores(replies, asked)
+        answered = {answered_id(reply) for reply in replies}
+        empty([*replies, *(request.message for request in requests if request.id in answered)])
+        for score in scores.values():
+            if score.reason:
+                logger.warning("round %d: no test of client %d: %s", server_round, score.client, score.reason)
+        return scores
 
     def _diverged(self, server_round: int, sign: str) -> RunError:
         """Make the error of a global model that can't be used; rows and checkpoints are those before its round."""

@@ -12,7 +12,7 @@ import fedfmd.client.round
 import strategies.tracked
 from fedfmd.build import build_federation, build_model
 from fedfmd.client_app import app as client_app
-from fedfmd.data import ImageSet, load_dataset
+from fedfmd.data import ImageSet, load_dataset, load_partition, own_test_size
 from fedfmd.edge import DEVICES, device_text
 from fedfmd.engines.inline import InlineGrid, run_inline
 from fedfmd.errors import RunError
@@ -236,7 +236,7 @@ def devices(tmp_path):
 def run_devices(tiny_settings, tmp_path):
     """Runs two rounds on edge devices with these node configs; gives the rows of the clients."""
 
-    def run(node_configs, grid_type=InlineGrid):
+    def run(node_configs, grid_type=InlineGrid, **changes):
         settings = tiny_settings(
             **{
                 "server.rounds": 2,
@@ -244,6 +244,7 @@ def run_devices(tiny_settings, tmp_path):
                 "model.norm": "batch",
                 "server.node-timeout-s": 0.1,
             }
+            | changes
         )
         folder = RunFolder(tmp_path / "run")
         with grid_type(client_app, settings.flat(), node_configs) as grid:
@@ -318,3 +319,40 @@ def test_edge_devices_whose_data_is_wrong_stop_the_run_before_training(run_devic
         RunError, match=r"the edge device of client 1 refuses: .*device-1\.npz: label 10 is outside"
     ):
         run_devices(devices)
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "fedbn", "fedbuff"])
+def test_the_clients_of_tested_rounds_test_the_model_on_what_they_hold_out(strategy, run):
+    how = {"server.strategy": strategy, "partition.test-share": 0.2, "server.evaluate-every": 2}
+    if strategy == "fedbuff":
+        how["server.buffer"] = 2
+    one, two = run("one", **how, **{"server.rounds": 3}), run("two", workers=2, **how, **{"server.rounds": 3})
+    rows = read_clients(one / "clients.csv")
+    for row in rows:
+        tested = row.round in (2, 3)
+        assert (row.test_accuracy is not None) == (row.test_loss is not None) == tested
+        assert (row.personal_test_accuracy is not None) == (tested and strategy == "fedbn")
+    for row, other in zip(rows, read_clients(two / "clients.csv"), strict=True):
+        for loss, same in (
+            (row.test_loss, other.test_loss),
+            (row.personal_test_loss, other.personal_test_loss),
+        ):
+            assert loss == (same and pytest.approx(same, rel=1e-4))  # whichever worker hosts the client
+    sizes = load_partition(one / "partition.npz").sizes
+    for row in rows:
+        if row.round == 1:
+            assert row.examples == sizes[row.client] - own_test_size(int(sizes[row.client]), 0.2)
+
+
+def test_edge_devices_test_the_model_on_what_they_hold_out_of_their_own(run_devices, devices):
+    rows = run_devices(devices, **{"partition.test-share": 0.1, "server.strategy": "fedbn"})
+    held = {0: 3, 1: 4}  # of 30 and 40 images; the only one of client 2 can't be spared
+    for row in rows:
+        assert row.examples == {0: 27, 1: 36, 2: 1}[row.client]
+        for accuracy in (row.test_accuracy, row.personal_test_accuracy):
+            images = held.get(row.client)
+            assert (
+                accuracy is None
+                if images is None
+                else accuracy * images == pytest.approx(round(accuracy * images))
+            )

@@ -5,12 +5,12 @@ import sys
 import pytest
 import torch
 
-from fedfmd.algorithms import make_algorithm
-from fedfmd.build import build_model, network_sources
+from fedfmd.algorithms import find_algorithm
+from fedfmd.build import build_federation, build_model, build_sgd, own_sources
 from fedfmd.conv import FMDConv2d
 from fedfmd.errors import SettingsError
 from fedfmd.experiment import load_experiment
-from fedfmd.own_code import FOLDER, find, look_in, sources_of
+from fedfmd.own_code import FOLDER, call, find, look_in, sources_of
 from fedfmd.run_folder import open_run_folder, run_path
 from fedfmd.runs import code_digest
 
@@ -26,6 +26,60 @@ def wrong(classes, image_size, conv, norm):
 
 def nothing(**given):
     pass
+
+def breaks(classes, image_size, conv, norm):
+    return {}["no such key"]
+
+class Late(nn.Module):
+    def __init__(self, in_channels, out_channels, kernel_size, **geometry):
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x):
+        return self.conv(x)  # whatever the stride is
+
+def many(logits, labels):
+    return logits.sum(1)
+
+def free(logits, labels):
+    return logits.detach().sum()
+
+def swapped(labels):
+    return labels.sum()
+
+def no_optimiser(parameters, lr):
+    return "sgd"
+
+def needs_more(parameters, lr, kick):
+    return None
+
+def shares(shares):  # of a split that returns these, whatever it is asked
+    return lambda labels, clients, rng: shares(labels, rng)
+
+two = shares(lambda labels, rng: [[0], [1]])
+out = shares(lambda labels, rng: [[0], [1], [len(labels)]])
+twice = shares(lambda labels, rng: [[0], [1], [1]])
+none = shares(lambda labels, rng: [[0], [1], []])
+texts = shares(lambda labels, rng: [["a"], ["b"], ["c"]])
+number = shares(lambda labels, rng: 3)
+moods = iter(range(100))
+moody = shares(lambda labels, rng: [[next(moods)], [200], [201]])
+
+def images(pixels, labels, test_labels=None):
+    import numpy as np
+    make = lambda labels: (np.zeros((len(labels), *pixels), np.uint8), np.array(labels))
+    return lambda: (make(labels), make(labels if test_labels is None else test_labels))
+
+flat = images((8, 8), [0, 1])
+gap = images((8, 8, 3), [0, 2])
+unknown = images((8, 8, 3), [0, 1], [0, 5])
+odd = lambda: 3
+
+def decide(full, plan):
+    return plan(steps=0)
+
+def decides_nothing(full, plan):
+    return None
 """
 
 
@@ -76,13 +130,23 @@ def test_the_file_of_own_code_is_known(mine):
     assert sources_of(find("model.arch", "mine:make")) == (mine / "mine.py",)
 
 
+def test_a_module_that_fails_is_one_line(tmp_path):
+    (tmp_path / "half_written.py").write_text("def loss(:\n")
+    look_in(tmp_path)
+    with pytest.raises(
+        SettingsError, match=r"train\.loss = 'half_written:loss' can't be imported: SyntaxError: .*line 1"
+    ):
+        find("train.loss", "half_written:loss")
+
+
 def test_a_strategy_may_stand_beside_the_experiment_file(write_yaml, tmp_path):
     (tmp_path / "strategy_beside_it.py").write_text(
         "from flwr.serverapp.strategy import FedAvg\nclass Mine(FedAvg): pass\n"
     )
     file = write_yaml(**{"server.strategy": "strategy_beside_it:Mine"})
-    own = make_algorithm(load_experiment(file).runs[0].settings)
-    assert own.sources == (tmp_path / "strategy_beside_it.py",)
+    settings = load_experiment(file).runs[0].settings
+    find_algorithm(settings)
+    assert own_sources(settings) == (tmp_path / "strategy_beside_it.py",)
 
 
 def test_an_own_network_gets_what_the_settings_say(own):
@@ -99,7 +163,7 @@ def test_an_own_network_gets_what_the_settings_say(own):
 @pytest.mark.parametrize("kind", ["federated", "centralised"])
 def test_its_source_counts_as_code_of_the_run(kind, own, mine, tmp_path):
     settings = own(kind=kind).in_folder(tmp_path / "run")
-    assert network_sources(settings) == (mine / "mine.py",)
+    assert own_sources(settings) == (mine / "mine.py",)
     with open_run_folder(settings):
         pass
     run_path(settings)
@@ -118,6 +182,11 @@ def test_its_source_counts_as_code_of_the_run(kind, own, mine, tmp_path):
         ({"model.arch": "mine:wrong"}, "must map images B×3×8×8 to logits B×10; one image gave (1, 192)"),
         ({"model.arch": "mine:nothing"}, "must return an nn.Module, and returned a NoneType"),
         ({"model.options": "chanels:16"}, "can't be called (got an unexpected keyword argument 'chanels'): it gets"),
+        ({"model.arch": "mine:breaks"}, "'mine:breaks' fails in mine.py, line 15: KeyError: 'no such key'"),
+        (
+            {"model.arch": "resnet8", "model.conv": "mine:Late"},
+            "model.conv = 'mine:Late' fails on an image of 3×8×8: RuntimeError: The size of tensor a",
+        ),
         ({"model.width": 0.5}, "model.width = 0.5 has no effect with model.arch = 'mine:make': leave it out"),
         ({"model.arch": "resnet8", "model.options": "a:1"}, "model.options = 'a:1': model.arch = 'resnet8' has none"),
     ],
@@ -125,3 +194,103 @@ def test_its_source_counts_as_code_of_the_run(kind, own, mine, tmp_path):
 def test_what_cannot_be_used_is_one_clear_line(changes, line, own):
     with pytest.raises(SettingsError, match=re.escape(line)):
         build_model(own(**changes), 10)
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"train.loss": "mine:many"}, "'mine:many' must return the mean loss, a tensor without dimensions"),
+        ({"train.loss": "mine:free"}, "'mine:free' must return the mean loss, a tensor without dimensions"),
+        (
+            {"train.loss": "mine:swapped"},
+            "can't be called (too many positional arguments): it gets logits, labels",
+        ),
+        ({"train.optimiser": "mine:no_optimiser"}, "must make a torch.optim.Optimizer, and made a str"),
+        (
+            {"train.optimiser": "mine:needs_more"},
+            "(missing a required argument: 'kick'): it gets parameters, lr, and",
+        ),
+        (
+            {"train.optimiser": "torch.optim:LBFGS"},
+            "train.optimiser = 'torch.optim:LBFGS' can't take a step: TypeErr",
+        ),
+        ({"partition.scheme": "mine:two"}, "partition.clients = 3, and it returned 2 lists"),
+        (
+            {"partition.scheme": "mine:out"},
+            "client 2 has indices 1437 to 1437, the training images' are 0 to 1436",
+        ),
+        ({"partition.scheme": "mine:twice"}, "each image once: image 1 is there twice"),
+        ({"partition.scheme": "mine:none"}, "client 2 has 0 images, and partition.min-images = 1"),
+        ({"partition.scheme": "mine:texts"}, "client 0 has <U1 of shape (1,), not whole numbers"),
+        (
+            {"partition.scheme": "mine:number"},
+            "must return the image indices of each client, and returned int",
+        ),
+        ({"partition.scheme": "mine:moody"}, "splits otherwise each time: draw from its argument rng alone"),
+        (
+            {"data.dataset": "mine:flat"},
+            "training set: 'images' must be uint8 N x H x W x 3, not uint8 2 x 8 x 8",
+        ),
+        ({"data.dataset": "mine:gap"}, "labels must be 0, 1, 2, … without gaps, but 1 has no image"),
+        ({"data.dataset": "mine:unknown"}, "'mine:unknown', test set: label 5 is outside the classes 0..1"),
+        (
+            {"data.dataset": "mine:odd"},
+            "must return (images, labels), (test images, test labels), and returned a int",
+        ),
+        (
+            {"budget.policy": "mine:decide"},
+            "budget.policy = 'mine:decide' fails in mine.py, line 63: ValueError: ste",
+        ),
+        (
+            {"budget.policy": "mine:decides_nothing"},
+            "must return a plan, full or plan(steps, kernels), and returned",
+        ),
+        ({"budget.policy": "mine:nowhere"}, "budget.policy = 'mine:nowhere' can't be imported"),
+        (
+            {"model.conv": "torch.nn:Conv2d", "budget.policy": "kernels"},
+            "budget.policy = 'kernels' trains some kernels of each bank, and the network has no banks",
+        ),
+    ],
+)
+def test_a_run_that_cannot_use_own_code_does_not_start(changes, line, tiny_settings, mine):
+    with pytest.raises(SettingsError, match=re.escape(line)):
+        build_federation(tiny_settings(**changes))
+
+
+def test_optimisers_of_pytorchs_are_named_in_the_same_way(tiny_settings):
+    settings = tiny_settings(
+        **{"train.optimiser": "torch.optim:RMSprop", "train.momentum": 0.5, "train.lr": 0.01}
+    )
+    optimiser = build_sgd(settings).optimiser([torch.nn.Parameter(torch.zeros(1))])
+    assert isinstance(optimiser, torch.optim.RMSprop)
+    assert (optimiser.defaults["lr"], optimiser.defaults["momentum"]) == (0.01, 0.5)
+    assert build_federation(settings).optimiser_states == 2
+
+
+def test_what_has_the_arguments_gets_them():
+    def own(a, *, b=1, c=2):
+        return a, b, c
+
+    module = sys.modules["tests_own"] = type(sys)("tests_own")
+    module.own, module.length = own, len
+    try:
+        assert call("x", "tests_own:own", {"a": 3}, {"c": 5, "d": 6}) == (3, 1, 5)
+        assert call("x", "tests_own:own", {"b": 4}, first={"one": 3}) == (3, 4, 2)
+        assert call("x", "tests_own:length", first={"list": [1, 2]}) == 2
+        with pytest.raises(
+            SettingsError, match=r"'tests_own:own' can't be called .*'a'.*: it gets b, and what"
+        ):
+            call("x", "tests_own:own", {"b": 4}, {"c": 5})
+        assert sources_of(len) == ()
+    finally:
+        del sys.modules["tests_own"]
+
+
+def test_all_own_code_counts_as_code_of_the_run(tiny_settings, mine, tmp_path):
+    (mine / "other.py").write_text("def loss(logits, labels):\n    return logits.sum()\n")
+    own = {"partition.scheme": "mine:two", "train.loss": "other:loss", "budget.policy": "mine:decide"}
+    settings = tiny_settings(**own)
+    assert own_sources(settings) == (mine / "mine.py", mine / "other.py")
+    centralised = tiny_settings(kind="centralised", **{"train.loss": "other:loss"})
+    assert own_sources(centralised) == (mine / "other.py",)
+    sys.modules.pop("other")

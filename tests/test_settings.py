@@ -145,6 +145,34 @@ def test_a_number_may_be_a_text_because_yaml_reads_5e_4_as_one(value, number):
             },
             "budget.kernel-choice = 'attention' needs kernel attention, and model.attentions = 'input,output' has none",
         ),
+        (
+            {"train.optimiser": "adma"},
+            "train.optimiser = 'adma': must be one of sgd, adam, adamw, or module:Class",
+        ),
+        (
+            {"train.loss": "mse"},
+            "train.loss = 'mse': must be one of cross-entropy, or module:function of your own",
+        ),
+        ({"train.label-smoothing": 1}, "train.label-smoothing = 1: .*less than 1"),
+        (
+            {"train.label-smoothing": 0.1, "train.loss": "mine:loss"},
+            "train.label-smoothing = 0.1 has no effect with train.loss = 'mine:loss': leave it out",
+        ),
+        ({"train.clip-norm": -1}, "train.clip-norm = -1: .*greater than or equal to 0"),
+        (
+            {"train.lr-warmup": 20},
+            "train.lr-warmup = 20 but server.rounds = 20: the rate must reach train.lr",
+        ),
+        (
+            {"kind": "centralised", "train.lr-warmup": 100},
+            "train.lr-warmup = 100 but train.epochs = 100: the rate must",
+        ),
+        ({"partition.test-share": 1}, "partition.test-share = 1: .*less than 1"),
+        ({"server.stop-at": "acc=1"}, "server.stop-at = 'acc=1': 'acc' must be one of accuracy, seconds, mb"),
+        (
+            {"kind": "centralised", "server.stop-at": "mb=1"},
+            "server.stop-at = 'mb=1': centralised training knows no mb: use accuracy or seconds",
+        ),
         ({"seed": 2**63}, "seed = 9223372036854775808: .*less than"),
         (
             {"server.clients-per-round": 11},
@@ -259,3 +287,30 @@ def test_kernels_can_be_chosen_by_attention_only_where_images_weigh_them():
     choice = {"budget.policy": "kernels", "budget.deadline-s": 9, "budget.kernel-choice": "attention"}
     for conv in ("condconv", "dyconv", "odconv", "fmdconv"):
         Settings.from_mapping(choice | {"model.conv": conv})
+
+
+def test_settings_of_a_users_own_code_are_told_without_importing_it():
+    own = dict.fromkeys(Settings.OWN, "mine:thing")
+    settings = Settings.from_mapping(own)
+    assert settings.own_code == own
+    assert Settings.from_mapping(settings.flat()) == settings
+    centralised = Settings.from_mapping(own | {"kind": "centralised"}).own_code
+    assert own.keys() - centralised.keys() == {"partition.scheme", "server.strategy", "budget.policy"}
+    assert Settings().own_code == {}
+
+
+def test_settings_that_came_later_leave_the_names_of_earlier_runs():
+    later = {
+        "train.optimiser": "adam",
+        "train.lr-warmup": 1,
+        "partition.test-share": 0.1,
+        "server.stop-at": "mb=1",
+    }
+    assert not Settings().kept().keys() & Settings.OPTIONAL
+    assert Settings.from_mapping(later).kept().items() >= later.items()
+
+
+def test_momentum_of_nesterovs_is_asked_of_sgd_alone():
+    with pytest.raises(SettingsError, match=r"train\.nesterov = True needs train\.momentum > 0"):
+        Settings.from_mapping({"train.momentum": 0})
+    Settings.from_mapping({"train.momentum": 0, "train.optimiser": "adam"})

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -88,11 +87,6 @@ class Algorithm:
         Raises:
             SettingsError: it can't.
         """
-
-    @property
-    def sources(self) -> tuple[Path, ...]:
-        """Files of the user's own code that it consists of."""
-        return ()
 
     @property
     def buffer(self) -> int:

@@ -1,8 +1,9 @@
 """FedBN (Li et al., ICLR 2021, arXiv:2102.07623): every client has normalisation layers of its own.
 
 They begin as the server's and never leave the client. So the server's stay as they were made, and its model, which it
-evaluates, is nobody's: how well clients do with their own layers, their rows tell (`loss` and `accuracy` in
-clients.csv). With ``model.norm = batch`` the server's statistics are those of no images at all.
+evaluates, is nobody's: how well clients do with their own layers, their rows tell (in clients.csv `loss` and
+`accuracy`, met while training, and with ``partition.test-share`` `personal_test_accuracy`). With
+``model.norm = batch`` the server's statistics are those of no images at all.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """FedNova (Wang et al., NeurIPS 2020, arXiv:2007.07481): each update divided by its client's own steps.
 
-Where clients do unequal work, FedAvg leans to those that do the most.
+Where clients do unequal work, FedAvg leans to those that do the most. How far steps go is known of SGD alone.
 """
 
 from __future__ import annotations
@@ -14,11 +14,20 @@ import torch
 from torch import Tensor
 
 from fedfmd.algorithms.algorithm import Algorithm, LocalTraining, Update
+from fedfmd.errors import SettingsError
 from fedfmd.protocol.state import Arrays, parameter_names
 
 
 class FedNova(Algorithm, name="fednova"):
     """Clients send w₀ + (w − w₀) / a, and the server goes the clients' mean a along the mean of these ways."""
+
+    def check(self) -> None:
+        """Raise a SettingsError unless clients train by SGD."""
+        if (optimiser := self.settings.train.optimiser) != "sgd":
+            raise SettingsError(
+                f"server.strategy = fednova divides updates by how far SGD's steps go, and train.optimiser = "
+                f"{optimiser!r} goes otherwise: set train.optimiser=sgd, or take another strategy"
+            )
 
     def update(self, local: LocalTraining, trained: Mapping[str, Tensor], steps: int) -> Mapping[str, Tensor]:
         """Return w₀ + (w − w₀) / a for the parameters w; buffers as they are."""

@@ -1,7 +1,8 @@
 """FedProx (Li et al., MLSys 2020, arXiv:1812.06127): clients are held near the global model.
 
 The term is part of local training (`fedfmd.training.LocalSGD.proximal`), where ``train.proximal-mu`` adds it to any
-algorithm.
+algorithm and any optimiser: its gradient, μ (w − w₀), joins that of the loss, before either is clipped or scaled by an
+adaptive optimiser.
 """
 
 from __future__ import annotations

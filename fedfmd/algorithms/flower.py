@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -25,7 +24,7 @@ from fedfmd.algorithms.algorithm import Algorithm, Update, mean
 from fedfmd.algorithms.tree import Leaves, flatten, unflatten
 from fedfmd.errors import RunError, SettingsError
 from fedfmd.flower_compat import kept_between_rounds, start_step
-from fedfmd.own_code import find, sources_of
+from fedfmd.own_code import find
 from fedfmd.protocol.messages import METRICS, from_record, to_record
 from fedfmd.protocol.state import Arrays
 
@@ -91,11 +90,6 @@ class OwnStrategy(FlowerAlgorithm):
     def check(self) -> None:
         """Raise a SettingsError unless there is such a class."""
         _ = self._kind
-
-    @property
-    def sources(self) -> tuple[Path, ...]:
-        """The file that the class is in."""
-        return sources_of(self._kind)
 
     def strategy(self) -> FedAvg:
         """Make the user's strategy."""

@@ -1,4 +1,4 @@
-"""How a node answers Flower's messages: it says what it hosts, and trains the clients that the server deals out to it.
+"""How a node answers Flower's messages: it says what it hosts, and trains or tests the clients dealt out to it.
 
 In a simulation a node hosts any client: it holds the data set and the partition. An edge device hosts its own client,
 named in its ``--node-config`` (``client=3 data="/srv/images.npz" device="pi-4"``), and its images never leave it. Its
@@ -14,7 +14,7 @@ from flwr.clientapp import ClientApp
 
 from fedfmd.client.host import host_of
 from fedfmd.client.node_config import NodeConfig, check_version
-from fedfmd.client.round import run_assignments
+from fedfmd.client.round import run_assignments, score_clients
 from fedfmd.cost import latency
 from fedfmd.protocol.messages import (
     Hosted,
@@ -22,6 +22,7 @@ from fedfmd.protocol.messages import (
     read_question,
     write_hosted,
     write_reply,
+    write_scores,
 )
 
 app = ClientApp()
@@ -57,3 +58,11 @@ def train_clients(message: Message, context: Context) -> Message:
         latency_s = latency(host.model, host.dataset.image_size, repeats=LATENCY_IMAGES)
         reply = replace(reply, results=tuple(replace(r, latency_s=latency_s) for r in reply.results))
     return Message(write_reply(reply), reply_to=message)
+
+
+@app.evaluate()
+def evaluate_clients(message: Message, context: Context) -> Message:
+    """Test the new model on the images that the round's clients hold out, each client's on its own."""
+    instruction, arrays = read_instruction(message.content)
+    scores = score_clients(host_of(context, instruction.images), instruction, arrays)
+    return Message(write_scores(scores), reply_to=message)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 import torch
 from flwr.app import Context
 from torch import nn
@@ -15,8 +16,9 @@ from torch import nn
 from fedfmd.build import build_dataset, build_model, build_partition, cache_dir, torch_device
 from fedfmd.client.node_config import NodeConfig, own_dataset
 from fedfmd.client.state import discard_old
-from fedfmd.data import Dataset, ImageFormat, ImageSet
+from fedfmd.data import Dataset, ImageFormat, ImageSet, hold_out_own
 from fedfmd.memory import keep_freed
+from fedfmd.seeds import derive_seed
 from fedfmd.settings import Settings
 
 
@@ -33,12 +35,27 @@ _loading = threading.Lock()
 
 @dataclass(frozen=True)
 class Host:
-    """What the nodes of a process keep between messages."""
+    """What the nodes of a process keep between messages; `shard_of` gives all images of a client."""
 
     settings: Settings
     dataset: Dataset
-    images_of: Callable[[int], ImageSet]
+    shard_of: Callable[[int], ImageSet]
     device: torch.device
+
+    def images_of(self, client: int) -> ImageSet:
+        """Return the images that a client trains on: all that it has, without those that it holds out."""
+        shard = self.shard_of(client)
+        return shard.subset(self._split(client, shard)[0]) if self.settings.partition.test_share else shard
+
+    def tests_of(self, client: int) -> ImageSet:
+        """Return the images that a client holds out (``partition.test-share``); none without a share."""
+        shard = self.shard_of(client)
+        return shard.subset(self._split(client, shard)[1])
+
+    def _split(self, client: int, shard: ImageSet) -> tuple[np.ndarray, np.ndarray]:
+        """Return the places of the images to train on and to test: the same in every round and process."""
+        seed = derive_seed(self.settings.seed, "client-test", client)
+        return hold_out_own(len(shard), self.settings.partition.test_share, seed)
 
     @property
     def model(self) -> nn.Module:
@@ -73,14 +90,14 @@ def _load_host(
     if data is None:
         dataset = build_dataset(settings)
         partition = build_partition(settings, dataset)
-        images_of = lambda client: dataset.train.subset(partition.indices[client])  # noqa: E731
+        shard_of = lambda client: dataset.train.subset(partition.indices[client])  # noqa: E731
     else:
         if settings.threads:
             torch.set_num_threads(settings.threads)
         assert images is not None  # the server tells every edge device what its images must be like
         dataset = own_dataset(data, images, settings.data.image_size)
-        images_of = lambda _client: dataset.train  # noqa: E731
-    return Host(settings, dataset, images_of, device)
+        shard_of = lambda _client: dataset.train  # noqa: E731
+    return Host(settings, dataset, shard_of, device)
 
 
 def states_dir() -> Path:

@@ -24,12 +24,13 @@ from fedfmd.protocol.messages import (
     BY_ATTENTION,
     Assignment,
     ClientResult,
+    ClientScore,
     Instruction,
     Reply,
 )
 from fedfmd.protocol.state import Arrays, first_non_finite, load, parameter_names, trained_views
 from fedfmd.seeds import derive_seed
-from fedfmd.training import TrainResult, train
+from fedfmd.training import TrainResult, evaluate, train
 from fedfmd.training.partial import Kernels, most_attended, rotated, trained_parameters
 
 logger = logging.getLogger("fedfmd.client")
@@ -59,6 +60,39 @@ def run_assignments(host: Host, instruction: Instruction, arrays: Arrays) -> Rep
         sent = {name: torch.as_tensor(array).numpy(force=True) for name, array in upload.arrays.items()}
         return replace(reply, arrays=sent, scales=dict(upload.scales))
     return reply
+
+
+def score_clients(host: Host, instruction: Instruction, arrays: Arrays) -> tuple[ClientScore, ...]:
+    """Test the global arrays on the images that each assigned client holds out.
+
+    Where the algorithm leaves arrays with the client, its own model is tested too: the global arrays, with those that
+    the client kept in the round before the instruction's.
+    """
+    algorithm = make_algorithm(host.settings)
+    return tuple(
+        _score(host, algorithm, instruction, assignment.client, arrays)
+        for assignment in instruction.assignments
+    )
+
+
+def _score(
+    host: Host, algorithm: Algorithm, instruction: Instruction, client: int, arrays: Arrays
+) -> ClientScore:
+    try:
+        images, model = host.tests_of(client), host.model
+        if not len(images):
+            return ClientScore(client)
+        load(model, arrays)
+        tested = evaluate(model, images, host.dataset, device=host.device)
+        score = ClientScore(client, tested.loss, tested.accuracy)
+        own = _kept(host, instruction, client).own if algorithm.private(model) else {}
+        if not own:
+            return score
+        with algorithm.training(LocalTraining(model, arrays, own)):  # puts the client's arrays in
+            tested = evaluate(model, images, host.dataset, device=host.device)
+        return replace(score, personal_test_loss=tested.loss, personal_test_accuracy=tested.accuracy)
+    except Exception as error:  # one client's fault must not cost the others of this node their scores
+        return ClientScore(client, reason=" ".join(f"{type(error).__name__}: {error}".split()))
 
 
 def _run_client(

@@ -43,7 +43,8 @@ def make_dynamic(
 
     Args:
         model: any network; one that is a single convolution, too.
-        conv: the name of a dynamic convolution in `CONVS`.
+        conv: the name of a dynamic convolution in `CONVS`, or a user's own ``module:Class`` that derives from
+            `DynamicConv2d`.
         kernels: K, the kernels per bank.
         skip: which convolutions stay as they are: names of submodules, as in `named_modules`, or a function of a
             convolution's name and the convolution. By default the stem, that is the model's first convolution, and
@@ -56,7 +57,7 @@ def make_dynamic(
         ValueError: an unknown or static convolution, an option that can't be used, a name in `skip` without a
             convolution, a convolution that has no dynamic counterpart, or none to replace.
     """
-    if conv in CONVS and not is_dynamic(conv):
+    if not is_dynamic(conv):
         names = ", ".join(name for name in CONVS if is_dynamic(name))
         raise ValueError(f"conv = {conv!r} has no bank of kernels; use one of {names}")
     found = {

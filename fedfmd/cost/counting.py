@@ -3,7 +3,8 @@
 Conventions: 1 MAC = 2 FLOPs; training costs 3 × the forward pass, since the backward pass has two products
 for each of its products; a number takes 4 bytes (float32). Convolutions, linear layers and the aggregation
 of kernels are counted; what is elementwise on feature maps (normalisation, activation, pooling, scaling by
-an attention) is not. A dynamic convolution is counted as its equation is written, whatever way of mixing
+an attention) is not. Of layers of other kinds, as a user's own, the products are counted that PyTorch does: its
+convolutions and matrix products. A dynamic convolution is counted as its equation is written, whatever way of mixing
 computes it, and also at K = 1, where the layers save themselves the aggregation.
 """
 
@@ -11,22 +12,23 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from fedfmd.conv import DynamicConv2d
 
 FLOPS_PER_MAC = 2
 TRAINING_PER_FORWARD = 3
 BYTES_PER_NUMBER = 4
-COPIES_OF_PARAMETERS = 3  # SGD with momentum holds each parameter, its gradient and its momentum
 
 CONVOLUTIONS = (nn.Conv2d, DynamicConv2d)
-STORING = (*CONVOLUTIONS, nn.BatchNorm2d, nn.GroupNorm, nn.ReLU6, nn.MaxPool2d, nn.Linear)
+KNOWN = (*CONVOLUTIONS, nn.BatchNorm2d, nn.GroupNorm, nn.ReLU6, nn.MaxPool2d, nn.Linear)
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,8 @@ class Cost:
         params: number of parameters.
         bytes: size of the state dict, parameters and buffers.
         macs_by_kind: MACs of a forward pass in the convolutions (static and dynamic), the linear layers (the
-            classifier), the attention of the dynamic convolutions and the aggregation of their kernels.
+            classifier), the attention of the dynamic convolutions and the aggregation of their kernels; "other" is
+            what layers of other kinds have, where there are any.
         activation_bytes: what training keeps from the forward for the backward pass: see `stored_numbers`.
         kernels: K, the kernels of each bank; 1 without banks.
         kernel_params: parameters, biases included, that one kernel of every bank has together.
@@ -94,7 +97,7 @@ def count(model: nn.Module, image_size: int) -> Cost:
     """
     if image_size < 1:
         raise ValueError(f"image_size = {image_size} must be at least 1")
-    calls = trace(model, image_size)
+    calls, other_macs = trace(model, image_size)
     dynamic = [call.layer for call in calls if isinstance(call.layer, DynamicConv2d)]
     return Cost(
         params=sum(p.numel() for p in model.parameters()),
@@ -106,6 +109,7 @@ def count(model: nn.Module, image_size: int) -> Cost:
             "linear": sum(linear_macs(c.layer) for c in calls if isinstance(c.layer, nn.Linear)),
             "attention": sum(layer.attention_macs for layer in dynamic),
             "aggregation": sum(layer.aggregation_macs for layer in dynamic),
+            **({"other": other_macs} if other_macs else {}),
         },
         activation_bytes=BYTES_PER_NUMBER * sum(stored_numbers(call) for call in calls),
         kernels=max((layer.kernels for layer in dynamic), default=1),
@@ -128,36 +132,61 @@ def training_flops(cost: Cost, kernels: int) -> int:
     return cost.train_flops - FLOPS_PER_MAC * (cost.kernels - kernels) * cost.kernel_gradient_macs
 
 
-def training_memory(cost: Cost, batch: int, kernels: int | None = None) -> int:
-    """Bytes that SGD with momentum holds: parameters, gradients, momentum and a batch's activations.
+def training_memory(cost: Cost, batch: int, kernels: int | None = None, states: int = 1) -> int:
+    """Bytes that training holds: parameters, gradients, the optimiser's state and a batch's activations.
 
-    Frozen parameters have neither gradient nor momentum: all but `kernels` (None: all) of each bank.
+    Frozen parameters have neither gradient nor state: all but `kernels` (None: all) of each bank. `states` counts
+    the numbers that the optimiser keeps for each parameter: 1 is the momentum of SGD.
     """
     frozen = 0 if kernels is None else frozen_bytes(cost, kernels)
-    parameters = COPIES_OF_PARAMETERS * cost.param_bytes - (COPIES_OF_PARAMETERS - 1) * frozen
+    parameters = (2 + states) * cost.param_bytes - (1 + states) * frozen
     return parameters + batch * cost.activation_bytes
 
 
-def trace(model: nn.Module, image_size: int) -> list[Call]:
-    """List the layers with the shapes that they meet, by running a copy without data on the meta device."""
+def trace(model: nn.Module, image_size: int) -> tuple[list[Call], int]:
+    """List the layers with the shapes that they meet, by running a copy without data on the meta device.
+
+    The second value is the MACs of all that is done outside `KNOWN` layers, where the model has other ones.
+    """
     model = copy.deepcopy(model).to("meta").eval()
     calls: list[Call] = []
-    for layer in leaves(model):
-        layer.register_forward_hook(
-            lambda layer, inputs, output: calls.append(Call(layer, inputs[0].shape, output.shape))
-        )
-    with torch.no_grad():
+    counter = FlopCounterMode(display=False)
+    known = 0  # FLOPs up to and in known layers, less those before them
+
+    def enter(_layer: nn.Module, _inputs: object) -> None:
+        nonlocal known
+        known -= counter.get_total_flops()
+
+    def leave(_layer: nn.Module, _inputs: object, _output: object) -> None:
+        nonlocal known
+        known += counter.get_total_flops()
+
+    def note(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if isinstance(output, Tensor):
+            calls.append(Call(layer, inputs[0].shape, output.shape))
+
+    layers = list(leaves(model))
+    others = any(not isinstance(layer, KNOWN) for layer in layers)
+    for layer in layers:
+        layer.register_forward_hook(note)
+        if others and isinstance(layer, KNOWN):
+            layer.register_forward_pre_hook(enter)
+            layer.register_forward_hook(leave)
+    with torch.no_grad(), counter if others else nullcontext():
         model(torch.empty(1, 3, image_size, image_size, device="meta"))
-    return calls
+    return calls, (counter.get_total_flops() - known) // FLOPS_PER_MAC
 
 
 def leaves(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield the layers that have a cost; a dynamic convolution is one layer, its attention included."""
-    if isinstance(module, STORING):
+    """Yield the layers that have a cost: `KNOWN` ones, a dynamic convolution with its attention being one, and others.
+
+    The others are all that have parameters of their own, whatever lies inside.
+    """
+    known = isinstance(module, KNOWN)
+    if known or next(module.parameters(recurse=False), None) is not None:
         yield module
-    else:
-        for child in module.children():
-            yield from leaves(child)
+    for child in () if known else module.children():
+        yield from leaves(child)
 
 
 def convolution_macs(layer: nn.Conv2d | DynamicConv2d, output: torch.Size) -> int:

@@ -10,12 +10,14 @@ from fedfmd.data.images import Dataset, ImageFormat, ImageSet, fit, hold_out, lo
 from fedfmd.data.partition import (
     Partition,
     cached_partition,
+    hold_out_own,
     load_partition,
     make_partition,
+    own_test_size,
     save_partition,
 )
 from fedfmd.data.plot import plot_partition
-from fedfmd.data.schemes import PARTITIONS
+from fedfmd.data.schemes import PARTITIONS, parameters_of
 from fedfmd.data.sources import AUGMENT_CHOICES, DATASETS, load_dataset
 
 __all__ = [
@@ -32,10 +34,13 @@ __all__ = [
     "cached_partition",
     "fit",
     "hold_out",
+    "hold_out_own",
     "load_dataset",
     "load_image_set",
     "load_partition",
     "make_partition",
+    "own_test_size",
+    "parameters_of",
     "plot_partition",
     "read_image",
     "save_partition",

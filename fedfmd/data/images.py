@@ -226,24 +226,45 @@ def load_image_set(
 
 def _read_npz(path: Path, image_size: int | None, class_names: Sequence[str] | None) -> ImageSet:
     pixels, labels = read_npz(path, "images", "labels")
+    return image_set(pixels, labels, str(path), image_size, class_names)
+
+
+def image_set(
+    pixels: np.ndarray,
+    labels: np.ndarray,
+    source: str,
+    image_size: int | None = None,
+    class_names: Sequence[str] | None = None,
+) -> ImageSet:
+    """Check pixels uint8 N x H x W x 3 and labels integers N, and return them, resized to `image_size` where given.
+
+    Raises:
+        ValueError: one line that starts with their `source` and says what is wrong with them.
+    """
     if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3:
-        raise ValueError(f"{path}: 'images' must be uint8 N x H x W x 3, not {pixels.dtype} {_shape(pixels)}")
+        raise ValueError(
+            f"{source}: 'images' must be uint8 N x H x W x 3, not {pixels.dtype} {_shape(pixels)}"
+        )
     if labels.dtype.kind not in "iu" or labels.ndim != 1:
-        raise ValueError(f"{path}: 'labels' must be integers of shape N, not {labels.dtype} {_shape(labels)}")
+        raise ValueError(
+            f"{source}: 'labels' must be integers of shape N, not {labels.dtype} {_shape(labels)}"
+        )
     if len(pixels) != len(labels):
-        raise ValueError(f"{path}: {len(pixels)} images but {len(labels)} labels; each image needs one label")
+        raise ValueError(
+            f"{source}: {len(pixels)} images but {len(labels)} labels; each image needs one label"
+        )
     if not pixels.size:
-        raise ValueError(f"{path}: holds no images ({_shape(pixels)})")
+        raise ValueError(f"{source}: holds no images ({_shape(pixels)})")
     if labels.min() < 0:
-        raise ValueError(f"{path}: label {labels.min()} is negative; classes count from 0")
+        raise ValueError(f"{source}: label {labels.min()} is negative; classes count from 0")
     if class_names is not None and labels.max() >= len(class_names):
         raise ValueError(
-            f"{path}: label {labels.max()} is outside the classes 0..{len(class_names) - 1}; "
+            f"{source}: label {labels.max()} is outside the classes 0..{len(class_names) - 1}; "
             "relabel or remove those images"
         )
     if image_size is None and pixels.shape[1] != pixels.shape[2]:
         raise ValueError(
-            f"{path}: images of {_shape(pixels[0])} are not square; set data.image-size to cut them"
+            f"{source}: images of {_shape(pixels[0])} are not square; set data.image-size to cut them"
         )
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
     if image_size is not None and images.shape[2:] != (image_size, image_size):

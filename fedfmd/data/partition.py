@@ -17,8 +17,9 @@ from torch import Tensor
 from fedfmd.data.files import read_npz, replacing
 from fedfmd.data.images import Dataset
 from fedfmd.data.plot import plot_partition
-from fedfmd.data.schemes import PARTITIONS, Split
+from fedfmd.data.schemes import PARTITIONS, Split, own_split
 from fedfmd.errors import need
+from fedfmd.own_code import is_own
 
 if TYPE_CHECKING:
     import datasets
@@ -29,8 +30,9 @@ DRAWS = 100
 
 @dataclass(frozen=True, eq=False)
 class Partition:
-    """Which images each client has: `indices[c]` are client c's, sorted int64. Every image has one client.
+    """Which images each client has: `indices[c]` are client c's, sorted int64. No image has two clients.
 
+    Every image has one, but where a user's own scheme leaves some over.
     `parameters` are the settings that shaped the split, such as `{"alpha": 0.5}`.
     """
 
@@ -70,7 +72,7 @@ def make_partition(
 
     Args:
         labels: one class per image.
-        scheme: a name of the registry `PARTITIONS`.
+        scheme: a name of the registry `PARTITIONS`, or a user's own ``module:function`` (see `own_split`).
         clients: how many shares to make.
         alpha: concentration of `dirichlet` (of each class) and `quantity` (of the sizes); small is uneven.
         classes_per_client: of `pathological`.
@@ -102,13 +104,16 @@ def cached_partition(
     """`make_partition` of the training set, computed once and kept in `cache_dir`.
 
     It is found again by the dataset's content, the scheme with its parameters, and the seed. A damaged file
-    is replaced; a folder that can't be written only costs computing the split again.
+    is replaced; a folder that can't be written only costs computing the split again. That of a user's own scheme, whose
+    code may change, is computed each time.
     """
     labels = dataset.train.labels.numpy()
     split = Split(
         len(labels), len(np.unique(labels)), scheme, clients, alpha, classes_per_client, min_images, seed
     )
     split.check()
+    if is_own(scheme):
+        return _make(labels, split)
     key = json.dumps([dataset.fingerprint, scheme, clients, split.parameters, min_images, seed])
     path = cache_dir / f"{scheme}-{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}.npz"
     with suppress(ValueError):
@@ -119,6 +124,21 @@ def cached_partition(
     with suppress(OSError):
         _write(path, partition, partition.label_counts(labels, dataset.classes))
     return partition
+
+
+def own_test_size(images: int, share: float) -> int:
+    """Return how many of a client's images it holds out: that share, rounded, but one at least, and one stays.
+
+    A client with a single image has none to spare.
+    """
+    return min(images - 1, max(1, round(share * images))) if share else 0
+
+
+def hold_out_own(images: int, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draw which of a client's images it trains on, and which are held out to test: sorted int64, by place."""
+    order = np.random.default_rng(seed).permutation(images)
+    held = own_test_size(images, share)
+    return np.sort(order[held:]), np.sort(order[:held])
 
 
 def save_partition(
@@ -167,6 +187,8 @@ def _write(path: Path, partition: Partition, label_counts: np.ndarray) -> None:
 
 def _make(labels: np.ndarray, split: Split) -> Partition:
     """Draw until every image has a client and every client `min_images`; give up after `DRAWS`."""
+    if is_own(split.scheme):
+        return Partition(split.scheme, split.seed, own_split(split, labels))
     need(f"partition.scheme = '{split.scheme}'", "flwr_datasets")
     import datasets
 

@@ -1,4 +1,4 @@
-"""The ways to split a training set over clients, each by one of flwr-datasets' partitioners."""
+"""The ways to split a training set over clients, each by one of flwr-datasets' partitioners, or a user's own."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from fedfmd.own_code import call, is_own
 
 if TYPE_CHECKING:
     from flwr_datasets.partitioner import Partitioner
@@ -30,7 +32,7 @@ class Split:
     @property
     def parameters(self) -> dict[str, float]:
         """The settings that the scheme heeds besides clients and min_images."""
-        return {name: getattr(self, name) for name in PARTITIONS[self.scheme].parameters}
+        return {name: getattr(self, name) for name in parameters_of(self.scheme)}
 
     def check(self) -> None:
         """Refuse what no draw can meet.
@@ -38,7 +40,7 @@ class Split:
         Raises:
             ValueError: one line that names the setting, its value and the fix.
         """
-        if self.scheme not in PARTITIONS:
+        if self.scheme not in PARTITIONS and not is_own(self.scheme):
             raise ValueError(f"partition.scheme = '{self.scheme}': must be one of {', '.join(PARTITIONS)}")
         for setting, value, least in (
             ("partition.clients", self.clients, 1),
@@ -53,6 +55,8 @@ class Split:
                 f"client needs partition.min-images = {self.min_images}, so use at most "
                 f"{self.images // self.min_images} clients"
             )
+        if is_own(self.scheme):  # which says itself what can't be met
+            return
         if "alpha" in self.parameters and not 0 < self.alpha <= MAX_ALPHA:
             raise ValueError(
                 f"partition.alpha = {self.alpha}: must be above 0 (small: a very uneven split) and at most "
@@ -176,3 +180,63 @@ PARTITIONS: dict[str, Scheme] = {
     ),
     "quantity": Scheme(_quantity, ("alpha",)),
 }
+
+
+def parameters_of(scheme: str) -> tuple[str, ...]:
+    """Return the names of the settings that shape a split; all there are for a user's own, which may heed any."""
+    if is_own(scheme):
+        return tuple(dict.fromkeys(name for known in PARTITIONS.values() for name in known.parameters))
+    return PARTITIONS[scheme].parameters
+
+
+def own_split(split: Split, labels: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Split by a user's own function, which gets labels, the number of clients and a generator of random numbers.
+
+    It also gets what it has arguments for of alpha, classes_per_client and min_images, and returns the indices of
+    each client's images. Images may be left over.
+
+    Raises:
+        ValueError: it fails, or returns no such split, or another one each time; one line that names the setting.
+    """
+    first, second = (_called(split, labels) for _ in range(2))
+    if not all(map(np.array_equal, first, second)):
+        raise ValueError(
+            f"partition.scheme = {split.scheme!r} splits otherwise each time: draw from its argument rng alone"
+        )
+    return first
+
+
+def _called(split: Split, labels: np.ndarray) -> tuple[np.ndarray, ...]:
+    given = {
+        "labels": labels.copy(),
+        "clients": split.clients,
+        "rng": np.random.default_rng(split.seed),
+    }
+    shares = call(
+        "partition.scheme", split.scheme, given, split.parameters | {"min_images": split.min_images}
+    )
+    must = f"partition.scheme = {split.scheme!r} must return the image indices of each client"
+    try:
+        indices = tuple(np.asarray(share) for share in shares)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{must}, and returned {type(shares).__name__} ({error})") from None
+    if len(indices) != split.clients:
+        raise ValueError(f"{must}: partition.clients = {split.clients}, and it returned {len(indices)} lists")
+    for client, own in enumerate(indices):
+        if own.ndim != 1 or (own.size and own.dtype.kind not in "iu"):
+            raise ValueError(
+                f"{must}, and client {client} has {own.dtype} of shape {own.shape}, not whole numbers"
+            )
+        if len(own) < split.min_images:
+            raise ValueError(
+                f"{must}: client {client} has {len(own)} images, and partition.min-images = {split.min_images}"
+            )
+        if own.min() < 0 or own.max() >= split.images:
+            raise ValueError(
+                f"{must}: client {client} has indices {own.min()} to {own.max()}, the training images' are 0 to "
+                f"{split.images - 1}"
+            )
+    everyone = np.sort(np.concatenate(indices))
+    if len(twice := everyone[1:][everyone[1:] == everyone[:-1]]):
+        raise ValueError(f"{must}, each image once: image {twice[0]} is there twice")
+    return tuple(np.sort(own.astype(np.int64)) for own in indices)

@@ -1,4 +1,4 @@
-"""The datasets that a run can name: `digits`, `cifar10`, `cifar100`, `npz` and `imagefolder`."""
+"""The datasets that a run can name: `digits`, `cifar10`, `cifar100`, `npz`, `imagefolder`, or a user's own."""
 
 from __future__ import annotations
 
@@ -8,12 +8,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fedfmd.data.augmentation import AUGMENTATIONS, Augmentation, read_augmentation
-from fedfmd.data.images import Dataset, ImageSet, channel_statistics, class_folders, fit, load_image_set
+from fedfmd.data.images import (
+    Dataset,
+    ImageSet,
+    channel_statistics,
+    class_folders,
+    fit,
+    image_set,
+    load_image_set,
+)
 from fedfmd.errors import need, not_one_of
+from fedfmd.own_code import call, is_own
 
 AUTO = "auto"
 AUGMENT_CHOICES = (AUTO, *AUGMENTATIONS)
@@ -48,25 +58,28 @@ def load_dataset(
     """Load a dataset of the registry `DATASETS` into memory.
 
     Args:
-        name: `digits` (comes with scikit-learn), `cifar10`, `cifar100`, `npz` or `imagefolder`.
+        name: `digits` (comes with scikit-learn), `cifar10`, `cifar100`, `npz`, `imagefolder`, or ``module:function``
+            of a user's own (see `_own`).
         dir: folder of the CIFAR files, or of an image folder's `train/` and `val/` (or `test/`).
         train: npz file or image folder of the training set.
         test: npz file or image folder of the test set.
         download: fetch missing or damaged CIFAR files into `dir`.
         image_size: height and width in pixels; by default digits have 16, image folders 64, others their own.
         augment: how training images are varied at random; `auto`: by `crop` for digits, else by `crop+flip`.
-        classes: how many classes the labels of npz files stand for, if some of them have no training images.
+        classes: how many classes the labels of npz files, or of a user's own source, stand for, if some of them have
+            no training images.
 
     Raises:
         ValueError: one line that names the setting, its value and the fix.
     """
-    if name not in DATASETS:
+    if name not in DATASETS and not is_own(name):
         raise ValueError(f"data.dataset = '{name}' is unknown: choose one of {', '.join(DATASETS)}")
     if augment not in AUGMENT_CHOICES:
         raise ValueError(f"data.augment = {augment!r}: {not_one_of(augment, AUGMENT_CHOICES)}")
-    if classes is not None and name != "npz":
+    if classes is not None and name != "npz" and not is_own(name):
         raise ValueError(f"data.classes = {classes} is for data.dataset = 'npz' alone; leave it out")
-    dataset = DATASETS[name](Source(dir, train, test, download, image_size, classes))
+    source = Source(dir, train, test, download, image_size, classes)
+    dataset = _own(name, source) if is_own(name) else DATASETS[name](source)
     return dataset if augment == AUTO else replace(dataset, augment=read_augmentation(augment))
 
 
@@ -151,9 +164,34 @@ def _npz(source: Source) -> Dataset:
     """Two npz files (see `load_image_set`); unless it is told, the training labels tell how many classes there are."""
     train_path, test_path = _given("data.train", source.train), _given("data.test", source.test)
     train = _load("data.train", train_path, source.image_size, None)
-    names = [str(label) for label in range(_classes(train.labels, source))]
+    names = [
+        str(label) for label in range(_classes(train.labels, f"data.train = {train_path}", source.classes))
+    ]
     test = _load("data.test", test_path, source.image_size, names)
     return _dataset("npz", train, test, names, augment="crop+flip")
+
+
+def _own(name: str, source: Source) -> Dataset:
+    """Call a user's own function, which returns `(images, labels), (test images, test labels)`, arrays as in npz files.
+
+    It gets what it has arguments for of the settings `data.*`: dir, train and test (paths, or None) and image_size.
+    """
+    setting = f"data.dataset = {name!r}"
+    offered = {key: value for key, value in vars(source).items() if key not in ("download", "classes")}
+    made = call("data.dataset", name, offered=offered)
+    try:
+        arrays = [tuple(np.asarray(array) for array in pair) for pair in made]
+        (pixels, labels), (test_pixels, test_labels) = arrays
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"{setting} must return (images, labels), (test images, test labels), and returned a "
+            f"{type(made).__name__} of another form"
+        ) from None
+    train = image_set(pixels, labels, f"{setting}, training set", source.image_size)
+    classes = _classes(train.labels, f"{setting}, training set", source.classes)
+    names = [str(label) for label in range(classes)]
+    test = image_set(test_pixels, test_labels, f"{setting}, test set", source.image_size, names)
+    return _dataset(name, train, test, names, augment="crop+flip")
 
 
 def _given(setting: str, path: Path | None) -> Path:
@@ -162,21 +200,21 @@ def _given(setting: str, path: Path | None) -> Path:
     return path
 
 
-def _classes(labels: Tensor, source: Source) -> int:
+def _classes(labels: Tensor, source: str, wanted: int | None) -> int:
     """How many classes training labels stand for; a wrong label must not make thousands of classes."""
     found = labels.unique()
-    classes = source.classes or len(found)
+    classes = wanted or len(found)
     if int(found[-1]) < classes:
         return classes
-    if source.classes:
+    if wanted:
         raise ValueError(
-            f"data.train = {source.train}: label {int(found[-1])} is outside the classes 0..{classes - 1} of "
+            f"{source}: label {int(found[-1])} is outside the classes 0..{classes - 1} of "
             f"data.classes = {classes}; relabel or remove those images"
         )
     listed = ", ".join(map(str, found[:MAX_LISTED].tolist())) + (", …" if len(found) > MAX_LISTED else "")
     missing = next(label for label, known in enumerate(found.tolist()) if label != known)
     raise ValueError(
-        f"data.train = {source.train}: labels must be 0, 1, 2, … without gaps, but {missing} has no image and the "
+        f"{source}: labels must be 0, 1, 2, … without gaps, but {missing} has no image and the "
         f"largest is {int(found[-1])} (found {listed}); relabel them, or set data.classes if the others are to come"
     )
 

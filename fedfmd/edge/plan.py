@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from fedfmd.cost import Cost, training_flops, training_memory
 from fedfmd.edge.fleet import Client
@@ -58,6 +58,7 @@ class Workload:
         cost: the model's.
         payload_bytes: of the whole model on the wire, which the client receives.
         upload_bytes: of what it sends back after training 1, 2, … kernels of each bank.
+        states: numbers that the optimiser keeps for each parameter.
     """
 
     images: int
@@ -66,10 +67,11 @@ class Workload:
     cost: Cost
     payload_bytes: int
     upload_bytes: Sequence[int]
+    states: int = 1
 
     def largest_batch(self, memory_bytes: float, kernels: int) -> int:
         """Images per step that a device can hold, up to `batch_size`; 0 if not even one."""
-        free = memory_bytes - training_memory(self.cost, 0, kernels)
+        free = memory_bytes - training_memory(self.cost, 0, kernels, self.states)
         return max(0, min(self.batch_size, self.images, int(free // self.cost.activation_bytes)))
 
     def steps(self, batch_size: int) -> int:
@@ -95,11 +97,12 @@ class Budget:
         deadline_s: virtual seconds from the start of a round until the server stops waiting.
         energy_j: joules.
         up_bytes: bytes of the upload.
-        policy: a name of `POLICIES`.
+        policy: a name of `POLICIES`, or that of a user's own.
         kernels: for policies with fewer kernels, how many of each bank; 0: as many as fit.
         kernel_choice: a name of `KERNEL_CHOICES`: in turn, or those that the client's images use most.
         over_select: how many times the wanted clients are asked; only the first updates count.
         min_reports: share of the wanted clients below which the round is discarded.
+        choose: the policy of a user's own.
     """
 
     deadline_s: float | None = None
@@ -110,13 +113,14 @@ class Budget:
     kernel_choice: str = "rotation"
     over_select: float = 1.0
     min_reports: float = 0.0
+    choose: Choose | None = None
 
     def __post_init__(self) -> None:
         for setting, value, known in (
             ("policy", self.policy, POLICIES),
             ("kernel-choice", self.kernel_choice, KERNEL_CHOICES),
         ):
-            if value not in known:
+            if value not in known and not (setting == "policy" and self.choose):
                 raise ValueError(f"budget.{setting} = {value!r} is unknown; known: {', '.join(known)}")
         for setting, limit, unit in (
             ("deadline-s", self.deadline_s, "seconds"),
@@ -125,6 +129,11 @@ class Budget:
         ):
             if limit is not None and not limit > 0:
                 raise ValueError(f"budget.{setting} = {limit} must be a positive number of {unit}")
+
+    @property
+    def rules(self) -> Policy:
+        """The policy's; one of a user's own waits for nobody."""
+        return POLICIES.get(self.policy, Policy())
 
     def asked(self, wanted: int) -> int:
         """How many clients to select where `wanted` updates are."""
@@ -193,6 +202,14 @@ class WorkPlan:
         return self.client.device.power_w * self.total_s
 
 
+Make = Callable[..., WorkPlan]
+"""From steps and kernels, by default all that are possible, to the plan for them, at the device's nominal speed."""
+
+Choose = Callable[[dict[str, Any]], object]
+"""A policy of a user's own: gets `full`, the plan without limits, `plan`, a `Make`, and the client's `client`,
+`workload` and `budget`; returns one of the plans."""
+
+
 def plan_work(client: Client, workload: Workload, budget: Budget, speed: float = 1.0) -> WorkPlan:
     """Fit a client's round into its budget and predict what it costs.
 
@@ -200,18 +217,18 @@ def plan_work(client: Client, workload: Workload, budget: Budget, speed: float =
     `speed` times that, so that a plan that fitted may come late.
 
     Of all that fits, the plan has the most images × kernels, and the most kernels among equals. If nothing
-    fits, it has the fewest steps and kernels that the policy allows.
+    fits, it has the fewest steps and kernels that the policy allows. A policy of a user's own chooses the plan, which
+    is then judged as any other.
+
+    Raises:
+        ValueError: it chooses something else than one of the client's plans.
     """
-    policy, device = POLICIES[budget.policy], client.device
+    policy, device = budget.rules, client.device
     memory_bytes = device.memory_gb * 1e9
     counts = _kernel_counts(workload, budget)
-    plans = [
-        _most_steps(client, workload, budget, kernels, batch_size)
-        for kernels in counts
-        if (batch_size := workload.largest_batch(memory_bytes, kernels))
-    ]
-    if not plans:
-        needed = training_memory(workload.cost, 1, counts[0])
+    batches = {kernels: size for kernels in counts if (size := workload.largest_batch(memory_bytes, kernels))}
+    if not batches:
+        needed = training_memory(workload.cost, 1, counts[0], workload.states)
         return WorkPlan(
             client=client,
             latency_s=_latency(client, workload),
@@ -219,8 +236,12 @@ def plan_work(client: Client, workload: Workload, budget: Budget, speed: float =
             reason=f"client {client.id} ({device.name}, {device.memory_gb:g} GB) can't hold the "
             f"{needed / 1e9:.3g} GB of training on single images: use a smaller model",
         )
-    fitting = [plan for plan in plans if not _excess(plan, budget)]
-    best = max(fitting, key=lambda plan: (plan.examples * plan.kernels, plan.kernels), default=plans[0])
+    if budget.choose:
+        best = _chosen(budget.choose, client, workload, budget, batches)
+    else:
+        plans = [_most_steps(client, workload, budget, kernels, size) for kernels, size in batches.items()]
+        fitting = [plan for plan in plans if not _excess(plan, budget)]
+        best = max(fitting, key=lambda plan: (plan.examples * plan.kernels, plan.kernels), default=plans[0])
     timed = replace(best, compute_s=best.compute_s / speed)
     if policy.waits or not (excess := _excess(timed, budget)):
         return timed
@@ -229,9 +250,38 @@ def plan_work(client: Client, workload: Workload, budget: Budget, speed: float =
 
 def _kernel_counts(workload: Workload, budget: Budget) -> Sequence[int]:
     """Return the numbers of kernels that a client may train, in rising order."""
-    if not POLICIES[budget.policy].fewer_kernels:
-        return [workload.cost.kernels]
-    return [budget.kernels] if budget.kernels else range(1, workload.cost.kernels + 1)
+    everything = range(1, workload.cost.kernels + 1)
+    if budget.choose:
+        return everything
+    if not budget.rules.fewer_kernels:
+        return everything[-1:]
+    return [budget.kernels] if budget.kernels else everything
+
+
+def _chosen(
+    choose: Choose, client: Client, workload: Workload, budget: Budget, batches: Mapping[int, int]
+) -> WorkPlan:
+    """Return the plan that a policy of a user's own chooses; `batches` has the batch size by number of kernels."""
+
+    def plan(steps: int | None = None, kernels: int | None = None) -> WorkPlan:
+        kernels = max(batches) if kernels is None else kernels
+        if kernels not in batches:
+            raise ValueError(
+                f"kernels = {kernels}: must be {min(batches)} to {max(batches)}, as the device holds"
+            )
+        most = workload.steps(batches[kernels])
+        steps = most if steps is None else steps
+        if type(steps) is not int or not 1 <= steps <= most:
+            raise ValueError(f"steps = {steps}: must be a whole number from 1 to {most}")
+        return _work(client, workload, budget, kernels, batches[kernels], steps)
+
+    chosen = choose({"full": plan(), "plan": plan, "client": client, "workload": workload, "budget": budget})
+    if not isinstance(chosen, WorkPlan):
+        raise ValueError(
+            f"budget.policy = {budget.policy!r} must return a plan, full or plan(steps, kernels), and returned "
+            f"a {type(chosen).__name__}"
+        )
+    return plan(chosen.steps, chosen.kernels)
 
 
 def _most_steps(
@@ -243,7 +293,7 @@ def _most_steps(
         return _work(client, workload, budget, kernels, batch_size, steps)
 
     full = workload.steps(batch_size)
-    if not POLICIES[budget.policy].fewer_steps:
+    if not budget.rules.fewer_steps:
         return plan(full)
     fitting = bisect_left(range(1, full + 1), True, key=lambda steps: bool(_excess(plan(steps), budget)))
     return plan(max(1, fitting))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +15,10 @@ from torch import Tensor, nn
 from fedfmd.build import (
     build_dataset,
     build_model,
+    build_rate,
     build_sgd,
     build_temperature,
+    check_training,
     describe_network,
     torch_device,
 )
@@ -24,17 +28,29 @@ from fedfmd.data import Dataset
 from fedfmd.errors import RunError
 from fedfmd.memory import keep_freed
 from fedfmd.run_folder import open_run_folder, run_path
-from fedfmd.runs import EpochRow, RunFolder, known, latest_checkpoint, save_checkpoint
+from fedfmd.runs import (
+    EpochRow,
+    RunFolder,
+    known,
+    latest_checkpoint,
+    read_epochs,
+    save_checkpoint,
+    stop_reason,
+)
 from fedfmd.seeds import derive_seed
 from fedfmd.settings import Settings
 from fedfmd.start import load_start
 from fedfmd.tracking import find_callbacks
-from fedfmd.training import Best, LocalSGD, evaluate_on_both, learning_rate, train
+from fedfmd.training import Best, LocalSGD, evaluate_on_both, train
 from fedfmd.version import __version__
 
 logger = logging.getLogger(__name__)
 
-MOMENTUM = "momentum_buffer"  # PyTorch's name for it in the state of SGD
+OPTIMISER = "optimiser"
+"""What a checkpoint calls the optimiser's own numbers."""
+
+GROUPS = "group-"
+"""How the places of an optimiser's groups of parameters begin."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +79,8 @@ class Progress:
 def run_centralised(settings: Settings, threads: int) -> None:
     """Train from the start, or from the newest checkpoint of ``run-dir``, to the last epoch.
 
-    Each epoch is logged with its `EpochRow` as the record's `round_row`.
+    It ends earlier where a limit of ``server.stop-at`` is met. Each epoch is logged with its `EpochRow` as the record's
+    `round_row`.
 
     Args:
         settings: of ``kind = centralised``.
@@ -82,13 +99,18 @@ def run_centralised(settings: Settings, threads: int) -> None:
         for line in _header(training):
             logger.info(line)
         latency_s = latency(training.model, training.dataset.image_size)
-        for epoch in range(progress.epoch + 1, settings.length + 1):
+        reason = _stop_reason(settings, folder)
+        while progress.epoch < settings.length and not reason:
+            epoch = progress.epoch + 1
             row, best = _run_epoch(training, optimiser, epoch, progress, latency_s)
             folder.append_epoch(row)
+            reason = _stop_reason(settings, folder)
             progress = Progress(epoch, row.cum_wall_s, best)
-            if epoch % settings.server.checkpoint_every == 0 or epoch == settings.length:
+            if epoch % settings.server.checkpoint_every == 0 or epoch == settings.length or reason:
                 _save(training, optimiser, progress, folder)
             logger.info(_epoch_text(row, settings.length), extra={"round_row": row})
+        if reason:
+            logger.info("the run ends after epoch %d of %d: %s", progress.epoch, settings.length, reason)
         logger.info("%d epochs done, best accuracy %.4f", progress.epoch, progress.best.accuracy)
         logger.info("results: %s", folder.path)
 
@@ -107,6 +129,7 @@ def prepare_centralised(settings: Settings) -> Training:
     start = load_start(model, settings, dataset.classes)
     model = model.to(device)
     cost = count(model, dataset.image_size)
+    check_training(settings, dataset.classes)
     return Training(
         settings, dataset, model, cost, build_sgd(settings), build_temperature(settings), device, start
     )
@@ -122,7 +145,7 @@ def _run_epoch(
     """Train for an epoch, whose order and augmentation depend on (seed, epoch) alone, and evaluate."""
     settings, dataset, model = training.settings, training.dataset, training.model
     done = epoch - 1
-    lr = learning_rate(settings.train.lr, settings.train.schedule, done / settings.length)
+    lr = build_rate(settings, done)
     for group in optimiser.param_groups:
         group["lr"] = lr
     temperature = training.temperature.at(done)
@@ -166,17 +189,24 @@ def _run_epoch(
     return row, best
 
 
+def _stop_reason(settings: Settings, folder: RunFolder) -> str:
+    """Return the limit of ``server.stop-at`` that the epochs so far have met, in words; "" if none."""
+    limits = settings.stop_limits
+    return stop_reason(limits, read_epochs(folder.epochs)) if limits and folder.epochs.exists() else ""
+
+
 def _save(
     training: Training, optimiser: torch.optim.Optimizer, progress: Progress, folder: RunFolder
 ) -> None:
     settings = training.settings
+    tensors, numbers = _dump(optimiser)
     save_checkpoint(
         folder.checkpoints,
         progress.epoch,
         training.model.state_dict(),
-        asdict(progress),
+        asdict(progress) | {OPTIMISER: numbers},
         settings.kept(),
-        _momentum(training.model, optimiser),
+        tensors,
         keep=settings.server.keep_checkpoints,
         class_names=training.dataset.class_names,
         records=folder.records,
@@ -189,21 +219,44 @@ def _resume(training: Training, optimiser: torch.optim.Optimizer, folder: RunFol
         folder.truncate_after(0)
         return Progress()
     training.model.load_state_dict(checkpoint.arrays)
-    for name, parameter in training.model.named_parameters():
-        if name in checkpoint.extra_arrays:
-            optimiser.state[parameter][MOMENTUM] = checkpoint.extra_arrays[name].to(training.device)
+    state = dict(checkpoint.state)
+    _restore(optimiser, checkpoint.extra_arrays, state.pop(OPTIMISER))
     folder.truncate_after(checkpoint.round)
     logger.info("going on after epoch %d", checkpoint.round)
-    return Progress(**checkpoint.state | {"best": Best(**checkpoint.state["best"])})
+    return Progress(**state | {"best": Best(**state["best"])})
 
 
-def _momentum(model: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return the momentum of each parameter that has one, by the parameter's name."""
-    return {
-        name: momentum
-        for name, parameter in model.named_parameters()
-        if (momentum := optimiser.state[parameter].get(MOMENTUM)) is not None
+def _dump(optimiser: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return an optimiser's state, by `place/name`, place being a parameter's: tensors, and what JSON knows.
+
+    The numbers of its groups of parameters stand under `group-0/…`. Anything else, as a user's own may have, is not
+    kept.
+    """
+    whole = optimiser.state_dict()
+    groups = {f"{GROUPS}{place}": group for place, group in enumerate(whole["param_groups"])}
+    entries = {
+        f"{place}/{name}": value
+        for place, own in [*whole["state"].items(), *groups.items()]
+        for name, value in own.items()
     }
+    tensors = {key: value for key, value in entries.items() if isinstance(value, Tensor)}
+    return tensors, {
+        key: value for key, value in entries.items() if isinstance(value, bool | int | float | str)
+    }
+
+
+def _restore(
+    optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]
+) -> None:
+    """Take back what `_dump` gave."""
+    whole = optimiser.state_dict()
+    for key, value in {**tensors, **numbers}.items():
+        place, _, name = key.partition("/")
+        if place.startswith(GROUPS):
+            whole["param_groups"][int(place.removeprefix(GROUPS))][name] = value
+        else:
+            whole["state"].setdefault(int(place), {})[name] = value
+    optimiser.load_state_dict(whole)
 
 
 def _header(training: Training) -> list[str]:

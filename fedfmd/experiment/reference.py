@@ -13,7 +13,6 @@ from rich.text import Text
 
 from fedfmd.algorithms import ALGORITHMS
 from fedfmd.errors import SettingsError, nearest_of
-from fedfmd.models import MODELS
 from fedfmd.settings import Scalar, Settings
 
 TYPES = {"boolean": "true or false", "integer": "whole number", "number": "number", "string": "text"}
@@ -27,11 +26,8 @@ BOUNDS = {
 }
 """What JSON schema calls a bound, and what pydantic calls it where a validator comes before the bound."""
 
-OWN_CODE = {
-    "server.strategy": {"enum": [*ALGORITHMS, "module:Class"]},
-    "model.arch": {"enum": [*MODELS, "module:function"]},
-}
-"""What the schema doesn't tell of settings that may name code of the user, which are checked where that is loaded."""
+STRATEGIES = {"server.strategy": {"enum": [*ALGORITHMS, "module:Class"]}}
+"""What the schema doesn't tell, because the names are checked where the algorithms are."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +104,7 @@ def _schemas() -> Iterator[tuple[str, Mapping[str, Any]]]:
             continue
         for inner, own in schema["$defs"][section]["properties"].items():
             key = f"{name}.{inner}"
-            yield key, own | OWN_CODE.get(key, {})
+            yield key, own | STRATEGIES.get(key, {})
 
 
 def _choices(schema: Mapping[str, Any]) -> tuple[str, ...]:

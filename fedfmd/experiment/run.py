@@ -29,7 +29,7 @@ from fedfmd.report.comparison import read_comparison
 from fedfmd.report.selection import Selection
 from fedfmd.report.wording import WORDINGS
 from fedfmd.run_folder import run_path
-from fedfmd.runs import CHECKPOINTS, latest_round
+from fedfmd.runs import CHECKPOINTS, latest_round, stopped_by
 from fedfmd.settings import Settings
 
 Engine = Literal["inline", "flwr"]
@@ -39,11 +39,15 @@ logger = logging.getLogger("fedfmd.experiment")
 
 @dataclass(frozen=True)
 class Task:
-    """A planned run in its folder, of whose rounds `done` were finished before."""
+    """A planned run in its folder, of whose rounds `done` were finished before.
+
+    `stopped` tells which limit of ``server.stop-at`` they have met, "" if none.
+    """
 
     name: str
     settings: Settings
     done: int
+    stopped: str = ""
 
     @property
     def folder(self) -> Path:
@@ -57,8 +61,13 @@ class Task:
 
     @property
     def finished(self) -> bool:
-        """Whether all of them are done."""
-        return self.done >= self.rounds
+        """Whether all of them are done, or as many as it takes to meet a limit."""
+        return self.done >= self.rounds or bool(self.stopped)
+
+    def as_it_is(self) -> Task:
+        """Return the run as its folder tells of it now."""
+        done = latest_round(self.folder / CHECKPOINTS)
+        return replace(self, done=done, stopped=stopped_by(self.folder, self.settings.stop_limits, done))
 
 
 @dataclass(frozen=True)
@@ -150,8 +159,7 @@ def place_runs(experiment: Experiment, out: Path | None) -> list[Task]:
         folder = _folder(experiment, run, out)
         if folder in tasks:
             raise SettingsError(f"matrix: two runs are called {run.name}: give each value once")
-        done = latest_round(folder / CHECKPOINTS)
-        tasks[folder] = Task(run.name, run.settings.in_folder(folder), done)
+        tasks[folder] = Task(run.name, run.settings.in_folder(folder), done=0).as_it_is()
     return list(tasks.values())
 
 
@@ -210,7 +218,7 @@ def _run_all(
     for task in tasks:
         if task.finished:
             with _shown(task, display):
-                logger.info("finished before: %s", task.folder)
+                logger.info("finished before%s: %s", f", {task.stopped}" if task.stopped else "", task.folder)
                 _write_page(task.folder, anew=False)
     waiting = [task for task in tasks if not task.finished]
     if len(tasks) == 1:
@@ -280,16 +288,16 @@ def _train(settings: Settings, layout: Layout) -> None:
 
 
 def _check_end(task: Task) -> None:
-    """Refuse a run that ended early without an error, whatever ended it.
+    """Refuse a run that ended early without an error or a limit, whatever ended it.
 
     Raises:
         RunError: its last round or epoch isn't there as the run wrote it.
     """
-    if (done := latest_round(task.folder / CHECKPOINTS)) < task.rounds:
+    if not (ended := task.as_it_is()).finished:
         unit = WORDINGS[task.settings.kind].unit
         raise RunError(
-            f"the run ended after {unit} {done} of {task.rounds} without an error; finished ones are kept, run the "
-            "same command again to go on"
+            f"the run ended after {unit} {ended.done} of {task.rounds} without an error; finished ones are kept, run "
+            "the same command again to go on"
         )
 
 

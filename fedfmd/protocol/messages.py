@@ -2,6 +2,7 @@
 
 One message per node and round carries the plans of all clients that the node hosts; one reply brings back their
 weighted mean, each array with the number of images behind it, and, per client, one entry in every list of metrics.
+Where clients hold images out, a second message has them test the new model, and brings back their scores alone.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from fedfmd.protocol.state import Arrays
 from fedfmd.version import __version__
 
 ARRAYS, CONFIG, METRICS, WEIGHTS, SCALES = "arrays", "config", "metrics", "weights", "scales"
-IMAGES, VERSION = "images", "version"
+IMAGES, VERSION, REASON = "images", "version", "reason"
 MAX_PROFILE = 64 * 1024
 """Characters of an edge device's profile: ten times what a calibration of all operators writes."""
 WEIGHT = "num-examples"
@@ -90,7 +91,8 @@ SCALARS = tuple(f.name for f in fields(Instruction) if f.name not in ("assignmen
 class ClientResult:
     """What became of one client: `images` is the size of its shard, `examples` the images processed.
 
-    An empty `reason` means that the update was sent; loss and accuracy are those met while training. Kernel
+    An empty `reason` means that the update was sent; loss (the one that was minimised) and accuracy are those met while
+    training, on augmented images and with weights that change from step to step. Kernel
     entropy (H(π)/ln K) and attentions are means over dynamic layers and the images of the last local steps, NaN
     where the operator has no such attention. `latency_s` is an edge device's measured time of inference per image,
     NaN in a simulation.
@@ -116,6 +118,25 @@ class ClientResult:
 
 
 @dataclass(frozen=True)
+class ClientScore:
+    """How a model does on the images that a client held out, by cross entropy and accuracy; NaN without such images.
+
+    Attributes:
+        client: whose images they are.
+        test_loss, test_accuracy: of the global model.
+        personal_test_loss, personal_test_accuracy: of the same with the client's own layers; NaN where it has none.
+        reason: why there is no score; "" if nothing failed.
+    """
+
+    client: Whole
+    test_loss: Measure = math.nan
+    test_accuracy: Measure = math.nan
+    personal_test_loss: Measure = math.nan
+    personal_test_accuracy: Measure = math.nan
+    reason: Text = ""
+
+
+@dataclass(frozen=True)
 class Hosted:
     """A node's answer to the question what it hosts.
 
@@ -123,7 +144,7 @@ class Hosted:
         client: the client that an edge device is; -1: a worker, which hosts any.
         rank, nodes: a worker's place among how many.
         device, profile: name of an edge device's profile, and the text of its own one; "" without.
-        images: how many an edge device has.
+        images: how many an edge device has to train on.
         error: why the node can't take part; "" if it can.
     """
 
@@ -156,7 +177,7 @@ class Reply:
         return sum(result.images for result in self.results if result.ok)
 
 
-Row = TypeVar("Row", Assignment, ClientResult)
+Row = TypeVar("Row", Assignment, ClientResult, ClientScore)
 
 
 def to_record(arrays: Mapping[str, np.ndarray]) -> ArrayRecord:
@@ -221,7 +242,7 @@ def read_instruction(content: RecordDict) -> tuple[Instruction, Arrays]:
 def write_reply(reply: Reply) -> RecordDict:
     """Pack a node's answer: arrays and their weights, one list per metric, and the reasons of failures."""
     columns = _columns(reply.results, ClientResult)
-    reasons = ConfigRecord({"reason": columns.pop("reason")})
+    reasons = ConfigRecord({REASON: columns.pop(REASON)})
     return RecordDict(
         {
             ARRAYS: to_record(reply.arrays),
@@ -246,6 +267,23 @@ def read_reply(content: RecordDict) -> Reply:
     )
     scales = parse(dict[str, Scale], dict(record_of(content, SCALES, MetricRecord)), f"the record {SCALES}")
     return Reply(from_record(record_of(content, ARRAYS, ArrayRecord)), results, weights, scales)
+
+
+def write_scores(scores: Sequence[ClientScore]) -> RecordDict:
+    """Pack a node's answer to the message that has its clients test the model: one list per metric, and the reasons."""
+    columns = _columns(scores, ClientScore)
+    reasons = ConfigRecord({REASON: columns.pop(REASON)})
+    return RecordDict({METRICS: MetricRecord(columns), CONFIG: reasons})
+
+
+def read_scores(content: RecordDict) -> tuple[ClientScore, ...]:
+    """Unpack the scores of a node's clients.
+
+    Raises:
+        ValueError: a record is missing or another one, or a value is not of its type.
+    """
+    metrics, config = record_of(content, METRICS, MetricRecord), record_of(content, CONFIG, ConfigRecord)
+    return tuple(rows_of({**metrics, **config}, ClientScore))
 
 
 def _format_record(images: ImageFormat) -> ConfigRecord:

@@ -11,9 +11,10 @@ from typing import Any, TypeVar
 from fedfmd.build import build_dataset, build_model
 from fedfmd.conv import CONVS, OPTIONS, options_of
 from fedfmd.cost import Cost, count
-from fedfmd.data import PARTITIONS
+from fedfmd.data import PARTITIONS, parameters_of
 from fedfmd.data.files import read_npz
 from fedfmd.errors import SettingsError
+from fedfmd.own_code import is_own
 from fedfmd.report.packed import MANIFEST, read_packed
 from fedfmd.report.record import Run
 from fedfmd.report.selection import Choice, Selection, choose, stored_selection
@@ -189,7 +190,7 @@ def _labelled(runs: Sequence[Run], chosen: Iterable[str] = ()) -> tuple[Run, ...
         )
 
     def order(run: Run) -> tuple[Any, ...]:
-        flat = run.settings.flat() | {"model.conv": list(CONVS).index(run.conv)}
+        flat = run.settings.flat() | {"model.conv": ([*CONVS, run.conv].index(run.conv), run.conv)}
         return (*(flat[key] for key in (*task, *variant)), run.seed)
 
     return tuple(
@@ -200,7 +201,9 @@ def _labelled(runs: Sequence[Run], chosen: Iterable[str] = ()) -> tuple[Run, ...
 
 def _heeded(flat: Mapping[str, Any]) -> dict[str, Any]:
     """Leave out settings that only other splits or other convolutions heed: static ones have no kernels."""
-    own, options = PARTITIONS[flat["partition.scheme"]].parameters, options_of(flat["model.conv"])
+    conv = flat["model.conv"]
+    options = OPTIONS if is_own(conv) else options_of(conv)  # which need not be on this machine
+    own = parameters_of(flat["partition.scheme"])
     splits = {name for split in PARTITIONS.values() for name in split.parameters if name not in own}
     others = {f"partition.{name}" for name in splits} | {
         f"model.{name}" for name in OPTIONS.keys() - options.keys()

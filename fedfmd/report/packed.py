@@ -2,8 +2,8 @@
 
 `rounds.csv` has every row of every run (`epochs.csv`, if they are centralised), after a column `run` with the
 run's name. `clients.csv` has, in the same form, only what a report reads of the clients: a run's last round, and
-each client's last row with an accuracy. `runs.json`, the manifest, says what the runs were. Checkpoints, logs and
-the images that each client had stay behind.
+each client's last row with an accuracy, and with a test accuracy. `runs.json`, the manifest, says what the runs
+were. Checkpoints, logs and the images that each client had stay behind.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from fedfmd.cost import Cost
 from fedfmd.errors import SettingsError
-from fedfmd.report.record import PATHS, Run
+from fedfmd.report.record import CLIENT_ACCURACIES, PATHS, Run
 from fedfmd.runs import RUN_COLUMN, ClientRow, EpochRow, RoundRow, atomic_write, csv_text, read_table
 from fedfmd.settings import Scalar, Settings
 
@@ -134,9 +134,16 @@ def read_packed(folder: Path) -> list[Run]:
 
 
 def _reported_clients(run: Run) -> list[ClientRow]:
-    """Return what a report reads of the clients: the last round, and each client's last row with an accuracy."""
-    lasts = {row.client: row for row in run.clients if row.accuracy is not None}
-    return [row for row in run.clients if row.round == run.rounds[-1].round or row is lasts.get(row.client)]
+    """Return what a report reads of the clients: the last round, and each client's last row with each accuracy."""
+    lasts = [
+        {row.client: row for row in run.clients if getattr(row, column) is not None}
+        for column in CLIENT_ACCURACIES
+    ]
+    return [
+        row
+        for row in run.clients
+        if row.round == run.rounds[-1].round or any(row is last.get(row.client) for last in lasts)
+    ]
 
 
 def run_names(folders: Sequence[Path]) -> list[str]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
+from operator import attrgetter
 
 import numpy as np
 from matplotlib import rc_context
@@ -159,13 +160,19 @@ def _clients(facets: Sequence[Facet]) -> Section:
     return Section(
         "clients",
         "Spread over the clients",
-        "Accuracy of each client on its own images after it last trained, all seeds. Box: the middle half, with "
-        "the median; whiskers: lowest and highest; red triangle: mean of the worst 10 % of the clients.",
+        "Accuracy of each client on its own images, those that it trains on as met while it last trained, and those "
+        "that it holds out when it was last tested, all seeds. Box: the middle half, with the median; whiskers: lowest "
+        "and highest; red triangle: mean of the worst 10 % of the clients.",
         _plots(
             "clients",
             [
-                Picture(_titled("Accuracy per client", facet), plots.plot_clients(facet.series))
-                for facet in _facets_with(facets, lambda group: group.worst_clients)
+                Picture(_titled(title, facet), plots.plot_clients(facet.series, column))
+                for column, title in (
+                    ("accuracy", "Accuracy per client"),
+                    ("test_accuracy", "Test accuracy per client"),
+                    ("personal_test_accuracy", "Test accuracy of the client's own model"),
+                )
+                for facet in _facets_with(facets, attrgetter(plots.CLIENTS[column][1]))
             ],
         ),
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any, Literal
 
 import numpy as np
@@ -31,6 +32,15 @@ PHASES = {
     "compute_s": ("compute", "#999999"),
     "up_s": ("upload", "#F0E442"),
 }
+CLIENTS = {
+    "accuracy": ("accuracy on the client's own images (%)", "worst_clients"),
+    "test_accuracy": ("accuracy on what the client held out (%)", "client_test_worst"),
+    "personal_test_accuracy": (
+        "its own model's accuracy on what the client held out (%)",
+        "personal_test_worst",
+    ),
+}
+"""Columns of clients.csv that are drawn by client: label, and the field of a `Group` with the worst tenth."""
 ALARM = "#B22222"
 FEW = 5  # seeds of which each has its own line, if there are no more groups than that either
 LEGEND_COLUMNS = 3
@@ -82,12 +92,14 @@ def _series(named: Sequence[tuple[str, Group]]) -> tuple[Series, ...]:
     """Names of one convolution get its shades, dashes and markers in turn, or colours if they are alone."""
     styles = {}
     convs = dict.fromkeys(group.conv for _, group in named)
+    own = (conv for conv in convs if conv not in COLOURS)
+    colours = COLOURS | dict(zip(own, cycle(PALETTE[len(COLOURS) :]), strict=False))
     for conv in convs:
         names = list(dict.fromkeys(name for name, group in named if group.conv == conv))
         alone = len(convs) == 1 < len(names) <= len(PALETTE)
         for place, name in enumerate(names):
             shade = 0.0 if len(names) == 1 else -0.45 + 0.95 * place / (len(names) - 1)
-            colour = PALETTE[place] if alone else _shaded(COLOURS[conv], shade)
+            colour = PALETTE[place] if alone else _shaded(colours[conv], shade)
             styles[name] = (colour, DASHES[place % len(DASHES)], place)
     return tuple(
         Series(name, group, colour, dash, MARKERS[place % len(MARKERS)])
@@ -202,11 +214,15 @@ def plot_front(series: Sequence[Series], field: str, label: str) -> Figure:
     return figure
 
 
-def plot_clients(series: Sequence[Series]) -> Figure:
-    """Draw the clients' accuracies, all seeds: box of the middle half, whiskers to the extremes, worst 10 % as ▼."""
+def plot_clients(series: Sequence[Series], column: str = "accuracy") -> Figure:
+    """Draw the clients' accuracies, all seeds: box of the middle half, whiskers to the extremes, worst 10 % as ▼.
+
+    `column` is one of clients.csv that `CLIENTS` knows.
+    """
+    label, worst_of = CLIENTS[column]
     figure, axes = _panel(height=0.8 + 0.34 * len(series))
     for place, one in enumerate(series):
-        values = [value for run in one.group.runs for value in client_accuracies(run.clients)]
+        values = [value for run in one.group.runs for value in client_accuracies(run.clients, column)]
         if not values:
             continue
         box = axes.boxplot(
@@ -219,10 +235,10 @@ def plot_clients(series: Sequence[Series]) -> Figure:
         )
         box["boxes"][0].set(facecolor=one.colour, alpha=0.6)
         box["medians"][0].set(color="black")
-        if worst := one.group.worst_clients:
+        if worst := getattr(one.group, worst_of):
             axes.plot(worst.mean, place, "v", color=ALARM, markersize=7, markeredgecolor="white", zorder=3)
     _names(axes, series)
-    axes.set_xlabel("accuracy on the client's own images (%)", loc="right")
+    axes.set_xlabel(label, loc="right")
     axes.set_xlim(-2, 102)
     axes.grid(axis="x")
     return figure

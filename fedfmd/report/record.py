@@ -9,11 +9,14 @@ from typing import Any
 import numpy as np
 
 from fedfmd.cost import Cost
-from fedfmd.runs import ClientRow, EpochRow, RoundRow
+from fedfmd.runs import ClientRow, EpochRow, RoundRow, stop_reason
 from fedfmd.settings import Settings
 
 PATHS = frozenset({"data.dir", "data.train", "data.test", "fleet.devices-file", "fleet.trace"})
 """Settings that name files and folders of the machine that did the run."""
+
+CLIENT_ACCURACIES = ("accuracy", "test_accuracy", "personal_test_accuracy")
+"""Columns of clients.csv that a report shows by client, of the last round that has them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +28,7 @@ class Run:
         settings: all of them.
         rounds: rows of rounds.csv, or of epochs.csv.
         clients: rows of clients.csv, of these rounds; none if there is no such file. Of a packed run, those of
-            the last round and the last one of each client with an accuracy.
+            the last round and the last one of each client with an accuracy, of each of `CLIENT_ACCURACIES`.
         label_counts: images, clients x classes; None if there is no partition.npz.
         environment: environment.json; empty if there is none.
         cost: what the network costs for one image; None if its data set is not on this machine (or wasn't where it was
@@ -66,5 +69,7 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether it did all its rounds."""
-        return self.rounds[-1].round >= self.settings.length
+        """Whether it did all its rounds, or met a limit of ``server.stop-at``."""
+        return self.rounds[-1].round >= self.settings.length or bool(
+            stop_reason(self.settings.stop_limits, self.rounds)
+        )

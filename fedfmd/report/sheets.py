@@ -34,7 +34,8 @@ class Sheet:
 def make_sheets(summary: Summary) -> list[Sheet]:
     """Accuracy, cost to the target, cost of the whole run, the network, and IES and RCS.
 
-    Where there are any, differences to static stand behind the first, and what was tried at the end.
+    Where there are any, differences to static and tests of clients stand behind the first, and what was tried at the
+    end.
     """
     origin = "as asked" if summary.asked else "the lowest mean of the final accuracies"
     wording = WORDINGS[summary.kind]
@@ -56,8 +57,8 @@ def make_sheets(summary: Summary) -> list[Sheet]:
                 "best %": _what_is_best(summary, wording.unit),
                 "validation %": f"Validation: after the last {wording.unit}, on images held out of training.",
                 "top-5 %": "Top-5: the label is among the five most probable classes.",
-                "worst clients %": "Worst clients: mean of the worst 10 % of the clients, each on its own images "
-                "after local training.",
+                "worst clients %": "Worst clients: mean of the worst 10 % of the clients, each on the images that "
+                "it trains on, while it trains.",
             },
         ),
         _sheet(
@@ -120,6 +121,8 @@ def make_sheets(summary: Summary) -> list[Sheet]:
             },
         ),
     ]
+    if any(group.client_test for group in summary.groups):
+        sheets.insert(1, _tests_of_clients(summary))
     if any(group.difference for group in summary.groups):
         sheets.insert(1, _differences(summary))
     if summary.choice:
@@ -168,6 +171,25 @@ def flat_row(group: Group, target: float) -> dict[str, Any]:
         "macs": group.cost and group.cost.macs,
         "fronts": " ".join(group.fronts),
     }
+
+
+def _tests_of_clients(summary: Summary) -> Sheet:
+    """How well clients are served on images of their own: on average, how unequally, and the worst of them."""
+    return _sheet(
+        summary,
+        "Clients' own test images",
+        "Accuracy on what each client held out of its training, when it was last tested: mean over the clients, "
+        "standard deviation over them, and mean of the worst 10 %; each as mean ± standard deviation over seeds.",
+        {
+            "mean %": lambda group: _percent(group.client_test),
+            "spread": lambda group: _percent(group.client_test_spread),
+            "worst tenth %": lambda group: _percent(group.client_test_worst),
+            "own mean %": lambda group: _percent(group.personal_test),
+            "own spread": lambda group: _percent(group.personal_test_spread),
+            "own worst tenth %": lambda group: _percent(group.personal_test_worst),
+        },
+        {"own mean %": "Own: of the client's own model, which has layers that never leave it."},
+    )
 
 
 def _differences(summary: Summary) -> Sheet:

@@ -6,13 +6,14 @@ Accuracies are in percent, differences in percentage points.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, stdev
 
 from scipy.special import stdtr, stdtrit
 
 from fedfmd.cost import Cost, pareto_front
+from fedfmd.data import own_test_size
 from fedfmd.report.record import Run
 from fedfmd.report.selection import Choice
 from fedfmd.runs import ClientRow, EpochRow, RoundRow
@@ -80,7 +81,11 @@ class Group:
         best: that of the round or epoch with the highest validation accuracy; without validation images the
             highest. `top5_best` likewise.
         validation: accuracy of the last round or epoch on the validation images; None without them.
-        worst_clients: mean accuracy of the worst 10 % of the clients on their own images; None without rows.
+        worst_clients: mean accuracy of the worst 10 % of the clients on their own images, as met while training; None
+            without rows.
+        client_test, client_test_spread, client_test_worst: accuracy of the global model on what clients held out: mean
+            and standard deviation over the clients, mean of the worst 10 % of them; None without such images.
+        personal_test, personal_test_spread, personal_test_worst: the same of the clients' own models.
         cut: as `cut_percent` has it.
         difference: of the final accuracy to static's; None for static, and below two common seeds.
         target: the cost of reaching `Summary.target`.
@@ -106,6 +111,12 @@ class Group:
     top5_final: Estimate | None
     top5_best: Estimate | None
     worst_clients: Estimate | None
+    client_test: Estimate | None
+    client_test_spread: Estimate | None
+    client_test_worst: Estimate | None
+    personal_test: Estimate | None
+    personal_test_spread: Estimate | None
+    personal_test_worst: Estimate | None
     difference: Difference | None
     target: Target
     virtual_s: Estimate | None
@@ -185,7 +196,7 @@ def estimate(values: Iterable[float | None]) -> Estimate | None:
 def _estimate(known: Sequence[float]) -> Estimate:
     if not all(map(math.isfinite, known)):
         return Estimate(fmean(known), math.nan, len(known))
-    return Estimate(fmean(known), stdev(known) if len(known) > 1 else 0.0, len(known))
+    return Estimate(fmean(known), spread(known), len(known))
 
 
 def paired_difference(pairs: Sequence[tuple[float, float]]) -> Difference | None:
@@ -222,18 +233,36 @@ def worst_decile(accuracies: Sequence[float]) -> float:
     return fmean(lowest)
 
 
-def client_accuracies(rows: Iterable[ClientRow]) -> list[float]:
-    """Percent of its own images that each client's model got right when it last trained."""
-    last = {row.client: 100 * row.accuracy for row in rows if row.accuracy is not None}
-    return list(last.values())
+def client_accuracies(rows: Iterable[ClientRow], column: str = "accuracy") -> list[float]:
+    """Percent of its own images that each client's model got right when it last trained, or was last tested.
+
+    `column` is one of `fedfmd.report.record.CLIENT_ACCURACIES`.
+    """
+    known = ((row.client, getattr(row, column)) for row in rows)
+    return list({client: 100 * accuracy for client, accuracy in known if accuracy is not None}.values())
+
+
+def spread(values: Sequence[float]) -> float:
+    """Return the sample standard deviation; 0 of a single value."""
+    return stdev(values) if len(values) > 1 else 0.0
+
+
+def _over_clients(
+    runs: Iterable[Run], column: str, figure: Callable[[Sequence[float]], float]
+) -> Estimate | None:
+    """Return a figure of the clients' accuracies, over the seeds; None where no client has one."""
+    return estimate(
+        figure(accuracies) for run in runs if (accuracies := client_accuracies(run.clients, column))
+    )
 
 
 def cut_percent(run: Run) -> float | None:
     """Percent of the clients' full work, images × kernels trained, that their plans left out; None if unknown."""
     if run.label_counts is None:
         return None
-    settings, images = run.settings, run.label_counts.sum(axis=1).tolist()
-    kernels = 1 if run.conv == BASELINE else settings.model.kernels
+    settings, share = run.settings, run.settings.partition.test_share
+    images = [own - own_test_size(own, share) for own in run.label_counts.sum(axis=1).tolist()]
+    kernels = run.cost.kernels if run.cost else 1 if run.conv == BASELINE else settings.model.kernels
     planned = [row for row in run.clients if row.steps]
     full = sum(settings.train.local_epochs * images[row.client] * kernels for row in planned)
     left = full - sum(row.examples * row.kernels for row in planned)
@@ -327,9 +356,13 @@ def _group(
         validation=_column(last, "validation_accuracy", PERCENT),
         top5_final=_column(last, "top5_accuracy", PERCENT),
         top5_best=estimate(_best(run.rounds, "top5_accuracy") for run in runs),
-        worst_clients=estimate(
-            worst_decile(accuracies) for run in runs if (accuracies := client_accuracies(run.clients))
-        ),
+        worst_clients=_over_clients(runs, "accuracy", worst_decile),
+        client_test=_over_clients(runs, "test_accuracy", fmean),
+        client_test_spread=_over_clients(runs, "test_accuracy", spread),
+        client_test_worst=_over_clients(runs, "test_accuracy", worst_decile),
+        personal_test=_over_clients(runs, "personal_test_accuracy", fmean),
+        personal_test_spread=_over_clients(runs, "personal_test_accuracy", spread),
+        personal_test_worst=_over_clients(runs, "personal_test_accuracy", worst_decile),
         difference=paired_difference(pairs),
         target=to_target(runs, target),
         virtual_s=_column(last, "virtual_s"),

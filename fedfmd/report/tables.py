@@ -56,9 +56,8 @@ def cost_table(rows: Sequence[Row], title: str) -> Table:
     for row in rows:
         table.add_column(row["conv"], justify="right", no_wrap=True)
     lines = {"parameters": [si(row["params"]) for row in rows], "MACs": [si(row["macs"]) for row in rows]}
-    lines |= {
-        f"  {kind}": [si(row["macs_by_kind"][kind]) for row in rows] for kind in rows[0]["macs_by_kind"]
-    }
+    kinds = dict.fromkeys(kind for row in rows for kind in row["macs_by_kind"])
+    lines |= {f"  {kind}": [si(row["macs_by_kind"].get(kind, 0)) for row in rows] for kind in kinds}
     lines["training FLOPs"] = [si(row["train_flops"]) for row in rows]
     lines["model"] = [si(row["bytes"], "B") for row in rows]
     lines["activations"] = [si(row["activation_bytes"], "B") for row in rows]

@@ -44,6 +44,8 @@ WORDINGS = {
                 "best",
                 "validation",
                 "worst_clients",
+                *("client_test", "client_test_spread", "client_test_worst"),
+                *("personal_test", "personal_test_spread", "personal_test_worst"),
                 "virtual_s",
                 "gflops",
                 "mb",

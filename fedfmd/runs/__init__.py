@@ -34,6 +34,7 @@ from fedfmd.runs.rows import (
     read_table,
     round_line,
 )
+from fedfmd.runs.stopping import parse_stop, stop_reason, stopped_by
 
 __all__ = [
     "CHECKPOINTS",
@@ -61,6 +62,7 @@ __all__ = [
     "latest_round",
     "load_model",
     "parse_round_line",
+    "parse_stop",
     "read_clients",
     "read_environment",
     "read_epochs",
@@ -70,4 +72,6 @@ __all__ = [
     "round_line",
     "save_checkpoint",
     "save_tensors",
+    "stop_reason",
+    "stopped_by",
 ]

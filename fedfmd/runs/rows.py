@@ -90,7 +90,8 @@ class ClientRow:
         train_flops: of this round; `cum_train_flops` since the start.
         compute_s, down_s, up_s, total_s: by the device and link model.
         wall_s: seconds that the machine which hosted the client needed for it, from the global arrays to its update.
-        loss, accuracy: of the client's model on its own shard.
+        loss, accuracy: met while the client trained, mean over the images of all its steps: of a model that changes
+            from step to step, on the very images that it learns from, augmented; the loss is the one minimised.
         latency_s: modelled seconds of inference per image on its device.
         ies, rcs: latency_s / accuracy, accuracy / latency_s.
         kernel_entropy: mean over dynamic layers and images of H(π)/ln K; like the next two, over the images of
@@ -99,6 +100,11 @@ class ClientRow:
         measured_transfer_s: seconds from sending an edge device its message until its reply was there, without wall_s:
             both transfers, Flower's polling and the start of a process; like the next one, None in a simulation.
         measured_latency_s: seconds of inference of one image on the edge device, after training.
+        test_loss, test_accuracy: cross entropy and accuracy of the round's new global model on the images that the
+            client holds out (``partition.test-share``), in rounds whose model the server tests
+            (``server.evaluate-every``), for the clients whose update came; None for others, like the next two.
+        personal_test_loss, personal_test_accuracy: the same of the client's own model, the global one with what the
+            strategy leaves on the client: its normalisation layers with fedbn. None where it leaves nothing.
     """
 
     round: int
@@ -130,6 +136,10 @@ class ClientRow:
     output_attention: float | None = None
     measured_transfer_s: float | None = None
     measured_latency_s: float | None = None
+    test_loss: float | None = None
+    test_accuracy: float | None = None
+    personal_test_loss: float | None = None
+    personal_test_accuracy: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,6 +203,11 @@ _ROUND_LINE = "fedfmd-round "
 def known(value: float) -> float | None:
     """NaN, which stands for what does not exist, as None."""
     return None if math.isnan(value) else value
+
+
+def rounded(value: float) -> float:
+    """Return a number as it is read back: with ten digits."""
+    return float(f"{value:.10g}")
 
 
 def csv_text(rows: Iterable[Iterable[float | str | None]]) -> str:

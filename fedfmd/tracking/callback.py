@@ -35,9 +35,9 @@ class RunEnd:
     """How a run ended.
 
     Attributes:
-        error: why it ended early, in one line; "" if all rounds are done.
+        error: why it ended early, in one line; "" if all rounds are done, or as many as ``server.stop-at`` wants.
         pictures: PNG files in its folder, ``partition.png`` for instance.
-        checkpoint: the newest model's .safetensors file, which is the final one if all rounds are done.
+        checkpoint: the newest model's .safetensors file, which is the final one without an error.
     """
 
     error: str = ""

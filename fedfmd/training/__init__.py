@@ -1,27 +1,35 @@
 """Local training of one model on one set of images; knows nothing of Flower."""
 
 from fedfmd.training.local import (
+    LOSSES,
+    OPTIMISERS,
     PRECISIONS,
     SCHEDULES,
     Best,
     Evaluation,
     LocalSGD,
+    Loss,
     TrainResult,
     evaluate,
     evaluate_on_both,
     learning_rate,
+    scheduled_rate,
     train,
 )
 
 __all__ = [
+    "LOSSES",
+    "OPTIMISERS",
     "PRECISIONS",
     "SCHEDULES",
     "Best",
     "Evaluation",
     "LocalSGD",
+    "Loss",
     "TrainResult",
     "evaluate",
     "evaluate_on_both",
     "learning_rate",
+    "scheduled_rate",
     "train",
 ]

@@ -1,10 +1,14 @@
-"""Local training and evaluation of one model on one set of images; knows nothing of Flower."""
+"""Local training and evaluation of one model on one set of images; knows nothing of Flower.
+
+Training minimises any loss with any optimiser; evaluation always tells the cross entropy, so that runs compare.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -19,13 +23,36 @@ SCHEDULES = ("constant", "cosine", "step")
 PRECISIONS = ("float32", "bf16")
 TOP = 5
 
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""From logits B × classes and labels B to their mean loss, a scalar."""
+
+LOSSES: dict[str, Loss] = {"cross-entropy": F.cross_entropy}
+
+
+def _sgd(parameters: Iterable[Any], how: LocalSGD) -> torch.optim.Optimizer:
+    return torch.optim.SGD(
+        parameters,
+        lr=how.lr,
+        momentum=how.momentum,
+        weight_decay=how.weight_decay,
+        nesterov=how.nesterov,
+        fused=True,  # one pass over each array, without temporary copies
+    )
+
+
+def _adam(kind: type[torch.optim.Adam], parameters: Iterable[Any], how: LocalSGD) -> torch.optim.Optimizer:
+    """Adam with PyTorch's β₂ and ε; the momentum is β₁."""
+    return kind(parameters, lr=how.lr, betas=(how.momentum, 0.999), weight_decay=how.weight_decay, fused=True)
+
 
 @dataclass(frozen=True)
 class LocalSGD:
-    """The client's optimiser: SGD with (Nesterov's) momentum and weight decay.
+    """How a model is trained: by SGD with (Nesterov's) momentum and weight decay, unless `make` is another optimiser.
 
     With "bf16" precision the forward pass runs under autocast; weights and updates stay float32. `proximal`
     is FedProx's μ (Li et al., MLSys 2020): the loss gets μ/2 ‖w − w₀‖², w₀ being the weights at the start.
+    `clip_norm` is the L2 norm to which longer gradients of a step, that of this term included, are scaled down; 0
+    is none. `make` gets the parameters and this; `OPTIMISERS` has some.
     """
 
     lr: float
@@ -35,17 +62,29 @@ class LocalSGD:
     batch_size: int = 32
     precision: str = "float32"
     proximal: float = 0.0
+    clip_norm: float = 0.0
+    loss: Loss = F.cross_entropy
+    make: Callable[[Iterable[Any], LocalSGD], torch.optim.Optimizer] = _sgd
 
-    def optimiser(self, parameters: Iterable[Any]) -> torch.optim.SGD:
+    def optimiser(self, parameters: Iterable[Any]) -> torch.optim.Optimizer:
         """PyTorch's optimiser of these parameters, or groups of parameters with options of their own."""
-        return torch.optim.SGD(
-            parameters,
-            lr=self.lr,
-            momentum=self.momentum,
-            weight_decay=self.weight_decay,
-            nesterov=self.nesterov,
-            fused=True,  # one pass over each array, without temporary copies
-        )
+        return self.make(parameters, self)
+
+    def states(self) -> int:
+        """Return how many numbers the optimiser keeps for each parameter, after a step on one: 1 is momentum."""
+        parameter = nn.Parameter(torch.zeros(2, 3))
+        optimiser = self.optimiser([parameter])
+        parameter.grad = torch.ones_like(parameter)
+        optimiser.step()
+        kept = optimiser.state[parameter].values()
+        return sum(isinstance(value, Tensor) and value.shape == parameter.shape for value in kept)
+
+
+OPTIMISERS: dict[str, Callable[[Iterable[Any], LocalSGD], torch.optim.Optimizer]] = {
+    "sgd": _sgd,
+    "adam": partial(_adam, torch.optim.Adam),
+    "adamw": partial(_adam, torch.optim.AdamW),
+}
 
 
 @dataclass(frozen=True)
@@ -108,6 +147,17 @@ def learning_rate(lr: float, schedule: str, progress: float) -> float:
     raise ValueError(f"train.schedule = {schedule!r}: must be one of {', '.join(SCHEDULES)}")
 
 
+def scheduled_rate(lr: float, schedule: str, done: int, length: int, warmup: int = 0) -> float:
+    """Return the learning rate after `done` of `length` rounds or epochs.
+
+    In the first `warmup` of them it rises by lr / (warmup + 1) each, as Goyal et al. (arXiv:1706.02677) have it; the
+    schedule takes the others.
+    """
+    if done < warmup:
+        return lr * (done + 1) / (warmup + 1)
+    return learning_rate(lr, schedule, (done - warmup) / (length - warmup))
+
+
 def train(
     model: nn.Module,
     images: ImageSet,
@@ -118,10 +168,11 @@ def train(
     device: torch.device | str = "cpu",
     optimiser: torch.optim.Optimizer | None = None,
 ) -> TrainResult:
-    """Run `steps` batches of SGD on `images`, passing over them as often as needed.
+    """Take `steps` steps on batches of `images`, passing over them as often as needed.
 
     `dataset` tells how images are normalised and augmented; `generator` draws order and augmentation.
-    An `optimiser` given goes on from its state; without one, as on a client, momentum starts from zero.
+    An `optimiser` given goes on from its state; without one, momentum starts from zero. The result's loss is the one
+    that was minimised, `LocalSGD.loss`.
     """
     model.train()
     optimiser = optimiser or sgd.optimiser(model.parameters())
@@ -131,11 +182,13 @@ def train(
     for inputs, labels in islice(_endless(images, dataset, sgd.batch_size, generator, device), steps):
         with torch.autocast(inputs.device.type, torch.bfloat16, enabled=sgd.precision == "bf16"):
             logits = model(inputs)
-            loss = F.cross_entropy(logits, labels)
+            loss = sgd.loss(logits, labels)
         optimiser.zero_grad()
         loss.backward()
         if sgd.proximal:
             _pull(_parameters(optimiser), start, sgd.proximal)
+        if sgd.clip_norm:
+            nn.utils.clip_grad_norm_(_parameters(optimiser), sgd.clip_norm)
         optimiser.step()
         examples += len(labels)
         totals += _loss_and_hits(loss.detach() * len(labels), logits.detach(), labels)

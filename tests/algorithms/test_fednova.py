@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from fedfmd.algorithms.fednova import FedNova, effective_steps, scale
+from fedfmd.errors import SettingsError
 
 PARAMETERS = {"w"}
 
@@ -37,3 +38,12 @@ def test_effective_steps_are_the_way_along_a_constant_gradient(steps, momentum, 
         weight.grad = torch.ones_like(weight)
         optimiser.step()
     assert effective_steps(steps, momentum, nesterov) == pytest.approx(-weight.item() / 0.1)
+
+
+@pytest.mark.parametrize("optimiser", ["adam", "torch.optim:SGD"])
+def test_only_sgd_has_steps_whose_length_is_known(tiny_settings, optimiser):
+    FedNova(tiny_settings()).check()
+    with pytest.raises(
+        SettingsError, match=rf"train\.optimiser = '{optimiser}' goes otherwise: set train\.optimiser"
+    ):
+        FedNova(tiny_settings(**{"train.optimiser": optimiser})).check()

@@ -4,7 +4,8 @@ from types import SimpleNamespace
 import pytest
 from flwr.serverapp.strategy import FedMedian
 
-from fedfmd.algorithms import ALGORITHMS, Algorithm, find_algorithm, make_algorithm
+from fedfmd.algorithms import ALGORITHMS, Algorithm, find_algorithm
+from fedfmd.build import own_sources
 from fedfmd.errors import SettingsError
 
 FIVE = {"partition.clients": 5, "fleet.devices": "pi-4"}
@@ -56,9 +57,8 @@ def test_the_file_of_a_class_of_ones_own_is_known(tiny_settings, tmp_path, monke
         "from flwr.serverapp.strategy import FedAvg\nclass Mine(FedAvg): pass\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    own = make_algorithm(tiny_settings(**{"server.strategy": "users:Mine"}))
-    assert own.sources == (tmp_path / "users.py",)
-    assert make_algorithm(tiny_settings()).sources == ()
+    assert own_sources(tiny_settings(**{"server.strategy": "users:Mine"})) == (tmp_path / "users.py",)
+    assert own_sources(tiny_settings()) == ()
 
 
 @pytest.mark.parametrize(

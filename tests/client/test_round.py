@@ -12,7 +12,7 @@ from fedfmd.algorithms.fedbn import norm_views
 from fedfmd.build import build_model
 from fedfmd.client.app import app
 from fedfmd.client.host import Host
-from fedfmd.client.round import run_assignments
+from fedfmd.client.round import run_assignments, score_clients
 from fedfmd.client.state import ClientStates
 from fedfmd.conv import CONVS, AttentionRecord, record_attention
 from fedfmd.data import Dataset, ImageFormat, ImageSet
@@ -26,6 +26,7 @@ from fedfmd.protocol.messages import (
     Assignment,
     Instruction,
     read_reply,
+    read_scores,
     to_record,
     write_instruction,
     write_question,
@@ -33,6 +34,7 @@ from fedfmd.protocol.messages import (
 )
 from fedfmd.protocol.state import bank_of, load, pack, parameter_names, payload_bytes
 from fedfmd.settings import Settings
+from fedfmd.training import evaluate
 
 BROKEN, POISONED = 8, 9
 
@@ -547,3 +549,71 @@ def test_only_a_box_measures_inference(tiny_settings, node_config, measured):
     work = write_instruction(instruction(1, steps=1), to_record(pack(model)))
     (result,) = read_reply(ask(tiny_settings(), node_config, work, MessageType.TRAIN)).results
     assert (result.latency_s > 0) == measured
+
+
+HELD = {"partition.test-share": 0.25}
+
+
+def test_a_client_holds_the_same_images_out_in_every_round_and_never_trains_on_them(make_host):
+    host, all_of = make_host(**HELD), make_host()
+    for client, sizes in {0: (1, 0), 1: (8, 3), 2: (9, 3), 3: (10, 3)}.items():
+        trained, held, whole = host.images_of(client), host.tests_of(client), all_of.images_of(client)
+        assert (len(trained), len(held)) == sizes
+        both = torch.cat([trained.images, held.images]).flatten(1).tolist()
+        assert sorted(both) == sorted(whole.images.flatten(1).tolist())
+        assert torch.equal(make_host(**HELD).tests_of(client).images, held.images)
+    assert not torch.equal(make_host(seed=4, **HELD).tests_of(3).images, host.tests_of(3).images)
+    assert len(all_of.tests_of(3)) == 0
+    assert run_assignments(host, instruction(1, 3), global_arrays(host)).weight == 18
+
+
+def test_clients_test_the_global_model_on_what_they_hold_out(make_host):
+    host = make_host(**HELD)
+    arrays = global_arrays(host)
+    run_assignments(host, instruction(3), arrays)  # what was trained before is gone
+    scores = score_clients(host, instruction(1, 3, 0, steps=0), arrays)
+    model = build_model(host.settings, host.dataset.classes)
+    for score, client in zip(scores, (1, 3), strict=False):
+        expected = evaluate(model, host.tests_of(client), host.dataset)
+        assert (score.client, score.reason) == (client, "")
+        assert score.test_loss == pytest.approx(expected.loss, rel=1e-5)
+        assert score.test_accuracy == pytest.approx(expected.accuracy)
+        assert math.isnan(score.personal_test_accuracy)
+    assert math.isnan(scores[2].test_accuracy)  # a single image can't be spared
+
+
+def test_a_client_whose_images_are_gone_costs_the_others_no_score(make_host):
+    host = make_host(**HELD)
+    broken, fine = score_clients(host, instruction(BROKEN, 1), global_arrays(host))
+    assert broken.reason == "OSError: the disk is gone"
+    assert fine.reason == ""
+
+
+@pytest.mark.parametrize("norm", ["batch", "group"])
+def test_fedbn_clients_test_the_model_with_their_own_layers_too(make_host, states, norm):
+    host = make_host(norm=norm, **OWN, **HELD)
+    arrays = global_arrays(host)
+    first, _ = score_clients(host, instruction(1, 2, round=1, run="own"), arrays)
+    assert math.isnan(first.personal_test_loss)  # it has none before it has trained
+    run_assignments(host, instruction(1, 2, steps=20, run="own"), arrays)
+    one, two = score_clients(host, instruction(1, 2, round=2, run="own"), arrays)
+    for score, client in ((one, 1), (two, 2)):
+        model = build_model(host.settings, host.dataset.classes)
+        assert score.test_loss == pytest.approx(
+            evaluate(model, host.tests_of(client), host.dataset).loss, rel=1e-5
+        )
+        with torch.no_grad():
+            for name, tensor in ClientStates(states / "own").load(client, 2).own.items():
+                norm_views(model)[name].copy_(tensor)
+        personal = evaluate(model, host.tests_of(client), host.dataset)
+        assert score.personal_test_loss == pytest.approx(personal.loss, rel=1e-5) != score.test_loss
+
+
+def test_an_edge_device_tests_on_its_own_images(tiny_settings, own_data):
+    settings = tiny_settings(**HELD)
+    assert ask(settings, {"client": 1, "data": own_data})[CONFIG]["images"] == 5  # of 7 images 2 are held out
+    model = build_model(settings, classes=10)
+    work = write_instruction(instruction(1, images=IMAGES), to_record(pack(model)))
+    (score,) = read_scores(ask(settings, {"client": 1, "data": own_data}, work, MessageType.EVALUATE))
+    assert (score.client, score.reason) == (1, "")
+    assert score.test_accuracy in (0, 0.5, 1)

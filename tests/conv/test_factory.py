@@ -1,11 +1,15 @@
 """The registry and the factory."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
 from fedfmd.conv import CONVS, OPTIONS, has_kernel_attention, is_dynamic, make_conv, options_of
 from fedfmd.conv.layers import DynamicConv2d
+from fedfmd.errors import SettingsError
 
 
 @pytest.mark.parametrize("name", CONVS)
@@ -81,3 +85,58 @@ def test_whether_kernels_are_weighed_is_known_without_drawing_numbers(name, opti
 def test_an_unknown_name_is_answered_with_the_nearest():
     with pytest.raises(ValueError, match=r"conv = 'fmdcon' is unknown; did you mean 'fmdconv'\?"):
         make_conv("fmdcon", 8, 8, 3)
+
+
+class Scaled(nn.Conv2d):
+    """A user's own that names no arguments, and takes them by place alone."""
+
+    def __init__(self, *geometry, **others):
+        super().__init__(*geometry)
+
+
+class Keyword(nn.Conv2d):
+    """A user's own with options."""
+
+    def __init__(self, in_channels, out_channels, kernel_size, *, factor=2.0, kernels=1, **geometry):
+        super().__init__(in_channels, out_channels, kernel_size, **geometry)
+        self.factor, self.seen = factor, kernels
+
+
+class Bank(CONVS["condconv"]):
+    name = "bank"
+
+
+@pytest.fixture
+def mine(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mine", SimpleNamespace(Conv=Keyword, Bank=Bank, Odd=Scaled, number=3))
+
+
+def test_a_convolution_of_ones_own_is_made_as_a_conv2d_with_its_options(mine):
+    conv = make_conv(
+        "mine:Conv", 4, 8, (3, 1), stride=(2, 1), padding=(1, 0), groups=2, kernels=3, factor=5.0
+    )
+    assert isinstance(conv, Keyword)
+    assert (conv.factor, conv.seen, conv.bias) == (5.0, 3, None)
+    assert (conv.kernel_size, conv.stride, conv.padding, conv.groups) == ((3, 1), (2, 1), (1, 0), 2)
+    assert make_conv("mine:Conv", 4, 8, 3, padding_mode="reflect").padding_mode == "reflect"
+    assert options_of("mine:Conv") == {"factor": 2.0, "kernels": 1}
+
+
+def test_one_with_a_bank_is_dynamic(mine):
+    assert is_dynamic("mine:Bank")
+    assert not is_dynamic("mine:Conv")
+    assert has_kernel_attention("mine:Bank", kernels=2)
+    assert make_conv("mine:Bank", 4, 8, 3, kernels=2).kernels == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("mine:number", r"model\.conv = 'mine:number' must be a class that derives from nn\.Module"),
+        ("mine:Nothing", r"model\.conv = 'mine:Nothing' can't be imported"),
+        ("mine:Odd", r"model\.conv = 'mine:Odd' fails in test_factory\.py, line \d+: TypeError"),
+    ],
+)
+def test_one_that_cannot_be_used_is_named(mine, name, message):
+    with pytest.raises(SettingsError, match=message):
+        make_conv(name, 4, 8, 3)

@@ -155,6 +155,37 @@ def test_activations_are_what_autograd_keeps(arch, norm):
     assert 4 * count(model, 32).activation_bytes == pytest.approx(sum(kept.values()), rel=0.06)
 
 
+class Raw(nn.Module):
+    """A layer of one's own: its own 3 × 3 kernel, and an attention of a linear layer."""
+
+    def __init__(self, with_attention):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 3, 3, 3))
+        self.attention = nn.Linear(3, 6) if with_attention else None
+
+    def forward(self, x):
+        y = nn.functional.conv2d(x, self.weight, padding=1)
+        return y if self.attention is None else y * self.attention(x.mean((2, 3)))[..., None, None]
+
+
+@pytest.mark.parametrize("with_attention", [False, True])
+def test_a_layer_of_ones_own_counts_by_what_it_does(with_attention):
+    model = nn.Sequential(Raw(with_attention), nn.Conv2d(6, 2, 1))
+    cost = count(model, 8)
+    kinds = {kind: macs for kind, macs in cost.macs_by_kind.items() if macs}
+    assert kinds == {"convolution": 2 * 64 * 6, "other": 6 * 64 * 27} | (
+        {"linear": 18} if with_attention else {}
+    )
+    assert cost.activation_bytes == 4 * (6 * 64 + 2 * 64 + (6 if with_attention else 0))
+    assert "other" not in count(nn.Conv2d(3, 2, 1), 8).macs_by_kind
+
+
+def test_an_optimiser_with_more_states_holds_more():
+    cost = Cost(100, 400, {"convolution": 1}, activation_bytes=50, kernels=3, kernel_params=10)
+    assert [training_memory(cost, 2, states=states) for states in (0, 1, 2)] == [900, 1300, 1700]
+    assert training_memory(cost, 2, kernels=1, states=2) == 1700 - 3 * 80
+
+
 def test_an_image_has_pixels():
     with pytest.raises(ValueError, match="image_size = 0 must be at least 1"):
         count(nn.Conv2d(3, 1, 1), 0)

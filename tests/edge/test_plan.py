@@ -347,3 +347,54 @@ def test_plans_are_dealt_so_that_nodes_are_busy_equally_long(images, nodes, deal
 def test_the_deal_does_not_depend_on_the_order_of_the_plans():
     plans = plans_of(9, 9, 2, 5, 5, 5, 7)
     assert deal_out(plans, 3) == deal_out(reversed(plans), 3)
+
+
+def choosing(choose, deadline_s=None):
+    return Budget(deadline_s=deadline_s, policy="mine:choose", choose=choose)
+
+
+def test_a_policy_of_ones_own_chooses_each_plan():
+    def choose(told):
+        full, plan = told["full"], told["plan"]
+        assert full == plan() == plan(6, 4)
+        assert told["workload"] is WORKLOAD
+        return full if told["client"].id == 0 else plan(steps=2, kernels=told["client"].id)
+
+    plans = plans_for(choosing(choose, 24))
+    assert [(p.steps, p.kernels, p.status) for p in plans] == [(6, 4, "ok"), (2, 1, "ok"), (2, 2, "ok")]
+    assert [p.is_cut for p in plans] == [False, True, True]
+    assert plans[1].up_bytes == UPLOADS[0]
+
+
+def test_a_plan_that_was_chosen_is_judged_as_any_other():
+    assert [p.status for p in plans_for(choosing(lambda told: told["full"], 10.5))] == ["ok", "late", "late"]
+
+
+def test_what_was_chosen_costs_what_it_costs():
+    """A policy can't make a plan cheaper than its steps and kernels are."""
+    cheap = plans_for(choosing(lambda told: replace(told["full"], compute_s=0.0)))
+    assert [p.total_s for p in cheap] == [8, 11, 52]
+
+
+@pytest.mark.parametrize(
+    ("choose", "message"),
+    [
+        (
+            lambda told: None,
+            "budget.policy = 'mine:choose' must return a plan, full or plan.*returned a NoneType",
+        ),
+        (lambda told: told["plan"](steps=0), "steps = 0: must be a whole number from 1 to 6"),
+        (lambda told: told["plan"](steps=2.5), "steps = 2.5: must be a whole number from 1 to 6"),
+        (lambda told: told["plan"](kernels=5), "kernels = 5: must be 1 to 4, as the device holds"),
+    ],
+)
+def test_a_policy_that_chooses_no_plan_is_refused(choose, message):
+    with pytest.raises(ValueError, match=message):
+        plans_for(choosing(choose))
+
+
+def test_an_optimiser_with_more_states_leaves_room_for_fewer_images():
+    """Of 10 MB, plain SGD's 2 copies take 2 and leave 8 images, two moments 4 and leave 6."""
+    small = client(0, gflops=30, down_mbps=8, up_mbps=4, memory_gb=0.01)
+    sizes = [plan_work(small, replace(WORKLOAD, states=states), Budget()).batch_size for states in (0, 1, 2)]
+    assert sizes == [8, 7, 6]

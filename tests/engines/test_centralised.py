@@ -121,7 +121,14 @@ def test_a_checkpoint_is_the_model_of_its_row(finished, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"server.checkpoint-every": 2}, {"train.momentum": 0.0, "data.validation": 0.1}]
+    "changes",
+    [
+        {},
+        {"server.checkpoint-every": 2},
+        {"train.momentum": 0.0, "data.validation": 0.1},
+        {"train.optimiser": "adamw", "train.lr": 0.005, "train.lr-warmup": 1, "train.label-smoothing": 0.1},
+        {"train.optimiser": "torch.optim:NAdam", "train.lr": 0.005, "train.clip-norm": 1},
+    ],
 )
 def test_a_run_that_was_stopped_ends_as_one_that_was_not(changes, tmp_path, monkeypatch):
     changes = {"train.nesterov": False} | changes
@@ -199,3 +206,19 @@ def test_nothing_is_written_before_the_checks(changes, message, tmp_path):
 def test_a_folder_of_other_settings_is_refused(finished):
     with pytest.raises(SettingsError, match=r"other settings \(train\.lr was 0\.05, is 0\.5\)"):
         prepare_centralised(settings_in(finished, **{"train.lr": 0.5}))
+
+
+def test_a_run_ends_at_its_accuracy_and_a_resume_says_so(tmp_path, caplog):
+    how = {
+        "server.stop-at": "seconds=1e9, accuracy=0.15",
+        "server.checkpoint-every": 3,
+        "data.validation": 0.2,
+    }
+    settings = settings_in(tmp_path, **how)
+    for line in ("epoch 1/3", "going on after epoch 1"):
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "fedfmd"):
+            run_centralised(settings, threads=1)
+        assert any(text.startswith(line) for text in caplog.messages)
+        assert "the run ends after epoch 1 of 3: validation accuracy" in caplog.text
+        assert [row.epoch for row in read_epochs(tmp_path / "epochs.csv")] == [1]

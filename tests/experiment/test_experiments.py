@@ -20,7 +20,13 @@ RUNS = {
     "temperature": 12,
     "uploads": 6,
     "own/callback": 1,
+    "own/conv": 2,
+    "own/dataset": 1,
+    "own/loss": 1,
     "own/network": 1,
+    "own/optimiser": 1,
+    "own/partition": 1,
+    "own/policy": 1,
     "paper/operators": 60,
     "paper/operators-small": 70,
     "paper/attentions": 21,
@@ -56,7 +62,9 @@ def test_a_file_describes_so_many_different_runs(name, number):
     assert {run.settings.kind for run in found} == {kind}
 
 
-@pytest.mark.parametrize("name", [name for name, runs in RUNS.items() if runs > 1])
+@pytest.mark.parametrize(
+    "name", [name for name, runs in RUNS.items() if runs > 1 and not name.startswith("own/")]
+)
 def test_every_variant_is_run_with_three_seeds_or_five(name):
     seeds = 5 if name.endswith("-small") else 3
     assert set(values(name, lambda settings: settings.seed)) == set(range(seeds))

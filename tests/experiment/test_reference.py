@@ -26,7 +26,7 @@ def test_every_setting_has_a_meaning_that_is_a_sentence(key):
 @pytest.mark.parametrize(
     ("key", "allowed"),
     [
-        ("model.conv", ", ".join(CONVS)),
+        ("model.conv", f"{', '.join(CONVS)}, module:Class"),
         ("model.attentions", "one or more of input, kernel, output"),
         ("model.kernels", "whole number at least 1"),
         ("train.momentum", "number at least 0 and below 1"),

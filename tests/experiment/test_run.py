@@ -17,6 +17,7 @@ from fedfmd.errors import RunError, SettingsError
 from fedfmd.experiment import available_cores, load_experiment, run_experiment
 from fedfmd.experiment.pool import Started, attempt
 from fedfmd.experiment.run import Layout, lay_out
+from fedfmd.report.comparison import read_comparison
 from fedfmd.runs import read_clients, read_epochs, read_rounds
 
 CONVS = {"model.conv": ["static", "fmdconv"]}
@@ -407,3 +408,21 @@ def test_a_matrix_that_is_stopped_and_killed_ends_as_if_it_had_not_been(write_ya
     assert error == ""
     assert len(rows(whole)) == 2 * 4 + 1
     assert rows(stopped) == rows(whole)
+
+
+@pytest.mark.parametrize("matrix", [None, CONVS])
+def test_a_run_that_met_its_limit_is_finished_for_runs_matrices_and_reports(matrix, run, pools, write_yaml):
+    file = write_yaml(matrix=matrix, **{"server.rounds": 4, "server.stop-at": "accuracy=0.01"})
+    folders, _ = run(file)
+    for folder in folders:
+        log = (folder / "log.txt").read_text()
+        assert "the run ends after round 1 of 4: accuracy on the test images" in log
+    before = [(folder / "rounds.csv").read_bytes() for folder in folders]
+    _, again = run(file)
+    assert again.count("finished before, accuracy on the test images, without any validation images,") == len(
+        folders
+    )
+    assert [(folder / "rounds.csv").read_bytes() for folder in folders] == before
+    comparison = read_comparison(folders)
+    assert all(run.finished for run in comparison.runs)
+    assert not any("Unfinished" in note for note in comparison.notes)

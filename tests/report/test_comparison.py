@@ -113,6 +113,34 @@ def test_settings_that_a_convolution_does_not_heed_neither_name_nor_tell_apart_i
     assert comparison.notes == ("Left out, because another run has the same settings: static-4.",)
 
 
+def test_runs_of_own_code_that_is_not_here_are_compared_by_all_their_settings(write_run, tmp_path):
+    own = {
+        "model.conv": "elsewhere:Conv",
+        "partition.scheme": "elsewhere:split",
+        "data.dataset": "elsewhere:images",
+    }
+    own |= {
+        "model.arch": "elsewhere:make",
+        "train.loss": "elsewhere:loss",
+        "budget.policy": "elsewhere:policy",
+    }
+    for kernels in (1, 2):
+        write_run(
+            f"own-{kernels}", [0.5, 0.6], **own | {"model.kernels": kernels, "partition.alpha": kernels}
+        )
+    first, second = read_comparison([tmp_path / "runs"]).runs
+    assert (first.variant, first.task, first.cost) == ("kernels 1", "alpha 1", None)
+    assert (second.variant, second.task) == ("kernels 2", "alpha 2")
+
+
+def test_a_run_that_met_its_limit_is_finished(write_run, tmp_path):
+    write_run("met", [0.5, 0.6], rounds=9, **{"server.stop-at": "accuracy=0.6"})
+    write_run("not", [0.5, 0.6], rounds=9, seed=1, **{"server.stop-at": "accuracy=0.7"})
+    comparison = read_comparison([tmp_path / "runs"])
+    assert [run.folder.name for run in comparison.runs] == ["met"]
+    assert comparison.notes == ("Unfinished runs, left out: not (2 of 9 rounds).",)
+
+
 def test_runs_of_different_code_are_compared_but_named(runs):
     path = runs / "static-0" / "environment.json"
     path.write_text('{"commit": "0123456789abcdef"}')

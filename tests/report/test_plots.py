@@ -1,9 +1,12 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from fedfmd.conv import CONVS
 from fedfmd.report.plots import (
     ALARM,
+    CLIENTS,
     COLOURS,
     PALETTE,
     make_facets,
@@ -50,6 +53,24 @@ def test_a_convolution_has_the_same_colour_in_every_task(make_run):
         assert [(one.name, one.colour.lower()) for one in facet.series] == [
             (conv, COLOURS[conv].lower()) for conv in ("static", "fmdconv")
         ]
+
+
+def test_convolutions_of_ones_own_have_the_colours_that_are_left(make_run):
+    convs = ("static", "mine:One", "mine:Other")
+    (facet,) = make_facets(summarise([make_run([0.5], **{"model.conv": conv}) for conv in convs]).groups)
+    assert len({one.colour for one in facet.series}) == 3
+    assert not {one.colour for one in facet.series[1:]} & {colour.lower() for colour in COLOURS.values()}
+
+
+@pytest.mark.parametrize("column", CLIENTS)
+def test_each_accuracy_of_the_clients_is_drawn(column, make_run):
+    run = make_run([0.5], clients=[None, None])
+    rows = [replace(row, **{column: value}) for row, value in zip(run.clients, (0.2, 0.6), strict=True)]
+    (facet,) = make_facets(summarise([replace(run, clients=tuple(rows))]).groups)
+    (axes,) = plot_clients(facet.series, column).axes
+    assert axes.get_xlabel() == CLIENTS[column][0]
+    markers = [line.get_xdata()[0] for line in axes.lines if line.get_marker() == "v"]
+    assert markers == [pytest.approx(20)]
 
 
 def test_variants_of_a_convolution_differ_in_colour_dashes_and_marker(make_run):

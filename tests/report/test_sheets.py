@@ -197,3 +197,23 @@ def test_a_row_holds_all_figures(summary):
     )
     assert (row["target"], row["target_reached"], row["mb"]) == (pytest.approx(75), 2, 5)
     assert (row["worst_clients"], row["params"]) == (None, None)
+
+
+def test_tests_of_clients_have_a_table_where_there_are_any(summary, make_run):
+    assert "Clients' own test images" not in [sheet.title for sheet in make_sheets(summary)]
+    run = make_run([0.5], clients=[0.9, 0.9])
+    rows = tuple(
+        replace(row, test_accuracy=value) for row, value in zip(run.clients, (0.4, 0.6), strict=True)
+    )
+    tested = summarise([replace(run, clients=rows)])
+    sheet = make_sheets(tested)[1]
+    assert sheet.title == "Clients' own test images"
+    assert lines(sheet) == {
+        "runs": ("fmdconv",),
+        "mean %": ("50.0",),
+        "spread": ("14.1",),
+        "worst tenth %": ("40.0",),
+    }
+    assert "Own: of" not in sheet.caption
+    row = flat_row(tested.groups[0], 50)
+    assert (row["client_test"], row["personal_test"]) == (pytest.approx(50), None)

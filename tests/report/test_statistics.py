@@ -231,3 +231,28 @@ def test_fronts_are_those_of_a_task(make_run):
         "dear and bad": (),
         "alone": (),
     }
+
+
+def test_tests_of_clients_are_told_by_mean_spread_and_worst_tenth(make_run):
+    def tested(seed, *accuracies, personal=None):
+        run = make_run([0.5], clients=[0.9] * len(accuracies), seed=seed)
+        rows = [
+            replace(row, test_accuracy=accuracy, personal_test_accuracy=personal)
+            for row, accuracy in zip(run.clients, accuracies, strict=True)
+        ]
+        earlier = [replace(row, round=0, test_accuracy=0.0) for row in rows]
+        return replace(run, clients=(*earlier, *rows))
+
+    (group,) = summarise([tested(0, 0.5, 0.7), tested(1, 0.8)]).groups
+    assert group.client_test == Estimate(pytest.approx(70), pytest.approx(math.sqrt(200)), 2)
+    assert group.client_test_spread.mean == pytest.approx(math.sqrt(200) / 2)
+    assert group.client_test_worst.mean == pytest.approx(65)
+    assert (group.personal_test, group.personal_test_spread, group.personal_test_worst) == (None, None, None)
+    assert group.worst_clients.mean == pytest.approx(90)
+    (group,) = summarise([tested(0, 0.5, 0.7, personal=0.75)]).groups
+    assert (group.personal_test.mean, group.personal_test_spread.mean) == (75, 0)
+
+
+def test_held_out_images_are_no_work_that_was_cut(with_work):
+    everything = with_work((0, 2 * 24, 4), (1, 2 * 8, 4), **{"partition.test-share": 0.2})
+    assert cut_percent(everything) == 0

@@ -125,7 +125,8 @@ def test_the_columns_are_those_that_users_rely_on():
     assert ",".join(CLIENT_COLUMNS) == (
         "round,client,node,device,status,reason,examples,steps,kernels,train_flops,cum_train_flops,compute_s,"
         "down_s,up_s,total_s,wall_s,up_bytes,down_bytes,energy_j,loss,accuracy,latency_s,ies,rcs,"
-        "kernel_entropy,input_attention,output_attention,measured_transfer_s,measured_latency_s"
+        "kernel_entropy,input_attention,output_attention,measured_transfer_s,measured_latency_s,"
+        "test_loss,test_accuracy,personal_test_loss,personal_test_accuracy"
     )
     assert set(WALL_COLUMNS) < {*CLIENT_COLUMNS}
     assert ",".join(EPOCH_COLUMNS) == (
@@ -144,7 +145,7 @@ def test_the_files_read_as_their_columns(tmp_path):
     )
     assert folder.clients.read_text().splitlines()[2] == (
         '3,8,,pi-4,unfit,"can\'t hold ""2 GB"", naïvely",45,5,4,100000000000,300000000000,9,0.5,1,10.5,,'
-        "2000000,1000000,75.6,,,,,,,,,,"
+        "2000000,1000000,75.6,,,,,,,,,,,,,,"
     )
 
 

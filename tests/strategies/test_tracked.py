@@ -579,3 +579,59 @@ def test_an_edge_devices_error_cannot_pass_for_a_dead_worker(make, make_federati
     grid.pull_messages = forged
     strategy.run(grid)
     assert sorted(status(strategy).values()) == ["failed", "ok", "ok"]
+
+
+@pytest.mark.parametrize(
+    ("limit", "round", "told"),
+    [
+        ("seconds={second}", 2, "virtual time in seconds {second:.6g} has reached server.stop-at seconds="),
+        ("joules=1e9, mb={traffic}", 3, "traffic in MB"),
+        ("accuracy=0.0001", 1, "accuracy on the test images, without any validation images,"),
+    ],
+)
+def test_a_run_ends_when_a_limit_is_met_and_a_resume_says_so(
+    limit, round, told, make, make_federation, make_grid, caplog, tmp_path
+):
+    many = {"server.rounds": 6, "server.checkpoint-every": 5, "server.evaluate-every": 4, "threads": 1}
+    if limit.startswith("accuracy"):
+        many["server.evaluate-every"] = 1
+    whole = make_strategy(make_federation(many), RunFolder(tmp_path / "whole"))
+    whole.run(make_grid())
+    made = rows(whole)[0]
+    traffic = sum(row.up_bytes + row.down_bytes for row in made[:3]) / 1e6
+    values = {"second": made[1].virtual_s, "traffic": traffic}
+    stopping = many | {"server.stop-at": limit.format(**values)}
+    with caplog.at_level(logging.INFO, "fedfmd"):
+        done = make(make_federation(stopping)).run(make_grid())
+    assert done.round == round
+    line = next(text for text in caplog.messages if text.startswith("the run ends after"))
+    assert line.startswith(f"the run ends after round {round} of 6: {told.format(**values)}")
+    strategy = make(make_federation(stopping))
+    kept = rows(strategy)[0]
+    assert [row.round for row in kept] == list(range(1, round + 1))
+    assert kept[-1].accuracy is not None  # the last model is tested, whatever server.evaluate-every says
+    before = strategy.folder.rounds.read_bytes()
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "fedfmd"):
+        assert strategy.run(grid=None) == done
+    assert line in caplog.messages
+    assert strategy.folder.rounds.read_bytes() == before
+
+
+def test_flowers_start_cannot_end_early(make, make_federation, make_grid):
+    strategy = make(make_federation({"server.stop-at": "seconds=1"}))
+    with pytest.raises(
+        RunError, match=r"server\.stop-at ends a run of `run`, and Flower's `start` does all rounds"
+    ):
+        asked(strategy, 1, workers(1))
+
+
+def test_an_edge_device_that_cannot_test_costs_its_row_the_columns_alone(
+    make, make_federation, make_grid, caplog
+):
+    """The stub's clients train, and know no message that has them test."""
+    strategy = make(make_federation({"partition.test-share": 0.1, "server.rounds": 1}))
+    strategy.run(make_grid())
+    assert {row.status for row in rows(strategy)[1]} == {"ok"}
+    assert {row.test_accuracy for row in rows(strategy)[1]} == {None}
+    assert "round 1: no test of client 0: unusable reply: " in caplog.text

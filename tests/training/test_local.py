@@ -10,7 +10,17 @@ from fedfmd.cost import count
 from fedfmd.data import Dataset, ImageSet, load_dataset
 from fedfmd.edge import Workload
 from fedfmd.models import make_model
-from fedfmd.training import PRECISIONS, Best, Evaluation, LocalSGD, evaluate, learning_rate, train
+from fedfmd.training import (
+    OPTIMISERS,
+    PRECISIONS,
+    Best,
+    Evaluation,
+    LocalSGD,
+    evaluate,
+    learning_rate,
+    scheduled_rate,
+    train,
+)
 
 
 @pytest.fixture
@@ -185,6 +195,73 @@ def test_the_generator_decides_the_order(dataset):
 def test_learning_rate_over_the_rounds(schedule, rates):
     progress = (0, 0.25, 0.5, 0.75, 1)
     assert [learning_rate(0.2, schedule, p) for p in progress] == pytest.approx(rates)
+
+
+def test_a_warm_up_rises_in_equal_steps_and_the_schedule_takes_the_rest():
+    rates = [scheduled_rate(0.4, "cosine", done, 7, warmup=3) for done in range(7)]
+    assert rates == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.3414213562, 0.2, 0.0585786438])
+    without = [scheduled_rate(0.4, "step", done, 10) for done in range(10)]
+    assert without == [learning_rate(0.4, "step", done / 10) for done in range(10)]
+
+
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_each_optimiser_lowers_the_loss(dataset, name):
+    model = network()
+    before = evaluate(model, dataset.test, dataset)
+    run(model, dataset, 30, LocalSGD(0.05 if name == "sgd" else 0.005, batch_size=8, make=OPTIMISERS[name]))
+    assert evaluate(model, dataset.test, dataset).loss < 0.7 * before.loss
+
+
+def test_adam_takes_momentum_for_beta_1_and_adamw_decays_apart_from_the_gradient(dataset):
+    first = {}
+    for name in ("adam", "adamw"):
+        model = linear()
+        start = model[1].weight.detach().clone()
+        how = LocalSGD(0.01, 0.5, weight_decay=0.1, batch_size=20, make=OPTIMISERS[name])
+        run(model, dataset, 1, how)
+        first[name] = start, model[1].weight.detach()
+        (group,) = how.optimiser(model.parameters()).param_groups
+        assert (group["betas"], group["weight_decay"]) == ((0.5, 0.999), 0.1)
+    start, stepped = first["adamw"]
+    shrunk = (1 - 0.01 * 0.1) * start
+    torch.testing.assert_close((stepped - shrunk).abs(), torch.full_like(start, 0.01), rtol=1e-3, atol=1e-5)
+    assert not torch.equal(first["adam"][1], stepped)
+
+
+@pytest.mark.parametrize(("name", "momentum", "states"), [("sgd", 0.9, 1), ("sgd", 0.0, 0), ("adam", 0.9, 2)])
+def test_an_optimiser_keeps_so_many_numbers_for_a_parameter(name, momentum, states):
+    assert LocalSGD(0.1, momentum, make=OPTIMISERS[name]).states() == states
+
+
+@pytest.mark.parametrize("proximal", [0.0, 5.0])
+def test_a_long_gradient_is_scaled_down_with_all_that_belongs_to_it(dataset, proximal):
+    ways = {}
+    for clip in (0.0, 0.01):
+        model = linear()
+        how = LocalSGD(1.0, 0.0, weight_decay=0.0, batch_size=20, proximal=proximal, clip_norm=clip)
+        start = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
+        run(model, dataset, 1, how)
+        ways[clip] = torch.cat([p.detach().flatten() for p in model.parameters()]) - start
+    assert ways[0.01].norm() == pytest.approx(0.01, rel=1e-3)
+    torch.testing.assert_close(
+        ways[0.01] / ways[0.01].norm(), ways[0.0] / ways[0.0].norm(), atol=1e-4, rtol=0
+    )
+    gentle = LocalSGD(1.0, 0.0, weight_decay=0.0, batch_size=20, clip_norm=1e6)
+    model = linear()
+    run(model, dataset, 1, gentle)  # a limit that isn't met changes nothing
+    torch.testing.assert_close(
+        torch.cat([p.detach().flatten() for p in model.parameters()]) - start, ways[0.0], atol=1e-6, rtol=1e-4
+    )
+
+
+def test_a_loss_of_ones_own_is_minimised_and_told(dataset):
+    model = linear()
+    result = run(
+        model, dataset, 1, LocalSGD(0.1, batch_size=20, loss=lambda logits, labels: 0 * logits.sum() + 7)
+    )
+    assert result.loss == 7
+    torch.manual_seed(0)
+    assert torch.allclose(model[1].weight, 0.99995 * nn.Linear(192, 3).weight)  # by weight decay alone
 
 
 def test_an_unknown_schedule_is_named():

@@ -5,7 +5,7 @@ from torch import nn
 from fedfmd.conv import CONVS
 from fedfmd.data import Dataset, ImageSet
 from fedfmd.models import make_model
-from fedfmd.training import LocalSGD, train
+from fedfmd.training import OPTIMISERS, LocalSGD, train
 from fedfmd.training.partial import most_attended, rotated, rotation, trained_parameters
 
 DYNAMIC = sorted(CONVS.keys() - {"static"})
@@ -24,8 +24,8 @@ def make(conv):
     return make_model("resnet8", conv, 3, kernels=4, width=0.25, norm="group")
 
 
-def run(model, dataset, parameters, steps=3):
-    sgd = LocalSGD(lr=0.1, momentum=0.9, weight_decay=0.1, batch_size=8)
+def run(model, dataset, parameters, steps=3, **how):
+    sgd = LocalSGD(lr=0.1, momentum=0.9, weight_decay=0.1, batch_size=8, **how)
     generator = torch.Generator().manual_seed(1)
     train(model, dataset.train, dataset, sgd, steps, generator, "cpu", sgd.optimiser(parameters))
 
@@ -37,12 +37,18 @@ def test_a_rotation_goes_round(first, count, places):
     assert rotation(first, count, 4) == places
 
 
-@pytest.mark.parametrize("conv", DYNAMIC)
-def test_frozen_kernels_stay_bit_for_bit_and_all_else_learns(conv, dataset):
+@pytest.mark.parametrize(
+    ("conv", "how"),
+    [
+        *((conv, {}) for conv in DYNAMIC),
+        ("fmdconv", {"make": OPTIMISERS["adamw"], "clip_norm": 1.0, "proximal": 0.1}),
+    ],
+)
+def test_frozen_kernels_stay_bit_for_bit_and_all_else_learns(conv, how, dataset):
     model = make(conv)
     before = {name: value.clone() for name, value in model.named_parameters()}
     with trained_parameters(model, rotated(model, first=3, count=2)) as parameters:
-        run(model, dataset, parameters)
+        run(model, dataset, parameters, **how)
     for name, value in model.named_parameters():
         if name.endswith("bank"):
             changed = [not torch.equal(value[k], before[name][k]) for k in range(4)]
