@@ -190,10 +190,11 @@ def summarise(runs: Sequence[Run], target: float | None = None, choice: Choice |
 def estimate(values: Iterable[float | None]) -> Estimate | None:
     """Mean and standard deviation of the values that exist; None if there are none."""
     known = [value for value in values if value is not None]
-    return _estimate(known) if known else None
+    return estimate_known(known) if known else None
 
 
-def _estimate(known: Sequence[float]) -> Estimate:
+def estimate_known(known: Sequence[float]) -> Estimate:
+    """Mean and standard deviation of values that all exist, one at least."""
     if not all(map(math.isfinite, known)):
         return Estimate(fmean(known), math.nan, len(known))
     return Estimate(fmean(known), spread(known), len(known))
@@ -276,7 +277,7 @@ def final_accuracy(run: Run) -> float:
 
 def to_target(runs: Sequence[Run], target: float) -> Target:
     """Time, training FLOPs and bytes until the end of the first round or epoch with this accuracy."""
-    needed = [rows for run in runs if (rows := _until(run.rounds, target))]
+    needed = [rows for run in runs if (rows := until(run.rounds, target))]
     ends = [rows[-1] for rows in needed]
     return Target(
         reached=len(needed),
@@ -288,7 +289,7 @@ def to_target(runs: Sequence[Run], target: float) -> Target:
     )
 
 
-def _until(rounds: Rows, target: float) -> Rows:
+def until(rounds: Rows, target: float) -> Rows:
     """Return the rounds or epochs up to the first that reaches the target; none if none does."""
     for number, row in enumerate(rounds, start=1):
         if row.accuracy is not None and 100 * row.accuracy >= target:
@@ -351,8 +352,8 @@ def _group(
         conv=first.conv,
         runs=tuple(runs),
         chosen=", ".join(f"{key}={first.settings.flat()[key]}" for key in over),
-        final=_estimate([final_accuracy(run) for run in runs]),
-        best=_estimate([best for run in runs if (best := _best(run.rounds, "accuracy")) is not None]),
+        final=estimate_known([final_accuracy(run) for run in runs]),
+        best=estimate_known([best for run in runs if (best := _best(run.rounds, "accuracy")) is not None]),
         validation=_column(last, "validation_accuracy", PERCENT),
         top5_final=_column(last, "top5_accuracy", PERCENT),
         top5_best=estimate(_best(run.rounds, "top5_accuracy") for run in runs),
@@ -368,7 +369,7 @@ def _group(
         virtual_s=_column(last, "virtual_s"),
         train_s=_column(last, "cum_wall_s"),
         epoch_s=estimate(row.cum_wall_s / row.epoch for row in last if isinstance(row, EpochRow)),
-        gflops=_estimate([row.cum_train_flops / GIGA for row in last]),
+        gflops=estimate_known([row.cum_train_flops / GIGA for row in last]),
         mb=estimate(_total(run.rounds, TRAFFIC, MEGA) for run in runs),
         energy_kj=estimate(_total(run.rounds, ["energy_j"], KILO) for run in runs),
         cut=estimate(map(cut_percent, runs)),
