@@ -18,7 +18,6 @@ from fedfmd.own_code import is_own
 from fedfmd.report.packed import MANIFEST, read_packed
 from fedfmd.report.record import Run
 from fedfmd.report.selection import Choice, Selection, choose, stored_selection
-from fedfmd.report.wording import WORDINGS
 from fedfmd.runs import EpochRow, RoundRow, read_clients, read_environment, read_epochs, read_rounds
 from fedfmd.settings import DataSettings, Settings, read_yaml
 
@@ -27,6 +26,9 @@ TASK = ("data.", "partition.")
 
 CIFAR = {"cifar10": (10, 32), "cifar100": (100, 32)}
 """Classes and pixels of the data sets whose images a report needn't have."""
+
+MANY = 5
+"""Settings that differ above which labels leave out those that tell no runs apart."""
 
 Row = TypeVar("Row")
 
@@ -67,7 +69,7 @@ def read_comparison(folders: Iterable[Path], selection: Selection | None = None)
     unfinished = [run for run in started if not run.finished]
     finished = [run for run in started if run.finished]
     states = [f"{run.folder.name} (no round)" for run in read if not run.started]
-    states += [f"{run.folder.name} ({_state(run)})" for run in unfinished]
+    states += [f"{run.folder.name} ({run.progress})" for run in unfinished]
     notes = []
     if states:
         treatment = "left out" if finished else "compared as far as they are, because no run is finished"
@@ -79,6 +81,8 @@ def read_comparison(folders: Iterable[Path], selection: Selection | None = None)
     commits = sorted({str(run.environment.get("commit"))[:12] for run in runs if run.environment})
     if len(commits) > 1:
         notes.append(f"The runs come from different code: commits {', '.join(commits)}.")
+    if beyond := _labelled(runs)[0].unlabelled:
+        notes.append(f"Labels are short: groups may differ in {', '.join(beyond)} as well.")
     selection = selection or stored_selection(folders)
     if selection is None:
         return Comparison(_labelled(runs), tuple(notes), tuple(read))
@@ -150,11 +154,6 @@ def _shape(data: DataSettings) -> tuple[int, int]:
     return dataset.classes, dataset.image_size
 
 
-def _state(run: Run) -> str:
-    unit = WORDINGS[run.settings.kind].unit
-    return f"{run.rounds[-1].round} of {run.settings.length} {unit}s"
-
-
 def _without_twins(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
     """Return the first run of each settings that it heeds, and the others."""
     firsts: dict[tuple[tuple[str, Any], ...], Run] = {}
@@ -173,7 +172,9 @@ def _labelled(runs: Sequence[Run], chosen: Iterable[str] = ()) -> tuple[Run, ...
     """
     flats = [run.settings.flat() for run in runs]
     ignored = Settings.NEUTRAL | {"seed", *chosen}
-    differing = [key for key in flats[0] if key not in ignored and len({flat[key] for flat in flats}) > 1]
+    every = [key for key in flats[0] if key not in ignored and len({flat[key] for flat in flats}) > 1]
+    differing = every if len(every) <= MANY else _telling([_heeded(flat) for flat in flats], every)
+    unlabelled = tuple(key for key in every if key not in differing)
     shorts = [key.rpartition(".")[2] for key in differing]
     names = {
         key: key if shorts.count(short) > 1 else short for key, short in zip(differing, shorts, strict=True)
@@ -194,9 +195,31 @@ def _labelled(runs: Sequence[Run], chosen: Iterable[str] = ()) -> tuple[Run, ...
         return (*(flat[key] for key in (*task, *variant)), run.seed)
 
     return tuple(
-        replace(run, task=part(run.settings.flat(), task), variant=part(run.settings.flat(), variant))
+        replace(
+            run,
+            task=part(run.settings.flat(), task),
+            variant=part(run.settings.flat(), variant),
+            unlabelled=unlabelled,
+        )
         for run in sorted(runs, key=order)
     )
+
+
+def _telling(flats: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> list[str]:
+    """Return few of the keys that tell all tasks apart, and all variants of each; the convolution is always there."""
+
+    def told(chosen: Iterable[str]) -> int:
+        return len({tuple(flat.get(key) for key in chosen) for flat in flats})
+
+    chosen: list[str] = []
+    tasks = [key for key in keys if key.startswith(TASK)]
+    for part in (tasks, keys):
+        chosen += [key for key in part if key == "model.conv"]
+        while told(chosen) < told(part):
+            chosen.append(
+                max((key for key in part if key not in chosen), key=lambda key: told([*chosen, key]))
+            )
+    return [key for key in keys if key in chosen]
 
 
 def _heeded(flat: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from fedfmd.cost import Cost
+from fedfmd.report.wording import WORDINGS
 from fedfmd.runs import ClientRow, EpochRow, RoundRow, stop_reason
 from fedfmd.settings import Settings
 
@@ -35,6 +36,7 @@ class Run:
             packed).
         task: how its data and their split differ from the other runs', such as `alpha 0.1`.
         variant: how it differs in all else but the seed, such as `fmdconv, kernels 2`.
+        unlabelled: settings that differ as well but are left out of both, because the others tell the runs apart.
     """
 
     folder: Path
@@ -46,6 +48,7 @@ class Run:
     cost: Cost | None = None
     task: str = ""
     variant: str = ""
+    unlabelled: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:
@@ -73,3 +76,8 @@ class Run:
         return self.rounds[-1].round >= self.settings.length or bool(
             stop_reason(self.settings.stop_limits, self.rounds)
         )
+
+    @property
+    def progress(self) -> str:
+        """How far it is, such as `3 of 20 rounds`."""
+        return f"{self.rounds[-1].round} of {self.settings.length} {WORDINGS[self.settings.kind].unit}s"

@@ -73,6 +73,24 @@ def test_settings_of_the_same_short_name_keep_their_whole_one(write_run, tmp_pat
     )
 
 
+def test_labels_of_many_settings_name_no_more_than_tells_runs_apart(write_run, tmp_path):
+    first = {"train.lr": 0.1, "train.batch-size": 32, "server.momentum": 0.5, "model.width": 0.5}
+    for conv, changes in (
+        ("static", {}),
+        ("fmdconv", {}),
+        ("static", first | {"partition.alpha": 0.1, "data.image-size": 8}),
+        ("fmdconv", first | {"partition.alpha": 0.1, "data.image-size": 8}),
+    ):
+        write_run(f"{conv}-{len(changes)}", [0.5, 0.6], **{"model.conv": conv} | changes)
+    comparison = read_comparison([tmp_path])
+    assert [run.label for run in comparison.runs] == [
+        *("static, image-size 0", "fmdconv, image-size 0", "static, image-size 8", "fmdconv, image-size 8")
+    ]
+    left_out = ("model.width", "partition.alpha", "train.lr", "train.batch-size", "server.momentum")
+    assert comparison.runs[0].unlabelled == left_out
+    assert comparison.notes == (f"Labels are short: groups may differ in {', '.join(left_out)} as well.",)
+
+
 def test_unfinished_runs_are_left_out_and_named(write_run, tmp_path):
     write_run("whole", [0.5, 0.6])
     write_run("half", [0.5], seed=1)
