@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from importlib.util import find_spec
 
 EXTRAS = {
+    "bokeh": "report",
     "matplotlib": "report",
     "scipy": "report",
     "pandas": "report",
@@ -41,9 +42,9 @@ def need(purpose: str, *modules: str) -> None:
         SettingsError: names them and the extra that brings them.
     """
     if missing := [name for name in modules if find_spec(name) is None]:
-        raise SettingsError(
-            f"{purpose} needs {' and '.join(missing)}: pip install 'fedfmd[{EXTRAS[missing[0]]}]'"
-        )
+        *others, last = missing
+        names = f"{', '.join(others)} and {last}" if others else last
+        raise SettingsError(f"{purpose} needs {names}: pip install 'fedfmd[{EXTRAS[missing[0]]}]'")
 
 
 def not_one_of(name: object, names: Iterable[str], own: str = "") -> str:

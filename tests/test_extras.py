@@ -59,7 +59,7 @@ NPZ = ["--set", "data.dataset=npz", "--set", "data.train=a.npz", "--set", "data.
             ["partition", "--out", ".", *NPZ],
             "partition.scheme = 'dirichlet' needs flwr_datasets: pip install 'fedfmd[server]'",
         ),
-        (["report", "."], "a report needs matplotlib and scipy: pip install 'fedfmd[report]'"),
+        (["report", "."], "a report needs bokeh, matplotlib and scipy: pip install 'fedfmd[report]'"),
         (["cam", "a.npz", "a.npz"], "a picture needs matplotlib: pip install 'fedfmd[report]'"),
     ],
     ids=["digits", "partition", "report", "cam"],

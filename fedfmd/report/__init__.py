@@ -1,4 +1,4 @@
-"""Finished runs compared: statistics, tables, pictures and a page."""
+"""Finished runs compared: statistics, tables, pictures and pages."""
 
-LIBRARIES = ("matplotlib", "scipy")
+LIBRARIES = ("bokeh", "matplotlib", "scipy")
 """What pictures and statistics need, beyond what an edge device has installed."""
