@@ -242,7 +242,8 @@ def report(
 ) -> None:
     """Compare runs over seeds, in tables, plots and a page.
 
-    Writes report.html with all plots, the tables as report.md and report.csv, and curves.png.
+    Writes report.html with all plots, report_files with a page for each run, the tables as report.md and report.csv,
+    and curves.png.
     """
     from rich.console import Console, Group
 
@@ -250,7 +251,7 @@ def report(
     from fedfmd.report.selection import Selection
 
     need("a report", *LIBRARIES)
-    from fedfmd.report.sheets import flat_row, make_sheets, terminal_table
+    from fedfmd.report.sheets import flat_row, make_sheets, terminal_tables
     from fedfmd.report.tables import show
     from fedfmd.report.writing import write_report
 
@@ -259,7 +260,9 @@ def report(
     rows = [flat_row(group, summary.target) for group in summary.groups]
     for note in notes:
         typer.echo(note, err=True)
-    show(rows, Group(*map(terminal_table, make_sheets(summary))), as_json, Console())
+    console = Console()
+    tables = [table for sheet in make_sheets(summary) for table in terminal_tables(sheet, console)]
+    show(rows, Group(*tables), as_json, console)
 
 
 @command(epilog="Example: fedfmd cost --model resnet18 --image-size 224 --classes 1000 --stem imagenet")

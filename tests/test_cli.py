@@ -70,6 +70,7 @@ def test_a_report_packs_the_runs_and_is_written_beside_them(fedfmd, write_yaml, 
     status, out, _ = fedfmd("report", "runs", "--pack", "study", "--json")
     assert status == 0
     names = {"rounds.csv", "clients.csv", "runs.json", "report.md", "report.csv", "report.html", "curves.png"}
+    names.add("report_files")
     assert {path.name for path in (tmp_path / "study").iterdir()} == names
     status, again, _ = fedfmd("report", "study", "--json")
     assert (status, again) == (0, out)

@@ -89,7 +89,7 @@ def write_packed(runs: Sequence[Run], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     names = run_names([run.folder for run in runs])
     kind = runs[0].settings.kind
-    clients = [_reported_clients(run) for run in runs]
+    clients = [reported_clients(run) for run in runs]
     file, row_type = TABLES[kind]
     atomic_write(folder / file, _table(row_type, names, [run.rounds for run in runs]))
     if kind == "federated":
@@ -133,7 +133,7 @@ def read_packed(folder: Path) -> list[Run]:
         raise SettingsError(f"{path}: splits, environments or networks: {error}; {REMEDY}") from None
 
 
-def _reported_clients(run: Run) -> list[ClientRow]:
+def reported_clients(run: Run) -> list[ClientRow]:
     """Return what a report reads of the clients: the last round, and each client's last row with each accuracy."""
     lasts = [
         {row.client: row for row in run.clients if getattr(row, column) is not None}

@@ -1,308 +1,326 @@
-"""The comparison as one HTML page that needs nothing else: no network, no script, no font, pictures inline."""
+"""The comparison as one HTML page that needs nothing else, and a page for each of its runs.
+
+Neither loads anything from a network. Bokeh's script is in the page, packed; pages of runs that lie together share
+one beside them. All text passes through Jinja's escaping, and only the page's own scripts may run.
+"""
 
 from __future__ import annotations
 
-import io
-import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from html import escape
+from base64 import b64encode
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from hashlib import sha256
 from importlib.resources import files
-from operator import attrgetter
 
-import numpy as np
-from matplotlib import rc_context
-from matplotlib.figure import Figure
+from bokeh.plotting import figure
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
-from fedfmd.report import plots
-from fedfmd.report.plots import Facet, Series
+from fedfmd.report.charts import (
+    CLIENTS,
+    clients_chart,
+    curve_chart,
+    front_chart,
+    library,
+    packed_library,
+    split_chart,
+    timeline_chart,
+    to_json,
+)
+from fedfmd.report.costs import Ranking, Row, accuracy_percent, rank
+from fedfmd.report.packed import reported_clients
+from fedfmd.report.plots import Facet, Series, make_facets
 from fedfmd.report.record import PATHS, Run
-from fedfmd.report.sheets import Sheet
-from fedfmd.report.statistics import Group, Summary
-from fedfmd.report.wording import WORDINGS, Wording
+from fedfmd.report.sheets import Sheet, make_sheets, ranked_sheet, rows_sheet, runs_sheet
+from fedfmd.report.statistics import Group, Summary, summarise
+from fedfmd.report.wording import WORDINGS, Axis, Wording
 from fedfmd.settings import Settings
 
+LIBRARY_FILE = "bokeh.min.js"
 MAX_TIMELINES = 6
+BOXES = (
+    "Accuracy of each client on its own images, those that it trains on as met while it last trained, and those that "
+    "it holds out when it was last tested, all seeds. Box: the middle half, with the median; whiskers: lowest and "
+    "highest; red triangle: mean of the worst 10 % of the clients."
+)
+PHASES_TOLD = "Blue: download, grey: compute, yellow: upload; dashed: the deadline."
+ENTROPY = (
+    "Mean over layers and images of H(π)/ln K: at 1 all kernels count alike and the mixture is inert, at 0 one "
+    "kernel wins."
+)
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure with what it shows, in words."""
+    """A chart with what it shows, in words; with `costs` it is shown while one of these is chosen."""
 
     title: str
-    figure: Figure
+    caption: str
+    plot: figure
+    costs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Board:
+    """A ranking for one cost, with the series of its lines; the page shows the first until another is chosen."""
+
+    cost: str
+    first: bool
+    sheet: Sheet
+    series: tuple[Series, ...]
+
+
+@dataclass(frozen=True)
+class Split:
+    """What is compared on the same data, split in the same way."""
+
+    title: str
+    boards: list[Board]
+    pictures: list[Picture]
 
 
 @dataclass(frozen=True)
 class Section:
-    """A heading with its explanation and what stands below it, as HTML."""
+    """A heading with its explanation and its charts."""
 
     id: str
     title: str
     caption: str
-    body: str
+    pictures: list[Picture]
 
 
-def render_page(summary: Summary, sheets: Sequence[Sheet], notes: Sequence[str]) -> str:
-    """Return the whole page. What is not known of the runs is said in its place."""
-    runs = [run for group in summary.groups for run in group.runs]
-    with rc_context(plots.STYLE):
-        sections = list(_sections(summary, plots.make_facets(summary.groups), runs))
-    title = f"{len(summary.groups)} {'groups' if len(summary.groups) > 1 else 'group'} of runs compared"
-    if len(runs) == 1:
-        title = f"{runs[0].settings.model.arch} with {runs[0].conv} on {runs[0].settings.data.dataset}"
-    links = "".join(f'<a href="#{one.id}">{escape(one.title)}</a>' for one in sections)
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>fedfmd: {escape(title)}</title>
-<style>
-{files("fedfmd.report").joinpath("page.css").read_text(encoding="utf-8")}</style>
-</head>
-<body>
-<h1>{escape(title)}</h1>
-<p>{escape(_overview(runs))}</p>
-{"".join(f'<p class="note">{escape(note)}</p>' for note in notes)}
-{_common_settings(runs)}
-<nav>{links}</nav>
-<main>
-<section id="tables"><h2>Results</h2>
-{"".join(map(_table, sheets))}
-</section>
-{"".join(map(_section, sections))}
-</main>
-<footer>{escape(_origin(runs))}</footer>
-</body>
-</html>
-"""
+def render_page(
+    summary: Summary, sheets: Sequence[Sheet], notes: Sequence[str], pages: Mapping[Run, str]
+) -> str:
+    """Return the whole page. What is not known of the runs is said in its place.
 
-
-def _sections(summary: Summary, facets: Sequence[Facet], runs: Sequence[Run]) -> Iterator[Section]:
+    `pages` are the addresses of the runs' own pages; without any there are no links to them.
+    """
     wording = WORDINGS[summary.kind]
-    yield _accuracy(facets, summary.target, wording)
-    if compared := [facet for facet in facets if len(facet.series) > 1]:
-        yield _front(compared, wording)
-        yield _scores(compared, wording)
-    if summary.kind == "federated":
-        yield _clients(facets)
-        yield _split(runs)
-        yield _timeline(summary.groups)
-    yield _entropy(facets)
-
-
-def _accuracy(facets: Sequence[Facet], target: float, wording: Wording) -> Section:
-    return Section(
-        "accuracy",
-        f"Accuracy over {wording.over}",
-        "Accuracy of the model on the test set. Thick: mean over seeds; band: ± one standard deviation; "
-        f"thin: single seeds, where seeds and groups are at most {plots.FEW}. {wording.seconds}",
-        "".join(
-            _heading(facet)
-            + _legend(facet.series)
-            + _plots(
-                f"accuracy{number}",
-                [
-                    Picture(f"Against {label}", plots.plot_accuracy(facet.series, column, target))
-                    for column, label in wording.curves.items()
-                ],
-            )
-            for number, facet in enumerate(facets)
-        ),
+    runs = [run for group in summary.groups for run in group.runs]
+    title = f"{len(summary.groups)} {'groups' if len(summary.groups) > 1 else 'group'} of runs compared"
+    sections = [_label_splits(runs), _timelines(summary.groups)] if summary.kind == "federated" else []
+    return _render(
+        "report.html",
+        _title(runs[0]) if len(runs) == 1 else title,
+        runs,
+        notes=notes,
+        settings=_common_settings(runs),
+        costs=wording.costs,
+        splits=[_split(facet, summary.target, wording) for facet in make_facets(summary.groups)],
+        sheets=sheets,
+        sections=sections,
+        index=runs_sheet(summary.groups, wording.costs),
+        links=[pages[run] for run in runs if run in pages],
     )
 
 
-def _front(facets: Sequence[Facet], wording: Wording) -> Section:
-    return Section(
-        "front",
-        "Accuracy against cost",
-        "Final accuracy, with standard deviations over seeds as bars. The grey line is the Pareto front: no "
-        "group beats those on it in both. Up and to the left is better.",
-        "".join(
-            _heading(facet)
-            + _legend(facet.series)
-            + _plots(
-                f"front{number}",
-                [
-                    Picture(f"Against {label}", plots.plot_front(facet.series, field, label))
-                    for field, label in wording.fronts.items()
-                    if any(getattr(one.group, field) for one in facet.series)
-                ],
-            )
-            for number, facet in enumerate(facets)
-        ),
+def render_run(run: Run, home: str = "", library_file: str = "") -> str:
+    """Return the page of a run.
+
+    Args:
+        run: packed or not; its page tells what is known.
+        home: address of the comparison's page; without one there is no link.
+        library_file: address of Bokeh's script; by default it is in the page.
+    """
+    wording = WORDINGS[run.settings.kind]
+    run = replace(run, variant=run.variant or run.conv)
+    summary = summarise([run])
+    (facet,) = make_facets(summary.groups)
+    result, *_ = make_sheets(summary)
+    sheets = [
+        rows_sheet(
+            f"{wording.unit}s".capitalize(),
+            f"The columns of {wording.unit}s.csv; accuracies are shares of 1.",
+            run.rounds,
+            wording.unit,
+        )
+    ]
+    if clients := {row.client: row for row in reported_clients(run)}:
+        caption = "The last row of each in clients.csv: of the last round, or of the last with an accuracy."
+        sheets.append(
+            rows_sheet("Clients", caption, [clients[client] for client in sorted(clients)], "client")
+        )
+    return _render(
+        "run.html",
+        _title(run),
+        [run],
+        home=home,
+        notes=[] if run.finished else [f"Unfinished: {run.progress}."],
+        library_file=library_file,
+        result=result,
+        settings={"folder": run.folder.name, **_common_settings([run])},
+        costs=wording.costs,
+        pictures=[
+            *_curves(facet.series, wording.costs),
+            *_timelines(summary.groups).pictures,
+            *_label_splits([run]).pictures,
+        ],
+        sheets=sheets,
     )
 
 
-def _scores(facets: Sequence[Facet], wording: Wording) -> Section:
-    return Section(
-        "scores",
-        "IES and RCS",
-        f"IES = response time / accuracy, RCS = accuracy / response time. {wording.response} Bars: mean over seeds, "
-        "± standard deviation. Both say little where many answers are wrong: look at the accuracy too.",
-        "".join(
-            _heading(facet)
-            + _plots(
-                f"scores{number}",
-                [
-                    Picture(label, plots.plot_scores(facet.series, values, label))
-                    for field, label in wording.scores.items()
-                    if any(values := [getattr(one.group, field) for one in facet.series])
-                ],
-            )
-            for number, facet in enumerate(facets)
-        ),
+def _render(template: str, title: str, runs: Sequence[Run], library_file: str = "", **content: object) -> str:
+    script = _resource("page.js")
+    own = [_digest(script), "'self' file:" if library_file else _digest(library())]
+    return (
+        _templates()
+        .get_template(template)
+        .render(
+            title=title,
+            overview=_overview(runs),
+            origin=_origin(runs),
+            style=_resource("page.css"),
+            script=script,
+            policy=f"default-src 'none'; script-src {' '.join(own)}; style-src 'unsafe-inline'; img-src data:",
+            library_file=library_file,
+            library="" if library_file else b64encode(packed_library()).decode(),
+            **content,
+        )
     )
 
 
-def _clients(facets: Sequence[Facet]) -> Section:
-    return Section(
-        "clients",
-        "Spread over the clients",
-        "Accuracy of each client on its own images, those that it trains on as met while it last trained, and those "
-        "that it holds out when it was last tested, all seeds. Box: the middle half, with the median; whiskers: lowest "
-        "and highest; red triangle: mean of the worst 10 % of the clients.",
-        _plots(
-            "clients",
-            [
-                Picture(_titled(title, facet), plots.plot_clients(facet.series, column))
-                for column, title in (
-                    ("accuracy", "Accuracy per client"),
-                    ("test_accuracy", "Test accuracy per client"),
-                    ("personal_test_accuracy", "Test accuracy of the client's own model"),
-                )
-                for facet in _facets_with(facets, attrgetter(plots.CLIENTS[column][1]))
-            ],
-        ),
+@lru_cache
+def _templates() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("fedfmd.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
+    environment.filters["chart"] = lambda plot: Markup(to_json(plot))
+    return environment
 
 
-def _split(runs: Sequence[Run]) -> Section:
-    return Section(
-        "split",
-        "Label split",
-        "Training images of each class that each client has; white is none.",
-        _plots("split", list(_splits(runs))),
+@lru_cache
+def _resource(name: str) -> str:
+    return files("fedfmd.report").joinpath(name).read_text(encoding="utf-8")
+
+
+@lru_cache
+def _digest(script: str) -> str:
+    """Return how a page's policy names a script that may run."""
+    return f"'sha256-{b64encode(sha256(script.encode()).digest()).decode()}'"
+
+
+def _split(facet: Facet, target: float, wording: Wording) -> Split:
+    groups = [one.group for one in facet.series]
+    by_group = {one.group: one for one in facet.series}
+    rankings = {cost: rank(groups, cost, target) for cost in wording.costs}
+    boards = [
+        Board(
+            cost,
+            number == 0,
+            ranked_sheet(rankings[cost], axis, target, {one.group: one.name for one in facet.series}),
+            tuple(by_group[place.group] for place in rankings[cost].places),
+        )
+        for number, (cost, axis) in enumerate(wording.costs.items())
+    ]
+    pictures = _curves(facet.series, wording.costs, rankings, target)
+    if len(groups) > 1:
+        pictures[1:1] = _fronts(facet.series, rankings, wording)
+    for column, (title, _, worst) in CLIENTS.items():
+        if known := [one for one in facet.series if getattr(one.group, worst)]:
+            pictures.append(Picture(title, BOXES, clients_chart(known, column)))
+    return Split(facet.title or "Ranking", boards, pictures)
+
+
+def _curves(
+    series: Sequence[Series],
+    costs: Mapping[str, Axis],
+    rankings: Mapping[str, Ranking] = {},
+    target: float | None = None,
+) -> list[Picture]:
+    """Return accuracy, and kernel entropy where there is any, over the chosen cost."""
+    band = (
+        " Mean over seeds, band: ± one standard deviation."
+        if any(len(s.group.runs) > 1 for s in series)
+        else ""
     )
+    line = " Dashed: where the ranking compares." if rankings else ""
+    pictures = [
+        Picture(
+            "Accuracy",
+            f"Of the model on the test set.{band}{line}",
+            curve_chart(series, accuracy_percent, "test accuracy (%)", costs, rankings, target),
+        )
+    ]
+    mixing = [one for one in series if one.group.runs[0].rounds[-1].kernel_entropy is not None]
+    if mixing:
+        chart = curve_chart(mixing, _entropy, "kernel entropy H(π)/ln K (no unit)", costs)
+        pictures.append(Picture("Kernel entropy", ENTROPY, chart))
+    return pictures
 
 
-def _timeline(groups: Sequence[Group]) -> Section:
-    return Section(
-        "timeline",
-        "Time line of a round",
-        "The last round of each group's first seed, the first client to finish at the bottom. Red: clients "
-        "whose update was not used, and why."
-        + (f" The first {MAX_TIMELINES} groups." if len(groups) > MAX_TIMELINES else ""),
-        _plots("timeline", list(_timelines(groups[:MAX_TIMELINES]))),
-    )
+def _entropy(row: Row) -> float | None:
+    return row.kernel_entropy
 
 
-def _entropy(facets: Sequence[Facet]) -> Section:
-    mixing = _facets_with(facets, lambda group: group.runs[0].rounds[-1].kernel_entropy is not None)
-    return Section(
-        "entropy",
-        "Kernel entropy",
-        "Mean over layers and images of H(π)/ln K: at 1 all kernels count alike and the mixture is inert, at 0 "
-        "one kernel wins.",
-        _legend({one.name: one for facet in mixing for one in facet.series}.values())
-        + _plots(
-            "entropy",
-            [Picture(_titled("Kernel entropy", facet), plots.plot_entropy(facet.series)) for facet in mixing],
-        ),
-    )
+def _fronts(series: Sequence[Series], rankings: Mapping[str, Ranking], wording: Wording) -> Iterator[Picture]:
+    wholes = {
+        cost: {place.group.label: place.whole for place in ranking.places}
+        for cost, ranking in rankings.items()
+    }
+    caption = "Grey: the Pareto front, no other beats those on it in both. Up and to the left is better."
+    if differing := {
+        cost: axis
+        for cost, axis in wording.costs.items()
+        if len({whole.mean for whole in wholes[cost].values()}) > 1
+    }:
+        chart = front_chart(series, wholes, differing)
+        yield Picture("Final accuracy and cost of the whole run", caption, chart, tuple(differing))
+    latencies = {one.group.label: one.group.latency_ms for one in series if one.group.latency_ms}
+    if len({latency.mean for latency in latencies.values()}) > 1:
+        chart = front_chart(
+            series,
+            {"latency_ms": latencies},
+            {"latency_ms": Axis("latency", "ms", f"{wording.latency} per image (ms)")},
+        )
+        yield Picture("Final accuracy and latency", caption, chart)
 
 
-def _facets_with(facets: Sequence[Facet], keep: Callable[[Group], object]) -> list[Facet]:
-    """Return the facets without the groups that have nothing to show; without empty facets."""
-    kept = (Facet(facet.title, tuple(one for one in facet.series if keep(one.group))) for facet in facets)
-    return [facet for facet in kept if facet.series]
-
-
-def _titled(text: str, facet: Facet) -> str:
-    return f"{text}: {facet.title}" if facet.title else text
-
-
-def _splits(runs: Sequence[Run]) -> Iterator[Picture]:
+def _label_splits(runs: Sequence[Run]) -> Section:
     """Return a split per task, that of the first run which has one."""
-    shown: dict[str, tuple[Run, np.ndarray]] = {}
+    shown: dict[str, Picture] = {}
     for run in runs:
-        if run.label_counts is not None:
-            shown.setdefault(run.task, (run, run.label_counts))
-    for run, counts in shown.values():
-        scheme = run.settings.partition.scheme
-        parts = ("" if scheme in run.task else scheme, run.task, f"seed {run.seed}")
-        title = ", ".join(filter(None, parts))
-        yield Picture(f"Images per client and class: {title}", plots.plot_split(counts))
+        if run.label_counts is not None and run.task not in shown:
+            scheme = run.settings.partition.scheme
+            parts = ("" if scheme in run.task else scheme, run.task, f"seed {run.seed}")
+            title = f"Images per client and class: {', '.join(filter(None, parts))}"
+            shown[run.task] = Picture(title, "", split_chart(run.label_counts))
+    return Section(
+        "split", "Label split", "Training images of each class that each client has.", list(shown.values())
+    )
 
 
-def _timelines(groups: Iterable[Group]) -> Iterator[Picture]:
-    for group in groups:
+def _timelines(groups: Sequence[Group]) -> Section:
+    pictures = []
+    for group in groups[:MAX_TIMELINES]:
         run = group.runs[0]
         last = [row for row in run.clients if row.round == run.rounds[-1].round]
         if last:
-            title = f"{group.label}, seed {run.seed}, round {last[0].round}"
-            yield Picture(title, plots.plot_timeline(last, run.settings.budget.deadline_s))
-
-
-def _section(section: Section) -> str:
-    body = section.body or '<p class="missing">Nothing of this was kept of the runs.</p>'
-    return (
-        f'<section id="{section.id}"><h2>{escape(section.title)}</h2>\n'
-        f"<p>{escape(section.caption)}</p>\n{body}</section>\n"
+            title = f"Time line of round {last[0].round}: {group.label}, seed {run.seed}"
+            pictures.append(Picture(title, PHASES_TOLD, timeline_chart(last, run.settings.budget.deadline_s)))
+    return Section(
+        "timeline",
+        "Time line of a round",
+        "The last round of each group's first seed, the first client to finish at the bottom. Red: clients whose "
+        "update was not used, and why."
+        + (f" The first {MAX_TIMELINES} groups." if len(groups) > MAX_TIMELINES else ""),
+        pictures,
     )
 
 
-def _heading(facet: Facet) -> str:
-    return f"<h3>{escape(facet.title)}</h3>\n" if facet.title else ""
-
-
-def _plots(name: str, pictures: Sequence[Picture]) -> str:
-    drawn = [
-        f"<figure><figcaption>{escape(picture.title)}</figcaption>\n"
-        f"{inline_svg(picture.figure, f'{name}-{number}', picture.title)}</figure>\n"
-        for number, picture in enumerate(pictures)
-    ]
-    layout = "plots pairs" if len(drawn) in (1, 2, 4) else "plots"  # else in rows of three
-    return f'<div class="{layout}">\n{"".join(drawn)}</div>\n' if drawn else ""
-
-
-def inline_svg(figure: Figure, name: str, description: str) -> str:
-    """Return the figure as an SVG element that fills its box; `name` keeps its ids apart from those of others."""
-    text = io.StringIO()
-    figure.savefig(text, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    svg = text.getvalue()
-    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg[svg.index("<svg") :])
-    opening, rest = svg.split(">", 1)
-    opening = re.sub(r' (width|height)="[^"]*"', "", opening)
-    return f'{opening} role="img" aria-label="{escape(description)}">{rest}'
-
-
-def _legend(series: Collection[Series]) -> str:
-    items = "".join(
-        f'<li><svg width="36" height="12" aria-hidden="true"><line x1="1" y1="6" x2="35" y2="6" stroke="{one.colour}" '
-        f'stroke-width="3" stroke-dasharray="{" ".join(str(2 * dash) for dash in one.dash)}"/></svg>'
-        f"{escape(one.name)}</li>"
-        for one in series
-    )
-    return f'<ul class="legend">{items}</ul>\n' if items else ""
-
-
-def _table(sheet: Sheet) -> str:
-    head = "".join(f'<th scope="col">{escape(column)}</th>' for column in sheet.columns)
-    body = "".join(
-        f'<tr><th scope="row">{escape(line[0])}</th>'
-        f"{''.join(f'<td>{escape(cell)}</td>' for cell in line[1:])}</tr>\n"
-        for line in sheet.lines
-    )
-    return (
-        f"<h3>{escape(sheet.title)}</h3>\n<p>{escape(sheet.caption)}</p>\n"
-        f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>\n'
-    )
+def _title(run: Run) -> str:
+    what = f"{run.settings.model.arch} with {run.conv} on {run.settings.data.dataset}"
+    return f"{what if run.label in ('all runs', run.conv) else run.label}, seed {run.seed}"
 
 
 def _overview(runs: Sequence[Run]) -> str:
     """Tell what was run, in a sentence."""
+    seeds = "seeds" if len({run.seed for run in runs}) > 1 else "seed"
 
     def values(pick: Callable[[Settings], object]) -> str:
         return ", ".join(dict.fromkeys(str(pick(run.settings)) for run in runs))
@@ -315,31 +333,25 @@ def _overview(runs: Sequence[Run]) -> str:
         return who + (
             f"centralised, {values(lambda s: s.length)} epochs in batches of {values(lambda s: s.train.batch_size)}, "
             f"learning rate {values(lambda s: f'{s.train.lr:g} ({s.train.schedule})')}, "
-            f"{values(lambda s: s.train.precision)} on {values(lambda s: s.device)}, seeds {values(lambda s: s.seed)}."
+            f"{values(lambda s: s.train.precision)} on {values(lambda s: s.device)}, "
+            f"{seeds} {values(lambda s: s.seed)}."
         )
     return who + (
         f"{values(lambda s: s.partition.clients)} clients, {values(lambda s: s.partition.scheme)} split, "
-        f"{values(lambda s: s.server.rounds)} rounds, seeds {values(lambda s: s.seed)}; "
+        f"{values(lambda s: s.server.rounds)} rounds, {seeds} {values(lambda s: s.seed)}; "
         f"fleet {values(lambda s: s.fleet.devices)} on {values(lambda s: s.fleet.link)}, "
         f"deadline {values(lambda s: f'{s.budget.deadline_s:g} s' if s.budget.deadline_s else 'none')}."
     )
 
 
-def _common_settings(runs: Sequence[Run]) -> str:
-    """All settings in which the runs agree; folders are nobody's business."""
+def _common_settings(runs: Sequence[Run]) -> dict[str, object]:
+    """Return the settings in which the runs agree; folders are nobody's business."""
     flats = [run.settings.kept() for run in runs]
-    common = [
-        (key, value)
+    return {
+        key: value
         for key, value in flats[0].items()
         if key not in PATHS | Settings.NEUTRAL and all(flat[key] == value for flat in flats)
-    ]
-    lines = "".join(
-        f'<tr><th scope="row">{key}</th><td>{escape(str(value))}</td></tr>' for key, value in common
-    )
-    return (
-        "<details><summary>Settings that all runs have in common</summary>"
-        f'<div class="scroll"><table><tbody>{lines}</tbody></table></div></details>'
-    )
+    }
 
 
 def _origin(runs: Sequence[Run]) -> str:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from types import MappingProxyType
 from typing import Any
 
 from rich import box
+from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
+from fedfmd.report.costs import Place, Ranking, spent
 from fedfmd.report.selection import Choice
-from fedfmd.report.statistics import CONFIDENCE, Estimate, Group, Summary, estimate
+from fedfmd.report.statistics import CONFIDENCE, Estimate, Group, Summary, estimate, final_accuracy
 from fedfmd.report.tables import si
-from fedfmd.report.wording import WORDINGS
+from fedfmd.report.wording import WORDINGS, Axis
+from fedfmd.runs import ClientRow, EpochRow, RoundRow
 
 NOTHING = "–"
 
@@ -123,11 +127,72 @@ def make_sheets(summary: Summary) -> list[Sheet]:
     ]
     if any(group.client_test for group in summary.groups):
         sheets.insert(1, _tests_of_clients(summary))
+    if summary.groups[0].runs[0].unlabelled:
+        sheets.append(_unlabelled(summary))
     if any(group.difference for group in summary.groups):
         sheets.insert(1, _differences(summary))
     if summary.choice:
         sheets.append(_tried(summary.choice))
     return sheets
+
+
+def ranked_sheet(ranking: Ranking, axis: Axis, target: float, names: Mapping[Group, str]) -> Sheet:
+    """Tell who is the most accurate at the same cost, and what each group spent, under these names."""
+    places = ranking.places
+    budget = f"{_whole(Estimate(ranking.budget, 0.0, 1))} {axis.unit}"
+    cells: dict[str, Callable[[Place], str]] = {
+        f"% at {budget}": lambda place: _percent(place.accuracy),
+        "final %": lambda place: _percent(place.group.final),
+        f"{axis.unit} in all": lambda place: _whole(place.whole),
+        f"{axis.unit} to {target:.1f} %": _to_target,
+        "minus static": lambda place: _minus_static(place.group),
+        "on the front": lambda place: "yes" if place.on_front else "",
+    }
+    notes = {
+        "minus static": "Minus static: paired difference of the final accuracies, holding by Holm's p-value or not.",
+        "on the front": "On the front: no other is at least as accurate in the end for no more.",
+    }
+    columns = {"runs": [names[place.group] for place in places]}
+    columns |= {name: [cell(place) for place in places] for name, cell in cells.items()}
+    columns = {name: column for name, column in columns.items() if set(column) - {"", NOTHING}}
+    return Sheet(
+        f"Ranking: {axis.name}",
+        f"The test accuracy that each had reached for {budget}, the least that any of these runs spent in all, highest "
+        f"first: mean ± standard deviation over seeds. {' '.join(notes[name] for name in notes if name in columns)}",
+        tuple(columns),
+        tuple(zip(*columns.values(), strict=True)),
+    )
+
+
+def runs_sheet(groups: Sequence[Group], costs: Mapping[str, Axis]) -> Sheet:
+    """Return a line per run, by group and seed."""
+    return Sheet(
+        "Runs",
+        "Each on a page of its own, which lie in a folder beside this page: settings, rows, clients, time line, split.",
+        ("runs", "seed", "final %", *(axis.unit for axis in costs.values())),
+        tuple(
+            (
+                group.label,
+                str(run.seed),
+                f"{final_accuracy(run):.1f}",
+                *(_whole(Estimate(spent(run.rounds, cost)[-1], 0.0, 1)) for cost in costs),
+            )
+            for group in groups
+            for run in group.runs
+        ),
+    )
+
+
+def rows_sheet(
+    title: str, caption: str, rows: Sequence[RoundRow | ClientRow | EpochRow], first: str
+) -> Sheet:
+    """Return rows of a run's file under its columns, the first one named, without those that are empty."""
+    lines = [asdict(row) for row in rows]
+    columns = [name for name in lines[0] if any(line[name] not in (None, "") for line in lines)]
+    columns.sort(key=lambda name: name != first)
+    return Sheet(
+        title, caption, tuple(columns), tuple(tuple(_raw(line[name]) for name in columns) for line in lines)
+    )
 
 
 def markdown(sheet: Sheet) -> str:
@@ -137,13 +202,36 @@ def markdown(sheet: Sheet) -> str:
     return f"### {sheet.title}\n\n{sheet.caption}\n\n{table}"
 
 
-def terminal_table(sheet: Sheet) -> Table:
-    """Return the sheet for a terminal of 100 columns: numbers are never broken, names only if they must be."""
-    table = Table(title=sheet.title, title_justify="left", box=box.SIMPLE, padding=(0, 0, 0, 1))
-    for number, column in enumerate(sheet.columns):
-        table.add_column(column, justify="right" if number else "left", no_wrap=number > 0, overflow="fold")
+def terminal_tables(sheet: Sheet, console: Console) -> list[Table]:
+    """Return the sheet in as many tables below each other as the console's width needs, each with all names.
+
+    Numbers are never broken, names only if they are longer than a third of the width.
+    """
+    unlimited = console.options.update_width(10**6)
+
+    def fits(places: Sequence[int]) -> bool:
+        table = _terminal_table(sheet, places, console.width)
+        return Measurement.get(console, unlimited, table).minimum <= console.width
+
+    parts: list[list[int]] = [[]]
+    for place in range(1, len(sheet.columns)):
+        if parts[-1] and not fits([*parts[-1], place]):
+            parts.append([])
+        parts[-1].append(place)
+    return [_terminal_table(sheet, places, console.width) for places in parts]
+
+
+def _terminal_table(sheet: Sheet, places: Sequence[int], width: int) -> Table:
+    """Return the names and the columns at these places."""
+    title = sheet.title if 1 in places else f"{sheet.title}, continued"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 0, 0, 1))
+    longest = max((len(line[0]) for line in sheet.lines), default=0)
+    table.add_column(sheet.columns[0], overflow="fold", min_width=min(longest, width // 3))
+    for place in places:
+        needed = max(len(cells[place]) for cells in (sheet.columns, *sheet.lines))
+        table.add_column(sheet.columns[place], justify="right", no_wrap=True, min_width=needed)
     for line in sheet.lines:
-        table.add_row(*line)
+        table.add_row(line[0], *(line[place] for place in places))
     return table
 
 
@@ -192,6 +280,20 @@ def _tests_of_clients(summary: Summary) -> Sheet:
     )
 
 
+def _unlabelled(summary: Summary) -> Sheet:
+    """Return what groups differ in beyond their labels."""
+    keys = summary.groups[0].runs[0].unlabelled
+    return Sheet(
+        "Settings beyond the labels",
+        "The labels are as short as they tell the groups apart; they differ in these settings as well.",
+        ("runs", *keys),
+        tuple(
+            (group.label, *(str(group.runs[0].settings.flat()[key]) for key in keys))
+            for group in summary.groups
+        ),
+    )
+
+
 def _differences(summary: Summary) -> Sheet:
     """Each paired difference, whether it holds on its own, and whether it does among the others."""
     compared = [(group, group.difference) for group in summary.groups if group.difference]
@@ -236,6 +338,31 @@ def _tried(choice: Choice) -> Sheet:
             for trial in choice.trials
         ),
     )
+
+
+def _whole(value: Estimate) -> str:
+    """Write a count, such as rounds, that is the same for all seeds without digits after the point."""
+    return f"{value.mean:.0f}" if value.std == 0 and value.mean.is_integer() else _amount(value)
+
+
+def _to_target(place: Place) -> str:
+    """Tell the cost, and how many seeds got there if not all did."""
+    if place.to_target is None:
+        return "not reached"
+    reached, seeds = place.to_target.count, len(place.group.runs)
+    return _amount(place.to_target) + (f" ({reached} of {seeds})" if reached < seeds else "")
+
+
+def _minus_static(group: Group) -> str:
+    gain = group.difference
+    return f"{gain.mean:+.1f}{', holds' if gain.holds else ''}" if gain else NOTHING
+
+
+def _raw(value: object) -> str:
+    """Six digits of a number, all of a whole one."""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return NOTHING if value is None else f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _how_chosen(choice: Choice | None) -> str:

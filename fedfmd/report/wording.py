@@ -7,17 +7,23 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class Axis:
+    """A cost that accuracy is drawn against and that groups are ranked for; `label` is what stands at the axis."""
+
+    name: str
+    unit: str
+    label: str
+
+
+@dataclass(frozen=True)
 class Wording:
     """How one speaks of runs of one kind.
 
     Attributes:
         unit: what their rows are: rounds or epochs.
         figures: the fields of a `Group`, and `target` those of its `Target`, that such runs can have.
-        curves: columns of the runs' rows that accuracy is drawn against; like the next two, with labels. The
-            first one counts rounds or epochs.
-        fronts: costs of a group that its accuracy is weighed against.
-        scores: fields of a group with IES and RCS.
-        over: what the curves show, in a title.
+        costs: what runs spend, by its name in `fedfmd.report.costs`; the first one counts rounds or epochs.
+        over: what `curves.png` shows, in a title.
         seconds: which seconds are meant.
         latency: which latency is meant.
         response: which times stand for the response time of IES and RCS.
@@ -26,9 +32,7 @@ class Wording:
     unit: str
     figures: tuple[str, ...]
     target: tuple[str, ...]
-    curves: Mapping[str, str]
-    fronts: Mapping[str, str]
-    scores: Mapping[str, str]
+    costs: Mapping[str, Axis]
     over: str
     seconds: str
     latency: str
@@ -55,22 +59,12 @@ WORDINGS = {
             *("latency_ms", "ies_infer_ms", "rcs_infer", "ies_train_s", "rcs_train", "kernel_entropy"),
         ),
         target=("virtual_s", "gflops", "mb"),
-        curves={
-            "round": "round",
-            "virtual_s": "virtual time (s)",
-            "cum_train_flops": "training compute of all clients (FLOP)",
-        },
-        fronts={
-            "virtual_s": "virtual time of the run (s)",
-            "gflops": "training compute of the run (GFLOPs)",
-            "mb": "bytes up and down in the run (MB)",
-            "latency_ms": "modelled latency per image (ms)",
-        },
-        scores={
-            "ies_infer_ms": "IES, inference (ms) – lower is better",
-            "rcs_infer": "RCS, inference (correct/s) – higher is better",
-            "ies_train_s": "IES, training round (s) – lower is better",
-            "rcs_train": "RCS, training round (1/s) – higher is better",
+        costs={
+            "round": Axis("rounds", "rounds", "round"),
+            "virtual_s": Axis("virtual time", "s", "virtual time (s)"),
+            "mb": Axis("bytes", "MB", "bytes up and down (MB)"),
+            "energy_kj": Axis("energy", "kJ", "energy of all clients (kJ)"),
+            "gflops": Axis("compute", "GFLOPs", "training compute of all clients (GFLOPs)"),
         },
         over="rounds, time and compute",
         seconds="Seconds are those that the modelled devices and links would need: computing takes its multiply-"
@@ -86,21 +80,10 @@ WORDINGS = {
             *("latency_ms", "ies_infer_ms", "rcs_infer", "ies_train_s", "rcs_train", "kernel_entropy"),
         ),
         target=("train_s", "gflops"),
-        curves={
-            "epoch": "epoch",
-            "cum_wall_s": "training time (s)",
-            "cum_train_flops": "training compute (FLOP)",
-        },
-        fronts={
-            "train_s": "training time of the run (s)",
-            "gflops": "training compute of the run (GFLOPs)",
-            "latency_ms": "measured latency per image (ms)",
-        },
-        scores={
-            "ies_infer_ms": "IES, inference (ms) – lower is better",
-            "rcs_infer": "RCS, inference (correct/s) – higher is better",
-            "ies_train_s": "IES, training epoch (s) – lower is better",
-            "rcs_train": "RCS, training epoch (1/s) – higher is better",
+        costs={
+            "round": Axis("epochs", "epochs", "epoch"),
+            "train_s": Axis("time", "s", "training time (s)"),
+            "gflops": Axis("compute", "GFLOPs", "training compute (GFLOPs)"),
         },
         over="epochs, time and compute",
         seconds="Seconds are those of training, measured on the machine that ran it, without evaluation.",

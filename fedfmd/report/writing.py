@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Sequence
+from hashlib import sha256
 from pathlib import Path
 
 from matplotlib import rc_context
 
+from fedfmd.report.charts import library
 from fedfmd.report.comparison import read_comparison
-from fedfmd.report.packed import write_packed
-from fedfmd.report.page import render_page
+from fedfmd.report.packed import run_names, write_packed
+from fedfmd.report.page import LIBRARY_FILE, render_page, render_run
 from fedfmd.report.plots import STYLE, make_facets, plot_curves
+from fedfmd.report.record import Run
 from fedfmd.report.selection import Selection
 from fedfmd.report.sheets import flat_row, make_sheets, markdown
 from fedfmd.report.statistics import Summary, summarise
@@ -20,6 +24,9 @@ from fedfmd.report.wording import WORDINGS
 from fedfmd.runs import atomic_write
 
 PAGE = "report.html"
+PAGES = "report_files"
+"""Folder of the runs' own pages, named as browsers name the folder that goes with a page."""
+
 FILES = ("report.md", "report.csv", "curves.png", PAGE)
 
 
@@ -30,7 +37,7 @@ def write_report(
     pack: Path | None = None,
     selection: Selection | None = None,
 ) -> tuple[Summary, Sequence[str]]:
-    """Write `FILES` into `out`; returns what they compare, and notes on runs that were left out.
+    """Write `FILES`, and the runs' own pages, into `out`; returns what they compare, and notes on runs left out.
 
     `target` is the accuracy in percent whose cost is reported, by default the lowest final mean of the groups;
     `selection` is what is chosen by validation, by default what the folders themselves say. All runs that were
@@ -49,13 +56,18 @@ def write_report(
     picture = io.BytesIO()
     with rc_context(STYLE):
         plot_curves(make_facets(summary.groups)).savefig(picture, format="png")
-    page = render_page(summary, sheets, comparison.notes)
+    runs = [run for group in summary.groups for run in group.runs]
+    pages = {run: f"{PAGES}/{name}" for run, name in zip(runs, page_names(runs), strict=True)}
+    page = render_page(summary, sheets, comparison.notes, pages)
     if pack:
         write_packed(comparison.read, pack)
         if comparison.choice:
             comparison.choice.selection.write(pack)
-    out.mkdir(parents=True, exist_ok=True)
     contents: tuple[str | bytes, ...] = (text, _csv(summary), picture.getvalue(), page)
+    (out / PAGES).mkdir(parents=True, exist_ok=True)
+    atomic_write(out / PAGES / LIBRARY_FILE, library())
+    for run, address in pages.items():
+        atomic_write(out / address, render_run(run, f"../{PAGE}", LIBRARY_FILE))
     for name, content in zip(FILES, contents, strict=True):
         atomic_write(out / name, content)
     return summary, comparison.notes
@@ -67,9 +79,17 @@ def write_page(folder: Path) -> None:
     Raises:
         SettingsError: as in `read_comparison`.
     """
-    comparison = read_comparison([folder])
-    summary = summarise(comparison.runs)
-    atomic_write(folder / PAGE, render_page(summary, make_sheets(summary), comparison.notes))
+    runs = read_comparison([folder]).runs
+    own = next((run for run in runs if run.folder == folder.resolve()), runs[0])
+    atomic_write(folder / PAGE, render_run(own))
+
+
+def page_names(runs: Sequence[Run]) -> list[str]:
+    """Return names for the runs' pages that any file system and address takes, and that tell them apart."""
+    return [
+        f"{re.sub(r'[^A-Za-z0-9=.+-]+', '-', name)[:80]}-{sha256(name.encode()).hexdigest()[:8]}.html"
+        for name in run_names([run.folder for run in runs])
+    ]
 
 
 def _csv(summary: Summary) -> str:

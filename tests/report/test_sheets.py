@@ -1,4 +1,5 @@
 import io
+from collections import Counter
 from dataclasses import replace
 from functools import partial
 
@@ -6,9 +7,19 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from fedfmd.report.costs import rank
 from fedfmd.report.selection import Choice, Selection, Trial
-from fedfmd.report.sheets import flat_row, make_sheets, markdown, terminal_table
+from fedfmd.report.sheets import (
+    flat_row,
+    make_sheets,
+    markdown,
+    ranked_sheet,
+    rows_sheet,
+    runs_sheet,
+    terminal_tables,
+)
 from fedfmd.report.statistics import summarise
+from fedfmd.report.wording import WORDINGS
 
 
 @pytest.fixture
@@ -164,20 +175,64 @@ def test_a_network_that_is_always_wrong_has_an_infinite_score(make_run):
     assert flat_row(summary.groups[0], 50)["ies_infer_ms"] == "inf"
 
 
+@pytest.mark.parametrize("width", [80, 100])
 @pytest.mark.parametrize("kind", ["federated", "centralised"])
-def test_tables_fit_a_terminal_of_100_columns(kind, make_run, make_centralised):
+def test_tables_fit_a_terminal_with_all_names_and_numbers(kind, width, make_run, make_centralised):
     names = [f"fmdconv, attentions input,kernel,output, alpha 0.{place}" for place in range(3)]
     make = partial(make_run, clients=[0.1]) if kind == "federated" else make_centralised
     make = partial(make, validation=[0.5])
     runs = [make([0.5], variant=name, seed=seed) for name in names for seed in (0, 1)]
     runs += [make([0.6 + 0.3 * seed], seed=seed, **{"model.conv": "static"}) for seed in (0, 1)]
     for sheet in make_sheets(summarise(runs)):
-        console = Console(file=io.StringIO(), width=100)
-        console.print(terminal_table(sheet))
+        console = Console(file=io.StringIO(), width=width)
+        tables = terminal_tables(sheet, console)
+        console.print(*tables)
         text = console.file.getvalue()
-        assert all(len(line) <= 100 for line in text.splitlines())
+        assert all(len(line) <= width for line in text.splitlines())
+        names = Counter(word for line in sheet.lines for word in line[0].split())
+        assert all(text.split().count(word) >= len(tables) * number for word, number in names.items())
+        shown = [column.header for table in tables for column in table.columns[1:]]
         assert all(cell in text for line in sheet.lines for cell in line[1:])  # no number is broken
-        assert all(column in text for column in sheet.columns)
+        assert shown == list(sheet.columns[1:])
+
+
+def test_a_ranking_tells_the_budget_and_what_each_spent(summary):
+    axis = WORDINGS["federated"].costs["virtual_s"]
+    names = {group: group.label.upper() for group in summary.groups}
+    sheet = ranked_sheet(rank(summary.groups, "virtual_s", 75), axis, 75, names)
+    assert lines(sheet) == {
+        "runs": ("FMDCONV", "STATIC"),
+        "% at 10 s": ("83.0 ± 4.2", "75.0 ± 7.1"),
+        "final %": ("83.0 ± 4.2", "75.0 ± 7.1"),
+        "s in all": ("10", "10"),
+        "s to 75.0 %": ("10.0 ± 0.0", "10.0 (1 of 2)"),
+        "minus static": ("+8.0", "–"),
+        "on the front": ("yes", ""),
+    }
+    assert sheet.caption.startswith("The test accuracy that each had reached for 10 s, the least")
+
+
+def test_runs_are_listed_with_what_each_spent(summary):
+    sheet = runs_sheet(summary.groups, WORDINGS["federated"].costs)
+    assert sheet.columns == ("runs", "seed", "final %", "rounds", "s", "MB", "kJ", "GFLOPs")
+    assert sheet.lines[-1] == ("fmdconv", "1", "86.0", "1", "10", "5", "0.500", "1")
+
+
+def test_rows_of_a_file_stand_under_its_columns_without_empty_ones(make_run):
+    sheet = rows_sheet("Clients", "", make_run([0.5], clients=[0.25, None]).clients, "client")
+    columns = lines(sheet)
+    assert sheet.columns[:3] == ("client", "round", "device")
+    assert (columns["train_flops"], columns["accuracy"]) == (("1,000,000,000",) * 2, ("0.25", "–"))
+    assert "reason" not in columns
+
+
+def test_what_labels_leave_out_has_a_table_of_its_own(make_run):
+    runs = [
+        replace(make_run([0.5], variant=f"lr {lr}", **{"train.lr": lr}), unlabelled=("train.lr",))
+        for lr in (0.1, 0.2)
+    ]
+    *_, beyond = make_sheets(summarise(runs))
+    assert lines(beyond) == {"runs": ("lr 0.1", "lr 0.2"), "train.lr": ("0.1", "0.2")}
 
 
 def test_markdown_is_a_table_under_its_title(summary):

@@ -1,9 +1,12 @@
 import csv
+import re
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from fedfmd.report.selection import Selection
-from fedfmd.report.writing import FILES, PAGE, write_page, write_report
+from fedfmd.report.writing import FILES, PAGE, PAGES, page_names, write_page, write_report
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +19,7 @@ def report(finished_runs, tmp_path_factory):
 def test_report_is_written_as_markdown_csv_picture_and_page(report):
     out, summary, notes = report
     assert notes == ()
-    assert sorted(path.name for path in out.iterdir()) == sorted(FILES)
+    assert sorted(path.name for path in out.iterdir()) == sorted((*FILES, PAGES))
     text = (out / "report.md").read_text(encoding="utf-8")
     assert "| fmdconv | 2 | 83.0 ± 4.2 | 85.0 ± 7.1 |" in text  # the best of 50, 80 and of 90, 86 %
     with (out / "report.csv").open() as file:
@@ -130,3 +133,23 @@ def test_a_run_gets_its_own_page(runs):
     folder = runs / "static-0"
     write_page(folder)
     assert "resnet8 with static on digits" in (folder / PAGE).read_text(encoding="utf-8")
+
+
+def test_the_page_links_to_a_page_of_each_run_beside_it(report):
+    out, _, _ = report
+    links = re.findall(rf'href="({PAGES}/[^"]+)"', (out / PAGE).read_text(encoding="utf-8"))
+    assert len(links) == len(set(links)) == 4
+    for link, seed in zip(links, (0, 1, 0, 1), strict=True):
+        text = (out / link).read_text(encoding="utf-8")
+        assert f"seed {seed}</h1>" in text
+        assert f'href="../{PAGE}"' in text
+        assert 'src="bokeh.min.js"' in text
+    assert len(list((out / PAGES).iterdir())) == 5  # and the script that they share
+
+
+def test_names_of_pages_can_stand_in_an_address(make_run):
+    names = ["a" * 300, "#?%/<b>", "b c", "b-c"]
+    runs = [replace(make_run([0.5]), folder=Path("runs") / name) for name in names]
+    pages = page_names(runs)
+    assert len({page.lower() for page in pages}) == len(names)
+    assert all(re.fullmatch(r"[A-Za-z0-9=.+-]+\.html", page) and len(page) < 100 for page in pages)
