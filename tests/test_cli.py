@@ -218,7 +218,8 @@ def test_settings_are_listed_as_table_or_json(fedfmd, monkeypatch):
     assert status == 0
     rows = {row["key"]: row for row in json.loads(out)}
     assert {key: row["default"] for key, row in rows.items()} == Settings().flat()
-    assert rows["data.dataset"]["choices"] == ["digits", "cifar10", "cifar100", "npz", "imagefolder"]
+    sources = ["digits", "cifar10", "cifar100", "npz", "imagefolder"]
+    assert rows["data.dataset"]["choices"] == [*sources, "module:function"]
 
 
 def test_settings_that_no_word_finds_are_one_line_with_the_nearest(fedfmd):
@@ -248,7 +249,7 @@ def test_init_writes_an_experiment_and_code_that_can_be_run(fedfmd, tmp_path):
         (cli._complete_experiment, "m", ["mine/", "mine.yaml"]),
         (cli._complete_experiment, "mine/", ["mine/own.yaml"]),
         (cli._complete_experiment, "none/", []),
-        (cli._complete_setting, "train.l", ["train.lr=", "train.local-epochs="]),
+        (cli._complete_setting, "train.lo", ["train.local-epochs=", "train.loss="]),
         (cli._complete_setting, "model.conv=f", ["model.conv=fmdconv"]),
         (cli._complete_setting, "none=", []),
         (cli._complete_value("model.arch"), "resnet3", ["resnet34"]),

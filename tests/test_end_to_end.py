@@ -147,6 +147,7 @@ OPTIONS = {
     "krum": {"server.byzantine": 0},
     "multikrum": {"server.byzantine": 0},
     "fedbuff": {"server.buffer": 4},
+    "feddyn": {"train.proximal-mu": 0.01},
 }
 
 

@@ -14,6 +14,7 @@ from scipy.special import stdtr, stdtrit
 
 from fedfmd.cost import Cost, pareto_front
 from fedfmd.data import own_test_size
+from fedfmd.own_code import is_own
 from fedfmd.report.record import Run
 from fedfmd.report.selection import Choice
 from fedfmd.runs import ClientRow, EpochRow, RoundRow
@@ -263,11 +264,21 @@ def cut_percent(run: Run) -> float | None:
         return None
     settings, share = run.settings, run.settings.partition.test_share
     images = [own - own_test_size(own, share) for own in run.label_counts.sum(axis=1).tolist()]
-    kernels = run.cost.kernels if run.cost else 1 if run.conv == BASELINE else settings.model.kernels
     planned = [row for row in run.clients if row.steps]
+    kernels = _kernels(run, planned)
     full = sum(settings.train.local_epochs * images[row.client] * kernels for row in planned)
     left = full - sum(row.examples * row.kernels for row in planned)
     return 100 * left / full if full else None
+
+
+def _kernels(run: Run, planned: Sequence[ClientRow]) -> int:
+    """Return how many kernels a bank has; of own code that isn't on this machine, the most that a client trained."""
+    model = run.settings.model
+    if run.cost:
+        return run.cost.kernels
+    if is_own(model.arch) or is_own(model.conv):
+        return max((row.kernels for row in planned), default=1)
+    return 1 if run.conv == BASELINE else model.kernels
 
 
 def final_accuracy(run: Run) -> float:

@@ -256,3 +256,11 @@ def test_tests_of_clients_are_told_by_mean_spread_and_worst_tenth(make_run):
 def test_held_out_images_are_no_work_that_was_cut(with_work):
     everything = with_work((0, 2 * 24, 4), (1, 2 * 8, 4), **{"partition.test-share": 0.2})
     assert cut_percent(everything) == 0
+
+
+@pytest.mark.parametrize(("kernels", "cut"), [((1, 1), 0), ((2, 1), 12.5)])
+def test_of_own_code_that_is_not_here_the_rows_tell_the_kernels(with_work, kernels, cut):
+    work = [
+        (client, images, count) for (client, images), count in zip(((0, 60), (1, 20)), kernels, strict=True)
+    ]
+    assert cut_percent(with_work(*work, **{"model.conv": "elsewhere:Conv"})) == pytest.approx(cut)
