@@ -131,7 +131,10 @@ class Quitter(FedAvg):
 def test_a_strategy_that_exits_fails_the_run(run, write_yaml, monkeypatch):
     Path("quitter.py").write_text(QUITTER)
     monkeypatch.syspath_prepend(Path.cwd())
-    with pytest.raises(RunError, match=r"the code of server\.strategy = quitter:Quitter calls sys\.exit"):
+    with pytest.raises(
+        RunError,
+        match=r"'quitter:Quitter': aggregate_train fails in quitter\.py, line 7: it calls sys\.exit",
+    ):
         run(write_yaml(**{"server.rounds": 2}), "server.strategy=quitter:Quitter")
 
 
