@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -481,6 +482,8 @@ def main() -> None:
     """Entry point: a user's mistake ends in one line and exit status 2, a failed run in one line and 1."""
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a sign that can't be shown, such as ×, must not end a run
     try:
         cli()
     except SettingsError as error:

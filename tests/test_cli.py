@@ -1,3 +1,4 @@
+import io
 import json
 import subprocess
 import sys
@@ -218,6 +219,31 @@ def test_settings_are_listed_as_table_or_json(fedfmd, monkeypatch):
     rows = {row["key"]: row for row in json.loads(out)}
     assert {key: row["default"] for key, row in rows.items()} == Settings().flat()
     assert rows["data.dataset"]["choices"] == ["digits", "cifar10", "cifar100", "npz", "imagefolder"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["settings"],
+        ["cost", "--model", "resnet8", "--width", 0.25],
+        ["run", "tiny.yaml", "--out", "run×", "--workers", 1],
+        ["report", "runs"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_a_terminal_without_unicode_gets_question_marks(
+    arguments, fedfmd, write_yaml, write_run, monkeypatch
+):
+    write_yaml()
+    for seed in (0, 1):
+        write_run(f"{seed}", [0.5, 0.6], seed=seed)
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    status, _, err = fedfmd(*arguments)
+    terminal.flush()
+    shown = terminal.buffer.getvalue().decode("ascii")
+    assert (status, err) == (0, "")
+    assert "?" in shown
 
 
 def test_settings_that_no_word_finds_are_one_line_with_the_nearest(fedfmd):
