@@ -269,7 +269,7 @@ def build_model(settings: Settings, classes: int, image_size: int = 0) -> nn.Mod
     def size() -> int:
         return image_size or settings.data.image_size or build_dataset(settings).image_size
 
-    with _bad_input(), torch.random.fork_rng(devices=[]):
+    with _bad_input(RuntimeError), torch.random.fork_rng(devices=[]):  # PyTorch's, for lack of memory
         torch.manual_seed(derive_seed(settings.seed, "model"))
         if is_own(model.arch):
             network = _own_network(settings, classes, size())
@@ -451,9 +451,9 @@ def _path(value: str) -> Path | None:
 
 
 @contextmanager
-def _bad_input() -> Iterator[None]:
-    """Turn what a room says of bad input into a settings error."""
+def _bad_input(*others: type[Exception]) -> Iterator[None]:
+    """Turn what a room says of bad input, as ValueError, OSError or `others`, into a settings error."""
     try:
         yield
-    except (ValueError, OSError) as error:
-        raise SettingsError(str(error)) from error
+    except (ValueError, OSError, *others) as error:
+        raise SettingsError(" ".join(str(error).split())) from error
