@@ -434,7 +434,9 @@ def calibrate(
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="A run's checkpoints/round-….safetensors.")],
     target: Annotated[ExportFormat, typer.Option("--format", help="What to write.")] = ExportFormat.onnx,
-    out: Annotated[Path | None, typer.Option(help="File to write; by default beside the checkpoint.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="File to write; by default beside the checkpoint.")
+    ] = None,
     image_size: Annotated[
         int | None, typer.Option(min=1, help="Height and width in pixels; by default the run's.")
     ] = None,

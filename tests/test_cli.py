@@ -414,6 +414,12 @@ def test_export_of_a_missing_checkpoint_is_one_line(fedfmd):
     assert err.count("\n") == 1
 
 
+def test_export_into_a_folder_is_refused(fedfmd, tmp_path):
+    status, _, err = fedfmd("export", "a.safetensors", "--out", tmp_path)
+    assert status == 2
+    assert err.endswith("is a directory.\n")
+
+
 @pytest.mark.parametrize("command", [("export",), ("cam", "test:3")], ids=["export", "cam"])
 def test_no_command_overwrites_what_it_reads(command, fedfmd, write_checkpoint):
     checkpoint = write_checkpoint()
