@@ -517,7 +517,7 @@ class Settings(_Section):
     device: str = "cpu"
     """What to compute on: cpu, cuda, cuda:N, or auto, a GPU where there is one."""
     threads: Annotated[int, Field(ge=0, le=1024)] = 0
-    """PyTorch's threads per node; 0: the cores are shared out."""
+    """PyTorch's threads per node; 0: one, but as many as there are cores for centralised training on its own."""
     run_dir: str = ""
     """Folder of the run; by default a new one below runs/."""
     resume: bool = False

@@ -22,6 +22,7 @@ from fedfmd.conv import has_temperature, set_temperature
 from fedfmd.edge import WorkPlan, keep_first, plan_work, round_seconds
 from fedfmd.errors import RunError
 from fedfmd.flower_compat import answered_id, dead_worker, message_id
+from fedfmd.protocol.averaging import ExactMean
 from fedfmd.protocol.compression import upload_bytes
 from fedfmd.protocol.messages import (
     BY_ATTENTION,
@@ -30,6 +31,7 @@ from fedfmd.protocol.messages import (
     ClientResult,
     ClientScore,
     Instruction,
+    Reply,
     from_record,
     to_record,
     write_instruction,
@@ -344,19 +346,32 @@ class TrackedStrategy(Strategy):
         terms = replace(self._terms, sizes=self.federation.sizes)
         answers = read_replies(replies, asked, received, terms)
         self.results = client_results(answers, asked)
+        usable = [(a.request, a.reply) for a in answers if a.reply is not None and a.reply.arrays]
+        if not self._separate:
+            return self._mean([reply for _, reply in usable], current)
         nodes = {request.id: request.message.metadata.dst_node_id for request in self._round.requests}
-        return [
+        updates = [
             Update(
-                answer.reply.arrays,
-                answer.reply.weights,
-                tuple(result for result in answer.reply.results if result.ok),
-                start=origins[answer.request].arrays,
-                age=origins[answer.request].age,
-                node=nodes[answer.request],
+                reply.arrays,
+                reply.weights,
+                reply.results,
+                start=origins[request].arrays,
+                age=origins[request].age,
+                node=nodes[request],
             )
-            for answer in answers
-            if answer.reply is not None and answer.reply.arrays
+            for request, reply in usable
         ]
+        return sorted(updates, key=lambda update: update.results[0].client)
+
+    def _mean(self, replies: Sequence[Reply], current: Arrays) -> list[Update]:
+        """Return the mean of all clients, in which it can't be seen who was trained with whom; none of none."""
+        federation = self.federation
+        mean = ExactMean(current, max(len(federation.dataset.train), sum(federation.sizes)))
+        for reply in replies:
+            mean.add(reply.arrays, reply.weights, reply.rest)
+        results = tuple(result for reply in replies for result in reply.results if result.ok)
+        arrays = mean.arrays()
+        return [Update(arrays, mean.weights, results, start=current)] if arrays else []
 
     def _client_rows(self, server_round: int, arrived: Mapping[str, float]) -> list[ClientRow]:
         places = {node.id: node.rank for node in self.nodes}
