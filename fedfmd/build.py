@@ -453,7 +453,8 @@ def _path(value: str) -> Path | None:
 @contextmanager
 def _bad_input(*others: type[Exception]) -> Iterator[None]:
     """Turn what a room says of bad input, as ValueError, OSError or `others`, into a settings error."""
+    kinds: tuple[type[Exception], ...] = (ValueError, OSError, *others)
     try:
         yield
-    except (ValueError, OSError, *others) as error:
+    except kinds as error:
         raise SettingsError(" ".join(str(error).split())) from error
