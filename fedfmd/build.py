@@ -31,11 +31,18 @@ from fedfmd.edge import (
     make_fleet,
     plan_work,
 )
-from fedfmd.errors import SettingsError, one_line
+from fedfmd.errors import SettingsError, need, one_line
 from fedfmd.models import NORMS, make_model
 from fedfmd.own_code import call, find, is_own, sources_of
 from fedfmd.protocol.compression import upload_bytes
-from fedfmd.protocol.state import Arrays, bank_of, parameter_names, payload_bytes, shared_arrays
+from fedfmd.protocol.state import (
+    Arrays,
+    bank_of,
+    fixed_names,
+    parameter_names,
+    payload_bytes,
+    shared_arrays,
+)
 from fedfmd.seeds import derive_seed
 from fedfmd.settings import DataSettings, Settings
 from fedfmd.start import load_start
@@ -102,6 +109,7 @@ def build_federation(settings: Settings) -> Federation:
     model = model.to(device)
     cost = count(model, dataset.image_size)
     arrays = shared_arrays(model)
+    _check_privacy(settings, model)
     states = check_training(settings, dataset.classes)
     federation = Federation(
         settings=settings,
@@ -121,6 +129,20 @@ def build_federation(settings: Settings) -> Federation:
     )
     _check_policy(federation)
     return federation
+
+
+def _check_privacy(settings: Settings, model: nn.Module) -> None:
+    privacy = settings.privacy
+    if not privacy.clip_norm:
+        return
+    told = shared_arrays(model).keys() - parameter_names(model) - fixed_names(model)
+    if told:
+        raise SettingsError(
+            f"privacy.clip-norm = {privacy.clip_norm:g} and a model with statistics of its images ({min(told)}), which "
+            "are not clipped: set model.norm=group"
+        )
+    if privacy.noise_multiplier:
+        need(f"privacy.noise-multiplier = {privacy.noise_multiplier:g}", "opacus")
 
 
 def build_dataset(settings: Settings) -> Dataset:

@@ -15,6 +15,7 @@ EXTRAS = {
     "onnx": "export",
     "onnxscript": "export",
     "ray": "simulation",
+    "opacus": "privacy",
     "tensorboard": "tensorboard",
     "wandb": "wandb",
     "mlflow": "mlflow",

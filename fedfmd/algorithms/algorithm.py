@@ -71,11 +71,14 @@ class Algorithm:
     Attributes:
         options: the settings of `server` that it reads, of those that only some algorithms read.
         separate: its server needs every client's update on its own, in the order of their numbers, not their mean.
+        only_mean: its server needs nothing of the clients but their mean, in which all may count alike: what
+            differential privacy leaves of them.
     """
 
     settings: Settings
     options: ClassVar[tuple[str, ...]] = ()
     separate: ClassVar[bool] = False
+    only_mean: ClassVar[bool] = False
 
     def __init_subclass__(cls, name: str = "") -> None:
         if name:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,6 +29,7 @@ from fedfmd.protocol.messages import (
     Instruction,
     Reply,
 )
+from fedfmd.protocol.privacy import noised_update
 from fedfmd.protocol.state import Arrays, first_non_finite, load, parameter_names, trained_views
 from fedfmd.seeds import derive_seed
 from fedfmd.training import TrainResult, evaluate, train
@@ -115,6 +117,7 @@ def _run_client(
         elif broken := first_beyond(update, arrays):
             reason = f"the update has values beyond {value_limit(arrays[broken]):g} in {broken}"
         else:
+            update = _noised(host, instruction, client, update, arrays)
             upload, residual = _upload(host, update, arrays, kept.residual)
             _keep(host, instruction, client, ClientState(algorithm.keep(local), residual))
     except Exception as error:  # one client's fault must not cost the others of this node their work
@@ -178,6 +181,22 @@ def _train(
         )
     host.model.zero_grad()  # gradients are as large as the model, and a reply needs that room
     return trained, attention, kernels
+
+
+def _noised(
+    host: Host, instruction: Instruction, client: int, update: Mapping[str, Tensor], arrays: Arrays
+) -> Mapping[str, Tensor]:
+    """Return the update as it is, or clipped and with noise under local privacy.
+
+    In a simulation the noise follows the seed, so that runs can be repeated; an edge device's is nobody's to know.
+    """
+    privacy = host.settings.privacy
+    if not privacy.clip_norm or privacy.mode != "local":
+        return update
+    seed = derive_seed(host.settings.seed, "privacy", instruction.round, client)
+    generator = np.random.default_rng(None if instruction.images else seed)
+    parameters = parameter_names(host.model)
+    return noised_update(update, arrays, parameters, privacy.clip_norm, privacy.noise_multiplier, generator)
 
 
 def _upload(

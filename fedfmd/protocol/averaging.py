@@ -110,7 +110,7 @@ class ExactMean:
             yield name, (mean if dtype.is_floating_point else mean.round()).to(dtype)
 
     def _in_units(self, name: str, value: Tensor, weight: float) -> Tensor:
-        return (value.double() * (weight * self._units[name])).round().long()
+        return value.to(torch.float64, copy=True).mul_(weight * self._units[name]).round_().long()
 
 
 def first_beyond(state: Values, start: Values) -> str | None:
