@@ -477,7 +477,7 @@ class PrivacySettings(_Section):
     mode: Literal["central", "local"] = "central"
     """Who clips and adds noise: central is the server, to the clients' sum; local is each client, before it sends."""
     delta: Annotated[Number, Field(gt=0, lt=1)] = 1e-5
-    """δ at which ε is told; it should be well below 1 / clients."""
+    """Probability δ at which ε is told; it should be well below 1 / clients."""
 
 
 class TrackingSettings(_Section):
