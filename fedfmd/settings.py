@@ -694,7 +694,7 @@ class Settings(_Section):
                 )
             return
         name = f"privacy.clip-norm = {privacy.clip_norm:g}"
-        if POLICIES[policy].fewer_kernels:
+        if is_own(policy) or POLICIES[policy].fewer_kernels:
             raise SettingsError(
                 f"{name} and budget.policy = {policy!r}: which kernels a client trains would tell of it; set "
                 "budget.policy=wait, drop or partial"

@@ -108,6 +108,7 @@ def test_without_a_norm_nothing_is_told(tiny_settings):
         ({"privacy.clip-norm": 0, "privacy.noise-multiplier": 1}, "privacy.noise-multiplier = 1 is a multiple of "),
         ({"budget.policy": "kernels"}, "and budget.policy = 'kernels': which kernels a client trains would tell"),
         ({"budget.policy": "partial+kernels"}, "and budget.policy = 'partial+kernels'"),
+        ({"budget.policy": "mine:plan"}, "and budget.policy = 'mine:plan'"),
         ({"transport.upload": "int8"}, "and transport.upload = 'int8': what rounding leaves over"),
         ({"server.max-update-norm": 2}, "and server.max-update-norm = 2 both limit updates"),
         ({"server.max-update-ratio": 2}, "and server.max-update-ratio = 2 both limit updates"),
