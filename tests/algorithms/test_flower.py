@@ -184,9 +184,7 @@ def test_a_strategy_that_raises_ends_the_run_in_one_line(own, steps, monkeypatch
 
     for hook in ("aggregate_train", "configure_train"):
         monkeypatch.setattr(Own, "kind", type("Failing", (FedAvg,), {hook: fail}))
-        with pytest.raises(
-            RunError, match=rf"^round 1: .*: {hook} fails in test_flower\.py, line \d+: KeyError: "
-        ):
+        with pytest.raises(RunError, match=rf"^round 1: .*: {hook} fails: KeyError: "):
             steps(own, own.init(), 1, 1)
 
 
@@ -195,7 +193,7 @@ def test_a_strategy_that_raises_ends_the_run_in_one_line(own, steps, monkeypatch
     [
         (lambda self, more: None, "can't be made without arguments: TypeError: .* argument: 'more'"),
         (lambda self: None, r"has no fraction_train: let its __init__ call super\(\)\.__init__\(\)"),
-        (lambda self: 1 / 0, "can't be made without arguments in .*: ZeroDivisionError: division by zero"),
+        (lambda self: 1 / 0, "can't be made without arguments: ZeroDivisionError: division by zero"),
     ],
     ids=["arguments", "no super", "raises"],
 )
