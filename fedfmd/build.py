@@ -31,11 +31,18 @@ from fedfmd.edge import (
     make_fleet,
     plan_work,
 )
-from fedfmd.errors import SettingsError, one_line
+from fedfmd.errors import SettingsError, need, one_line
 from fedfmd.models import NORMS, make_model
 from fedfmd.own_code import call, find, is_own, sources_of
 from fedfmd.protocol.compression import upload_bytes
-from fedfmd.protocol.state import Arrays, bank_of, parameter_names, payload_bytes, shared_arrays
+from fedfmd.protocol.state import (
+    Arrays,
+    bank_of,
+    fixed_names,
+    parameter_names,
+    payload_bytes,
+    shared_arrays,
+)
 from fedfmd.seeds import derive_seed
 from fedfmd.settings import DataSettings, Settings
 from fedfmd.start import load_start
@@ -102,6 +109,7 @@ def build_federation(settings: Settings) -> Federation:
     model = model.to(device)
     cost = count(model, dataset.image_size)
     arrays = shared_arrays(model)
+    _check_privacy(settings, model)
     states = check_training(settings, dataset.classes)
     federation = Federation(
         settings=settings,
@@ -121,6 +129,20 @@ def build_federation(settings: Settings) -> Federation:
     )
     _check_policy(federation)
     return federation
+
+
+def _check_privacy(settings: Settings, model: nn.Module) -> None:
+    privacy = settings.privacy
+    if not privacy.clip_norm:
+        return
+    told = shared_arrays(model).keys() - parameter_names(model) - fixed_names(model)
+    if told:
+        raise SettingsError(
+            f"privacy.clip-norm = {privacy.clip_norm:g} and a model with statistics of its images ({min(told)}), which "
+            "are not clipped: set model.norm=group"
+        )
+    if privacy.noise_multiplier:
+        need(f"privacy.noise-multiplier = {privacy.noise_multiplier:g}", "opacus")
 
 
 def build_dataset(settings: Settings) -> Dataset:
@@ -269,7 +291,7 @@ def build_model(settings: Settings, classes: int, image_size: int = 0) -> nn.Mod
     def size() -> int:
         return image_size or settings.data.image_size or build_dataset(settings).image_size
 
-    with _bad_input(), torch.random.fork_rng(devices=[]):
+    with _bad_input(RuntimeError), torch.random.fork_rng(devices=[]):  # PyTorch's, for lack of memory
         torch.manual_seed(derive_seed(settings.seed, "model"))
         if is_own(model.arch):
             network = _own_network(settings, classes, size())
@@ -451,9 +473,10 @@ def _path(value: str) -> Path | None:
 
 
 @contextmanager
-def _bad_input() -> Iterator[None]:
-    """Turn what a room says of bad input into a settings error."""
+def _bad_input(*others: type[Exception]) -> Iterator[None]:
+    """Turn what a room says of bad input, as ValueError, OSError or `others`, into a settings error."""
+    kinds: tuple[type[Exception], ...] = (ValueError, OSError, *others)
     try:
         yield
-    except (ValueError, OSError) as error:
-        raise SettingsError(str(error)) from error
+    except kinds as error:
+        raise SettingsError(" ".join(str(error).split())) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -436,7 +437,9 @@ def calibrate(
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="A run's checkpoints/round-….safetensors.")],
     target: Annotated[ExportFormat, typer.Option("--format", help="What to write.")] = ExportFormat.onnx,
-    out: Annotated[Path | None, typer.Option(help="File to write; by default beside the checkpoint.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="File to write; by default beside the checkpoint.")
+    ] = None,
     image_size: Annotated[
         int | None, typer.Option(min=1, help="Height and width in pixels; by default the run's.")
     ] = None,
@@ -484,6 +487,8 @@ def main() -> None:
     """Entry point: a user's mistake ends in one line and exit status 2, a failed run in one line and 1."""
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a sign that can't be shown, such as ×, must not end a run
     try:
         cli()
     except SettingsError as error:

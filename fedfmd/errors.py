@@ -16,6 +16,7 @@ EXTRAS = {
     "onnx": "export",
     "onnxscript": "export",
     "ray": "simulation",
+    "opacus": "privacy",
     "tensorboard": "tensorboard",
     "wandb": "wandb",
     "mlflow": "mlflow",
@@ -62,7 +63,7 @@ def nearest_of(name: object, names: Iterable[str]) -> str:
     return difflib.get_close_matches(str(name), names, n=1, cutoff=0.0)[0]
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """Tell an error in one line: its text, after its type unless it is one that a user can mend."""
     kind = "" if isinstance(error, FedfmdError | OSError) else f"{type(error).__name__}: "
     return kind + " ".join(str(error).split())

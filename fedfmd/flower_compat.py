@@ -345,7 +345,7 @@ def flower_environment(home: Path) -> dict[str, str]:
     next three keep it from installing the app's dependencies, from sending telemetry and from asking for updates
     (`flwr.common.constant`, `flwr.supercore.constant`, `flwr.supercore.telemetry`). Ray would leave out lines of
     log that look alike, and warn of GPUs that a worker was not given (`ray._private.ray_constants`,
-    `ray._private.worker`).
+    `ray._private.worker`). Logs come in UTF-8, whatever the terminal shows.
     """
     return os.environ | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
@@ -356,6 +356,7 @@ def flower_environment(home: Path) -> dict[str, str]:
         "RAY_DEDUP_LOGS": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "PYTHONUNBUFFERED": "1",
+        "PYTHONIOENCODING": "utf-8",
     }
 
 

@@ -6,13 +6,14 @@ import inspect
 import os
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from fedfmd.errors import SettingsError, one_line
+from fedfmd.errors import FedfmdError, SettingsError, one_line
 
 FOLDER = "FEDFMD_OWN_CODE"
 """The environment variable that tells this process, and those that it starts, where to look."""
@@ -47,8 +48,8 @@ def find(setting: str, name: str) -> Any:
             f"{setting} = {name!r} can't be imported ({error}): put its file beside the experiment file, or its "
             "folder on PYTHONPATH"
         ) from None
-    except Exception as error:  # what stands in the module is the user's to mend
-        raise SettingsError(f"{setting} = {name!r} can't be imported: {one_line(error)}") from error
+    except (Exception, SystemExit) as error:  # what stands in the module is the user's to mend
+        raise SettingsError(f"{setting} = {name!r} can't be imported: {_told(error)}") from error
 
 
 def call(
@@ -83,12 +84,28 @@ def call(
         raise SettingsError(
             f"{setting} = {name!r} can't be called ({error}): it gets {names}{also}{hint}"
         ) from None
-    try:
+    with running(f"{setting} = {name!r} fails", SettingsError, own):
         return own(*first.values(), **arguments)
-    except SettingsError:
+
+
+@contextmanager
+def running(what: str, kind: type[FedfmdError], own: Any) -> Iterator[None]:
+    """Turn what a user's own code raises while the block runs, sys.exit included, into one line.
+
+    Args:
+        what: the beginning of the line, which names the setting.
+        kind: of the error that it becomes.
+        own: the class or function, whose file's last line is told.
+
+    Raises:
+        FedfmdError: of that kind; one that the block raises itself stays as it is.
+    """
+    try:
+        yield
+    except FedfmdError:
         raise
-    except Exception as error:  # whatever it is, it is the user's to mend
-        raise SettingsError(f"{setting} = {name!r} fails{_place(own, error)}: {one_line(error)}") from error
+    except (Exception, SystemExit) as error:  # whatever it is, it is the user's to mend
+        raise kind(f"{what}{_place(own, error)}: {_told(error)}") from error
 
 
 def sources_of(own: Any) -> tuple[Path, ...]:
@@ -100,7 +117,11 @@ def sources_of(own: Any) -> tuple[Path, ...]:
     return (Path(file),) if file else ()
 
 
-def _place(own: Any, error: Exception) -> str:
+def _told(error: Exception | SystemExit) -> str:
+    return "it calls sys.exit" if isinstance(error, SystemExit) else one_line(error)
+
+
+def _place(own: Any, error: Exception | SystemExit) -> str:
     """Return the last line of the user's file that an error came through, in words."""
     frames = traceback.extract_tb(error.__traceback__)
     lines = [

@@ -10,7 +10,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedfmd.build import Federation, build_federation
 from fedfmd.data import save_partition
-from fedfmd.errors import RunError, SettingsError
+from fedfmd.errors import SettingsError
 from fedfmd.run_folder import open_run_folder, run_path
 from fedfmd.settings import Settings
 from fedfmd.tracking import find_callbacks
@@ -38,12 +38,7 @@ def main(grid: Grid, context: Context) -> None:
         save_partition(
             federation.partition, dataset.train.labels, dataset.classes, folder.path, dataset.class_names
         )
-        try:
-            progress = strategy.run(grid)
-        except SystemExit as error:  # Flower and a shell would take it for the end of a finished run
-            raise RunError(
-                f"the code of server.strategy = {settings.server.strategy} calls sys.exit"
-            ) from error
+        progress = strategy.run(grid)
         logger.info("%d rounds done, best accuracy %.4f", progress.round, progress.best.accuracy)
         logger.info("results: %s", folder.path)
 

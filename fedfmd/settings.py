@@ -53,7 +53,7 @@ Scalar = bool | int | float | str
 KINDS = ("federated", "centralised")
 
 FEDERATED = (
-    *("partition.", "server.", "fleet.", "budget.", "transport."),
+    *("partition.", "server.", "fleet.", "budget.", "transport.", "privacy."),
     *("train.local-epochs", "train.proximal-mu"),
 )
 """How the settings begin that are about clients and their server."""
@@ -465,6 +465,21 @@ class TransportSettings(_Section):
     """Type that clients round their updates to, with error feedback."""
 
 
+class PrivacySettings(_Section):
+    """Differential privacy of the clients; see docs/privacy.md."""
+
+    clip_norm: NonNegative = 0.0
+    """L2 norm to which every client's update is scaled down before all count alike in the mean; 0 is no differential
+    privacy.
+    """
+    noise_multiplier: NonNegative = 0.0
+    """Standard deviation of the Gaussian noise, as a multiple of privacy.clip-norm."""
+    mode: Literal["central", "local"] = "central"
+    """Who clips and adds noise: central is the server, to the clients' sum; local is each client, before it sends."""
+    delta: Annotated[Number, Field(gt=0, lt=1)] = 1e-5
+    """Probability δ at which ε is told; it should be well below 1 / clients."""
+
+
 class TrackingSettings(_Section):
     """Who is told of a run while it goes."""
 
@@ -490,6 +505,7 @@ class Settings(_Section):
             *("model.options", "model.init", "model.pretrained"),
             *("server.max-update-norm", "server.max-update-ratio", "server.stop-at", "partition.test-share"),
             *("train.optimiser", "train.loss", "train.label-smoothing", "train.clip-norm", "train.lr-warmup"),
+            *("privacy.clip-norm", "privacy.noise-multiplier", "privacy.mode", "privacy.delta"),
         }
     )
     """Settings that are kept only where they are set, so that runs from before there were any keep their names."""
@@ -511,13 +527,14 @@ class Settings(_Section):
     fleet: FleetSettings = FleetSettings()
     budget: BudgetSettings = BudgetSettings()
     transport: TransportSettings = TransportSettings()
+    privacy: PrivacySettings = PrivacySettings()
     tracking: TrackingSettings = TrackingSettings()
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of all randomness: equal settings give equal results."""
     device: str = "cpu"
     """What to compute on: cpu, cuda, cuda:N, or auto, a GPU where there is one."""
     threads: Annotated[int, Field(ge=0, le=1024)] = 0
-    """PyTorch's threads per node; 0: the cores are shared out."""
+    """PyTorch's threads per node; 0: one, but as many as there are cores for centralised training on its own."""
     run_dir: str = ""
     """Folder of the run; by default a new one below runs/."""
     resume: bool = False
@@ -563,6 +580,7 @@ class Settings(_Section):
             self.model.options()
         self._check_network()
         self._check_budget()
+        self._check_privacy()
         return self
 
     def _check_training(self) -> None:
@@ -665,6 +683,32 @@ class Settings(_Section):
                 f"budget.kernel-choice = 'attention' needs kernel attention, and {without}"
                 "set budget.kernel-choice=rotation"
             )
+
+    def _check_privacy(self) -> None:
+        privacy, policy = self.privacy, self.budget.policy
+        if not privacy.clip_norm:
+            if privacy.noise_multiplier:
+                raise SettingsError(
+                    f"privacy.noise-multiplier = {privacy.noise_multiplier:g} is a multiple of privacy.clip-norm, "
+                    "which is 0: set it to a usual norm of the updates, such as 1"
+                )
+            return
+        name = f"privacy.clip-norm = {privacy.clip_norm:g}"
+        if is_own(policy) or POLICIES[policy].fewer_kernels:
+            raise SettingsError(
+                f"{name} and budget.policy = {policy!r}: which kernels a client trains would tell of it; set "
+                "budget.policy=wait, drop or partial"
+            )
+        if self.transport.upload != "fp32":
+            raise SettingsError(
+                f"{name} and transport.upload = {self.transport.upload!r}: what rounding leaves over comes with later "
+                "updates, beyond their norm; set transport.upload=fp32"
+            )
+        for key, limit in (("norm", self.server.max_update_norm), ("ratio", self.server.max_update_ratio)):
+            if limit:
+                raise SettingsError(
+                    f"{name} and server.max-update-{key} = {limit:g} both limit updates: set server.max-update-{key}=0"
+                )
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Settings:

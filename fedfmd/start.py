@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from fedfmd.conv import dynamic_layers, is_dynamic, load_static_state_dict
 from fedfmd.errors import SettingsError, one_line
-from fedfmd.runs import load_model
+from fedfmd.protocol.state import check_weights
+from fedfmd.runs import Header, load_model
 from fedfmd.seeds import derive_seed
 from fedfmd.settings import ModelSettings, Settings
 
@@ -46,6 +47,18 @@ def load_start(model: nn.Module, settings: Settings, classes: int) -> str:
         return _load_pretrained(model, settings.model, classes, path)
 
 
+def settings_in(path: Path, header: Header) -> Settings:
+    """Return the settings that a model's file holds.
+
+    Raises:
+        SettingsError: they can't be used; the text names the file.
+    """
+    try:
+        return Settings.from_mapping(header.settings)
+    except SettingsError as error:
+        raise SettingsError(f"{path} holds settings that can't be used: {error}") from None
+
+
 def _load_checkpoint(model: nn.Module, wanted: ModelSettings, classes: int, path: Path) -> str:
     name = f"model.init = {wanted.init!r}"
     try:
@@ -56,7 +69,7 @@ def _load_checkpoint(model: nn.Module, wanted: ModelSettings, classes: int, path
         raise SettingsError(
             f"{name} holds no model of a run: give a checkpoint, checkpoints/round-….safetensors"
         )
-    found = Settings.from_mapping(header.settings).model
+    found = settings_in(path, header).model
     now, before = wanted.model_dump(by_alias=True), found.model_dump(by_alias=True)
     converted = not is_dynamic(found.conv) and is_dynamic(wanted.conv)
     if converted:
@@ -104,6 +117,7 @@ def _load_pretrained(model: nn.Module, wanted: ModelSettings, classes: int, path
 
 def _load(model: nn.Module, state: Mapping[str, Tensor], name: str, convert: bool) -> None:
     try:
+        check_weights(state, model)
         if convert:
             load_static_state_dict(model, state)
         else:

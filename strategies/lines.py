@@ -5,7 +5,9 @@ from __future__ import annotations
 from fedfmd.build import Federation, describe_network
 from fedfmd.edge import Budget
 from fedfmd.runs import RoundRow
+from fedfmd.settings import Settings
 from fedfmd.version import __version__
+from strategies.privacy import sampling_rate
 
 
 def header_lines(federation: Federation, own_data: bool = False) -> list[str]:
@@ -24,6 +26,7 @@ def header_lines(federation: Federation, own_data: bool = False) -> list[str]:
         f"{server.rounds} rounds of {server.strategy} with {asked}, {settings.train.local_epochs} local epochs of "
         f"batch {settings.train.batch_size}; policy {settings.budget.policy}, {_limits(federation.budget)}; "
         f"seed {settings.seed}",
+        *([_privacy(settings)] if settings.privacy.clip_norm else []),
         *([f"starting from {federation.start}"] if federation.start else []),
     ]
 
@@ -34,7 +37,8 @@ def round_text(row: RoundRow, rounds: int) -> str:
     return (
         f"round {row.round:>{len(str(rounds))}}/{rounds}  virtual {row.virtual_s:9.1f} s  {_scores(row)}"
         f"clients {row.clients_ok} ok {row.clients_late} late {row.clients_failed} failed"
-        f"{cut}{'  discarded' if row.status == 'discarded' else ''}"
+        f"{cut}{'' if row.epsilon is None else f'  ε {row.epsilon:.3g}'}"
+        f"{'  discarded' if row.status == 'discarded' else ''}"
     )
 
 
@@ -44,6 +48,20 @@ def _scores(row: RoundRow) -> str:
     return (
         f"accuracy {row.accuracy:.4f}  loss {row.loss:7.4f}  IES {row.ies_train:8.2f} s  "
         f"RCS {row.rcs_train:8.5f} /s  "
+    )
+
+
+def _privacy(settings: Settings) -> str:
+    """Say what ε rests upon."""
+    privacy = settings.privacy
+    sampled = (
+        f"every client in a round with probability {sampling_rate(settings):g}, independently and unknown to others"
+        if privacy.mode == "central"
+        else "each client's own updates, whose server knows who sends them"
+    )
+    return (
+        f"differential privacy, {privacy.mode}: updates clipped to an L2 norm of {privacy.clip_norm:g}, noise "
+        f"multiplier {privacy.noise_multiplier:g}; ε at δ = {privacy.delta:g}, for {sampled}"
     )
 
 

@@ -15,6 +15,7 @@ from torch.linalg import vector_norm
 from fedfmd.edge import examples_of
 from fedfmd.errors import one_line
 from fedfmd.flower_compat import answered_id, error_text
+from fedfmd.protocol.averaging import value_limit
 from fedfmd.protocol.compression import ROUNDINGS, Upload
 from fedfmd.protocol.messages import (
     BY_ATTENTION,
@@ -200,6 +201,16 @@ def _check_arrays(reply: Reply, work: Sequence[Assignment], received: Arrays, te
         shapes = {name: array.shape for name, array in received.items() if name not in terms.private}
         _check_weights(reply, [(a, trained[a.client]) for a in work if a.client in trained], shapes)
         _check_types(reply, received, terms)
+        _check_rest(reply, len(work))
+
+
+def _check_rest(reply: Reply, clients: int) -> None:
+    """Compare what makes the mean of several clients exact with their arrays."""
+    for name, array in reply.rest.items():
+        if clients == 1 or name not in reply.arrays or array.shape != reply.arrays[name].shape:
+            raise ValueError(f"the rest {name} is not of one of its means")
+        if array.dtype.kind != "i":
+            raise ValueError(f"the rest {name} is of type {array.dtype}, must be of whole numbers")
 
 
 def _check_types(reply: Reply, received: Arrays, terms: Terms) -> None:
@@ -231,6 +242,8 @@ def _check_values(restored: Mapping[str, Tensor], received: Arrays, steps: int, 
         if not (largest := float(vector_norm(values, math.inf))) <= MAX_NUMBER:
             what = "NaN or infinite values" if not math.isfinite(largest) else f"values beyond {MAX_NUMBER:g}"
             raise ValueError(f"{what} in {name}")
+        if largest > (limit := value_limit(received[name])):
+            raise ValueError(f"values beyond {limit:g} in {name}")
         if name in terms.variances and float(values.min()) < 0:
             raise ValueError(f"the running variance {name} is negative")
         if name in terms.fixed and not np.array_equal(values.numpy(), received[name]):

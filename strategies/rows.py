@@ -81,6 +81,7 @@ def round_row(
     best_accuracy: float | None,
     cum_train_flops: int,
     wall_s: float,
+    epsilon: float | None = None,
 ) -> RoundRow:
     """Return the row of a round of `round_s` virtual seconds, in which the work of `clients_cut` clients was cut.
 
@@ -112,6 +113,7 @@ def round_row(
         latency_s=latency_s,
         status="discarded" if discarded else "ok",
         clients_cut=clients_cut,
+        epsilon=epsilon,
         **_scores(evaluation, round_s, latency_s),
     )
 

@@ -22,6 +22,7 @@ from fedfmd.conv import has_temperature, set_temperature
 from fedfmd.edge import WorkPlan, keep_first, plan_work, round_seconds
 from fedfmd.errors import RunError
 from fedfmd.flower_compat import answered_id, dead_worker, message_id
+from fedfmd.protocol.averaging import ExactMean
 from fedfmd.protocol.compression import upload_bytes
 from fedfmd.protocol.messages import (
     BY_ATTENTION,
@@ -30,6 +31,7 @@ from fedfmd.protocol.messages import (
     ClientResult,
     ClientScore,
     Instruction,
+    Reply,
     from_record,
     to_record,
     write_instruction,
@@ -68,6 +70,7 @@ from strategies.nodes import (
     on_edge_devices,
     reachable,
 )
+from strategies.privacy import private_mean, spent
 from strategies.replies import Terms, client_results, client_scores, read_replies
 from strategies.rows import client_rows, round_row, with_scores
 
@@ -79,11 +82,15 @@ RETRY_S = 60.0
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run is, beside its arrays: what a resume needs. `run` names it among all runs."""
+    """Where a run is, beside its arrays: what a resume needs.
+
+    `releases` counts by client what was made known under differential privacy; `run` names it among all runs.
+    """
 
     round: int
     virtual_s: float
     client_flops: tuple[int, ...]
+    releases: tuple[int, ...]
     best: Best = field(default_factory=Best)
     run: str = field(default_factory=lambda: secrets.token_hex(8))
 
@@ -143,7 +150,8 @@ class TrackedStrategy(Strategy):
         self.folder = folder
         self.nodes: tuple[Node, ...] = ()
         self.results: dict[int, ClientResult] = {}
-        self.progress = Progress(0, 0.0, (0,) * federation.settings.partition.clients)
+        nothing = (0,) * federation.settings.partition.clients
+        self.progress = Progress(0, 0.0, nothing, nothing)
         self._state = algorithm.init()
         self._round = Round()
         self._limited: dict[int, str] = {}
@@ -255,8 +263,13 @@ class TrackedStrategy(Strategy):
     @property
     def _separate(self) -> bool:
         """Whether every client's update is needed on its own: for the algorithm, or to limit it."""
-        server = self.federation.settings.server
-        return self.algorithm.separate or bool(server.max_update_norm or server.max_update_ratio)
+        settings = self.federation.settings
+        limits = (
+            settings.server.max_update_norm,
+            settings.server.max_update_ratio,
+            settings.privacy.clip_norm,
+        )
+        return self.algorithm.separate or any(limits)
 
     def _finish_round(
         self, server_round: int, replies: Sequence[Message], arrived: Mapping[str, float] | None = None
@@ -267,6 +280,7 @@ class TrackedStrategy(Strategy):
         """
         learnt = self._learn(server_round, replies)
         clients = self._client_rows(server_round, arrived or {})
+        self.progress = replace(self.progress, releases=self._released(learnt))
         before, best = self._rows(), self.progress.best
         evaluations: tuple[Evaluation | None, Evaluation | None] = None, None
         row = self._round_row(server_round, clients, evaluations, best, discarded=not learnt)
@@ -305,6 +319,15 @@ class TrackedStrategy(Strategy):
         """Return the rows of the rounds so far, as a resume reads them; none where nothing asks for them."""
         return read_rounds(self.folder.rounds) if self._limits and self.folder.rounds.exists() else []
 
+    def _released(self, learnt: bool) -> tuple[int, ...]:
+        """Count what this round has made known: the mean of all, or each update that a client may have sent."""
+        clients = range(len(self.progress.releases))
+        if self.federation.settings.privacy.mode == "central":
+            known = set(clients) if learnt else set()
+        else:
+            known = {work.client for request in self._round.requests for work in request.assignments}
+        return tuple(self.progress.releases[client] + (client in known) for client in clients)
+
     def _learn(self, server_round: int, replies: Sequence[Message]) -> bool:
         """Let the model take the algorithm's step; False if too few clients succeeded.
 
@@ -320,6 +343,8 @@ class TrackedStrategy(Strategy):
             server.max_update_ratio,
         )
         enough = sum(result.ok for result in self.results.values()) >= max(1, self._round.needed)
+        if enough and self.federation.settings.privacy.clip_norm:
+            updates = [self._private_mean(server_round, updates, current)]
         if enough:
             new, self._state = aggregate(
                 self.algorithm, self._state, server_round, updates, current, self._parameters
@@ -330,6 +355,16 @@ class TrackedStrategy(Strategy):
         answered = {answered_id(reply) for reply in replies}
         empty([*replies, *(request.message for request in self._round.requests if request.id in answered)])
         return enough
+
+    def _private_mean(self, server_round: int, updates: Sequence[Update], current: Arrays) -> Update:
+        """Return the mean of the updates under differential privacy.
+
+        In a simulation noise follows the seed, so that runs can be repeated; in a deployment it is nobody's to know.
+        """
+        settings = self.federation.settings
+        seed = derive_seed(settings.seed, "privacy", server_round)
+        generator = np.random.default_rng(None if are_edge_devices(self.nodes) else seed)
+        return private_mean(updates, current, self._parameters, settings, generator)
 
     def _updates(self, server_round: int, replies: Sequence[Message], current: Arrays) -> list[Update]:
         """Check the replies, note what became of each client, and return the updates that can be used."""
@@ -344,19 +379,32 @@ class TrackedStrategy(Strategy):
         terms = replace(self._terms, sizes=self.federation.sizes)
         answers = read_replies(replies, asked, received, terms)
         self.results = client_results(answers, asked)
+        usable = [(a.request, a.reply) for a in answers if a.reply is not None and a.reply.arrays]
+        if not self._separate:
+            return self._mean([reply for _, reply in usable], current)
         nodes = {request.id: request.message.metadata.dst_node_id for request in self._round.requests}
-        return [
+        updates = [
             Update(
-                answer.reply.arrays,
-                answer.reply.weights,
-                tuple(result for result in answer.reply.results if result.ok),
-                start=origins[answer.request].arrays,
-                age=origins[answer.request].age,
-                node=nodes[answer.request],
+                reply.arrays,
+                reply.weights,
+                reply.results,
+                start=origins[request].arrays,
+                age=origins[request].age,
+                node=nodes[request],
             )
-            for answer in answers
-            if answer.reply is not None and answer.reply.arrays
+            for request, reply in usable
         ]
+        return sorted(updates, key=lambda update: update.results[0].client)
+
+    def _mean(self, replies: Sequence[Reply], current: Arrays) -> list[Update]:
+        """Return the mean of all clients, in which it can't be seen who was trained with whom; none of none."""
+        federation = self.federation
+        mean = ExactMean(current, max(len(federation.dataset.train), sum(federation.sizes)))
+        for reply in replies:
+            mean.add(reply.arrays, reply.weights, reply.rest)
+        results = tuple(result for reply in replies for result in reply.results if result.ok)
+        arrays = mean.arrays()
+        return [Update(arrays, mean.weights, results, start=current)] if arrays else []
 
     def _client_rows(self, server_round: int, arrived: Mapping[str, float]) -> list[ClientRow]:
         places = {node.id: node.rank for node in self.nodes}
@@ -389,6 +437,7 @@ class TrackedStrategy(Strategy):
             best_accuracy=best.known_accuracy,
             cum_train_flops=sum(self.progress.client_flops),
             wall_s=time.perf_counter() - self._began,
+            epsilon=spent(self.federation.settings, max(self.progress.releases)),
         )
 
     def _meet(self, grid: Grid, resumed: bool) -> None:
@@ -532,8 +581,8 @@ class TrackedStrategy(Strategy):
         logger.info("going on after round %d", checkpoint.round)
         self.federation.model.load_state_dict(checkpoint.arrays)
         saved = {name: checkpoint.state[name] for name in asdict(self.progress)}
-        flops, best = tuple(saved["client_flops"]), Best(**saved["best"])
-        self.progress = Progress(**saved | {"client_flops": flops, "best": best})
+        by_client = {name: tuple(saved[name]) for name in ("client_flops", "releases")}
+        self.progress = Progress(**saved | by_client | {"best": Best(**saved["best"])})
         arrays = {name: tensor.numpy() for name, tensor in checkpoint.extra_arrays.items()}
         self._restore(checkpoint.state["strategy"] | arrays)
 

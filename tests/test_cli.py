@@ -1,3 +1,4 @@
+import io
 import json
 import subprocess
 import sys
@@ -222,6 +223,31 @@ def test_settings_are_listed_as_table_or_json(fedfmd, monkeypatch):
     assert rows["data.dataset"]["choices"] == [*sources, "module:function"]
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["settings"],
+        ["cost", "--model", "resnet8", "--width", 0.25],
+        ["run", "tiny.yaml", "--out", "run×", "--workers", 1],
+        ["report", "runs"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_a_terminal_without_unicode_gets_question_marks(
+    arguments, fedfmd, write_yaml, write_run, monkeypatch
+):
+    write_yaml()
+    for seed in (0, 1):
+        write_run(f"{seed}", [0.5, 0.6], seed=seed)
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    status, _, err = fedfmd(*arguments)
+    terminal.flush()
+    shown = terminal.buffer.getvalue().decode("ascii")
+    assert (status, err) == (0, "")
+    assert "?" in shown
+
+
 def test_settings_that_no_word_finds_are_one_line_with_the_nearest(fedfmd):
     assert fedfmd("settings", "temprature") == (
         2,
@@ -388,6 +414,12 @@ def test_export_of_a_missing_checkpoint_is_one_line(fedfmd):
     assert err.startswith("fedfmd: ")
     assert "none.safetensors" in err
     assert err.count("\n") == 1
+
+
+def test_export_into_a_folder_is_refused(fedfmd, tmp_path):
+    status, _, err = fedfmd("export", "a.safetensors", "--out", tmp_path)
+    assert status == 2
+    assert err.endswith("is a directory.\n")
 
 
 @pytest.mark.parametrize("command", [("export",), ("cam", "test:3")], ids=["export", "cam"])

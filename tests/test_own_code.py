@@ -294,3 +294,12 @@ def test_all_own_code_counts_as_code_of_the_run(tiny_settings, mine, tmp_path):
     centralised = tiny_settings(kind="centralised", **{"train.loss": "other:loss"})
     assert own_sources(centralised) == (mine / "other.py",)
     sys.modules.pop("other")
+
+
+def test_a_file_that_exits_when_it_is_imported_is_one_line(tmp_path):
+    (tmp_path / "exits.py").write_text("raise SystemExit(0)")
+    look_in(tmp_path)
+    with pytest.raises(
+        SettingsError, match=r"^a\.setting = 'exits:X' can't be imported: it calls sys\.exit$"
+    ):
+        find("a.setting", "exits:X")

@@ -9,6 +9,8 @@ from fedfmd.build import build_federation, build_model
 from fedfmd.engines.centralised import prepare_centralised
 from fedfmd.errors import SettingsError
 from fedfmd.run_folder import open_run_folder, run_path
+from fedfmd.runs import save_checkpoint
+from fedfmd.serving.checkpoints import trained_model
 from fedfmd.start import load_start
 
 STATIC = {"model.conv": "static"}
@@ -84,6 +86,29 @@ def test_what_is_no_checkpoint_is_one_clear_line(tiny_settings, tmp_path):
             SettingsError, match=f"^model.init = '.*{name}' can't be read .*give a checkpoint"
         ):
             started(tiny_settings(**{"model.init": str(tmp_path / name)}))
+
+
+@pytest.mark.parametrize(
+    ("broken", "line"),
+    [
+        (lambda weights: weights * float("nan"), "array fc.weight has NaN or infinite values"),
+        (
+            lambda weights: weights.to(torch.int8),
+            "array fc.weight is of type torch.int8, and a model's are floats",
+        ),
+    ],
+    ids=["NaN", "whole numbers"],
+)
+def test_weights_that_no_training_leaves_are_one_clear_line(broken, line, tiny_settings, tmp_path):
+    settings = tiny_settings(**{"model.init": str(tmp_path / "round-00001.safetensors")})
+    state = build_model(settings, 10).state_dict()
+    save_checkpoint(
+        tmp_path, 1, state | {"fc.weight": broken(state["fc.weight"])}, {}, tiny_settings().kept()
+    )
+    with pytest.raises(SettingsError, match=f"^model.init = '.*' doesn't fit this run's network: {line}$"):
+        started(settings)
+    with pytest.raises(SettingsError, match=f"safetensors holds no trained model: {line}$"):
+        trained_model(tmp_path / "round-00001.safetensors")
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "mobilenetv2"])

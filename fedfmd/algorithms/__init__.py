@@ -38,12 +38,24 @@ def find_algorithm(settings: Settings) -> Algorithm:
     """Return the algorithm that ``server.strategy`` names, once it is clear that the settings suit it.
 
     Raises:
-        SettingsError: unknown name, no such class, or an option that the algorithm does not read.
+        SettingsError: unknown name, no such class, an option that the algorithm does not read, or privacy that it
+            can't keep.
     """
     algorithm = make_algorithm(settings)
     _check_options(algorithm)
+    _check_privacy(algorithm)
     algorithm.check()
     return algorithm
+
+
+def _check_privacy(algorithm: Algorithm) -> None:
+    settings = algorithm.settings
+    if settings.privacy.clip_norm and not algorithm.only_mean:
+        able = ", ".join(name for name, kind in ALGORITHMS.items() if kind.only_mean)
+        raise SettingsError(
+            f"privacy.clip-norm = {settings.privacy.clip_norm:g} and server.strategy = {settings.server.strategy!r}, "
+            f"whose server needs more of the clients than a mean in which all count alike: use one of {able}"
+        )
 
 
 def _check_options(algorithm: Algorithm) -> None:

@@ -40,7 +40,7 @@ class LocalTraining:
 
 @dataclass(frozen=True)
 class Update:
-    """What the reply to a message brought: a client's arrays after training, or the mean of several clients'.
+    """What a round brought: a client's arrays after training, or the mean of all clients'.
 
     Attributes:
         arrays: by their names on the wire; those that nobody trained are missing.
@@ -48,7 +48,7 @@ class Update:
         results: what each of the clients did, which all succeeded.
         start: the arrays that they began with.
         age: how many rounds ago these were the current ones.
-        node: Flower's id of the node that they are on.
+        node: Flower's id of the node that the one client is on.
     """
 
     arrays: Arrays
@@ -70,12 +70,15 @@ class Algorithm:
 
     Attributes:
         options: the settings of `server` that it reads, of those that only some algorithms read.
-        separate: its server needs every client's update on its own, not the mean of a node's clients.
+        separate: its server needs every client's update on its own, in the order of their numbers, not their mean.
+        only_mean: its server needs nothing of the clients but their mean, in which all may count alike: what
+            differential privacy leaves of them.
     """
 
     settings: Settings
     options: ClassVar[tuple[str, ...]] = ()
     separate: ClassVar[bool] = False
+    only_mean: ClassVar[bool] = False
 
     def __init_subclass__(cls, name: str = "") -> None:
         if name:

@@ -7,3 +7,5 @@ from fedfmd.algorithms.algorithm import Algorithm
 
 class FedAvg(Algorithm, name="fedavg"):
     """The defaults of `Algorithm`."""
+
+    only_mean = True

@@ -14,6 +14,8 @@ from fedfmd.errors import SettingsError
 class FedProx(Algorithm, name="fedprox"):
     """FedAvg that insists on the term."""
 
+    only_mean = True
+
     def check(self) -> None:
         """Raise a SettingsError unless μ is set."""
         if not self.settings.train.proximal_mu:

@@ -16,7 +16,7 @@ from functools import cached_property, lru_cache
 from typing import Any, cast
 
 import numpy as np
-from flwr.app import Message, MessageType, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
@@ -24,11 +24,14 @@ from fedfmd.algorithms.algorithm import Algorithm, Update, mean
 from fedfmd.algorithms.tree import Leaves, flatten, unflatten
 from fedfmd.errors import RunError, SettingsError
 from fedfmd.flower_compat import kept_between_rounds, start_step
-from fedfmd.own_code import find
+from fedfmd.own_code import find, running
 from fedfmd.protocol.messages import METRICS, from_record, to_record
-from fedfmd.protocol.state import Arrays
+from fedfmd.protocol.state import Arrays, check_layout
 
 logger = logging.getLogger("fedfmd")
+
+NEEDED = ("fraction_train", "arrayrecord_key", "weighted_by_key")
+"""What Flower's FedAvg notes when it is made, and a step needs."""
 
 
 @dataclass(frozen=True)
@@ -57,14 +60,29 @@ class FlowerAlgorithm(Algorithm):
         """Let the strategy aggregate all updates, or their mean; what was not trained has its current values.
 
         If it returns no arrays, the current ones stay.
+
+        Raises:
+            RunError: it raises something, or returns what is no next model; the text says where.
         """
         if not self.separate:
             results = tuple(result for update in updates for result in update.results)
             updates = [replace(updates[0], arrays=mean(updates), results=results)]
-        start_step(state.strategy, server_round, to_record(current), cast("Grid", _NoNodes()))
         replies = [_reply(state.strategy, update, current) for update in updates]
-        record, _ = state.strategy.aggregate_train(server_round, replies)
-        return current if record is None else from_record(record), state
+        name = f"round {server_round}: server.strategy = {self.settings.server.strategy!r}"
+        with running(f"{name}: configure_train fails", RunError, type(state.strategy)):
+            start_step(state.strategy, server_round, to_record(current), cast("Grid", _NoNodes()))
+        with running(f"{name}: aggregate_train fails", RunError, type(state.strategy)):
+            answer = state.strategy.aggregate_train(server_round, replies)
+        try:
+            arrays = _arrays(answer, current)
+        except ValueError as error:
+            raise RunError(
+                f"{name}: aggregate_train must return an ArrayRecord like the one in each reply, or None, and a "
+                f"MetricRecord or None: {error}; finished rounds are kept"
+            ) from None
+        if arrays is None:
+            logger.warning("%s makes no step, the model stays as it was", name)
+        return current if arrays is None else arrays, state
 
     def dump(self, state: Running) -> Leaves:
         """Return the attributes that have changed since the strategy was made."""
@@ -88,12 +106,21 @@ class OwnStrategy(FlowerAlgorithm):
     separate = True
 
     def check(self) -> None:
-        """Raise a SettingsError unless there is such a class."""
-        _ = self._kind
+        """Raise a SettingsError unless there is such a class, which can be made without arguments."""
+        self.strategy()
 
     def strategy(self) -> FedAvg:
-        """Make the user's strategy."""
-        return self._kind()
+        """Make the user's strategy.
+
+        Raises:
+            SettingsError: there is no such class, or it can't be made.
+        """
+        name = f"server.strategy = {self.settings.server.strategy!r}"
+        with running(f"{name} can't be made without arguments", SettingsError, self._kind):
+            strategy = self._kind()
+        if missing := [option for option in NEEDED if not hasattr(strategy, option)]:
+            raise SettingsError(f"{name} has no {missing[0]}: let its __init__ call super().__init__()")
+        return strategy
 
     @cached_property
     def _kind(self) -> type[FedAvg]:
@@ -127,6 +154,28 @@ def _reply(strategy: FedAvg, update: Update, current: Arrays) -> Message:
     return Message(content, reply_to=Message(RecordDict(), update.node, MessageType.TRAIN))
 
 
+def _arrays(answer: object, current: Arrays) -> Arrays | None:
+    """Return the arrays of what `aggregate_train` returned, None if it made no step.
+
+    Raises:
+        ValueError: it is something else, or the arrays don't have the names and shapes of the current ones.
+    """
+    if not (isinstance(answer, tuple) and len(answer) == 2):
+        raise ValueError(f"what it returned is {_kind_of(answer)}")
+    record, _ = answer
+    if record is None:
+        return None
+    if not isinstance(record, ArrayRecord):
+        raise ValueError(f"the first of what it returned is {_kind_of(record)}")
+    arrays = from_record(record)
+    check_layout(arrays, {name: array.shape for name, array in current.items()})
+    return arrays
+
+
+def _kind_of(value: object) -> str:
+    return "None" if value is None else f"of type {type(value).__name__}"
+
+
 def _attributes(strategy: FedAvg) -> dict[str, Leaves]:
     """Return the leaves of each attribute that a checkpoint can keep."""
     attributes: dict[str, Leaves] = {}
@@ -137,6 +186,8 @@ def _attributes(strategy: FedAvg) -> dict[str, Leaves]:
             attributes[name] = flatten(value, name)
         except TypeError as error:
             _warn(type(strategy).__name__, name, str(error))
+        except RecursionError:
+            _warn(type(strategy).__name__, name, "what holds itself or is nested too deeply")
     return attributes
 
 

@@ -16,6 +16,7 @@ class FedAvgM(FlowerAlgorithm, name="fedavgm"):
     """SGD with momentum."""
 
     options = ("lr", "momentum")
+    only_mean = True
 
     def strategy(self) -> flower.FedAvg:
         """Make Flower's FedAvgM."""
@@ -27,6 +28,7 @@ class FedAdagrad(FlowerAlgorithm, name="fedadagrad"):
     """Adagrad."""
 
     options = ("lr", "tau")
+    only_mean = True
 
     def strategy(self) -> flower.FedAvg:
         """Make Flower's FedAdagrad."""
@@ -38,6 +40,7 @@ class FedAdam(FlowerAlgorithm, name="fedadam"):
     """Adam."""
 
     options = ("lr", "momentum", "beta_2", "tau")
+    only_mean = True
 
     def strategy(self) -> flower.FedAvg:
         """Make Flower's FedAdam."""

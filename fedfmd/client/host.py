@@ -88,6 +88,7 @@ def _load_host(
     device = torch_device(settings, backend)
     discard_old(states_dir())
     if data is None:
+        torch.set_num_threads(settings.threads or 1)  # as in process: their number changes the last digits
         dataset = build_dataset(settings)
         partition = build_partition(settings, dataset)
         shard_of = lambda client: dataset.train.subset(partition.indices[client])  # noqa: E731

@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from fedfmd.client.state import ClientState, ClientStates, states_of_run
 from fedfmd.conv import AttentionRecord, record_attention, set_temperature
 from fedfmd.data import ImageSet
 from fedfmd.edge import PROBE_IMAGES
-from fedfmd.protocol.averaging import WeightedMean
+from fedfmd.protocol.averaging import ExactMean, first_beyond, value_limit
 from fedfmd.protocol.compression import ROUNDINGS, Upload, round_update
 from fedfmd.protocol.messages import (
     BY_ATTENTION,
@@ -28,6 +29,7 @@ from fedfmd.protocol.messages import (
     Instruction,
     Reply,
 )
+from fedfmd.protocol.privacy import noised_update
 from fedfmd.protocol.state import Arrays, first_non_finite, load, parameter_names, trained_views
 from fedfmd.seeds import derive_seed
 from fedfmd.training import TrainResult, evaluate, train
@@ -44,22 +46,21 @@ NOT_TRAINED = TrainResult(0, 0, math.nan, math.nan)
 def run_assignments(host: Host, instruction: Instruction, arrays: Arrays) -> Reply:
     """Train each assigned client from the same global arrays; one that fails leaves no trace in the mean.
 
-    The mean is of what the clients would send on their own. A client that is alone sends its rounded arrays.
+    The mean is of what the clients would send on their own. A client that is alone sends its arrays, or rounded ones.
     """
     algorithm = make_algorithm(host.settings)
-    mean = WeightedMean()
+    mean = ExactMean(arrays, images=len(host.dataset.train))
     results = []
     for assignment in instruction.assignments:
         result, upload = _run_client(host, algorithm, instruction, assignment, arrays)
-        if result.ok:
-            mean.add(upload.restored(arrays), result.images)
         results.append(result)
         logger.debug("client %d: %s", result.client, result.reason or "ok", extra={"client": result.client})
-    reply = Reply(mean.arrays(), tuple(results), mean.weights)
-    if len(results) == 1 and results[0].ok and host.settings.transport.upload in ROUNDINGS:
-        sent = {name: torch.as_tensor(array).numpy(force=True) for name, array in upload.arrays.items()}
-        return replace(reply, arrays=sent, scales=dict(upload.scales))
-    return reply
+        if len(instruction.assignments) == 1:
+            sent = {name: torch.as_tensor(a).clone().numpy(force=True) for name, a in upload.arrays.items()}
+            return Reply(sent, (result,), dict.fromkeys(sent, result.images), dict(upload.scales))
+        if result.ok:
+            mean.add(upload.restored(arrays), result.images)
+    return Reply(mean.arrays(), tuple(results), mean.weights, rest=mean.rest())
 
 
 def score_clients(host: Host, instruction: Instruction, arrays: Arrays) -> tuple[ClientScore, ...]:
@@ -113,7 +114,10 @@ def _run_client(
         update = algorithm.update(local, trained_views(model, kernels), trained.steps)
         if broken := first_non_finite(update):
             reason = f"the update has NaN or infinite values in {broken}"
+        elif broken := first_beyond(update, arrays):
+            reason = f"the update has values beyond {value_limit(arrays[broken]):g} in {broken}"
         else:
+            update = _noised(host, instruction, client, update, arrays)
             upload, residual = _upload(host, update, arrays, kept.residual)
             _keep(host, instruction, client, ClientState(algorithm.keep(local), residual))
     except Exception as error:  # one client's fault must not cost the others of this node their work
@@ -177,6 +181,22 @@ def _train(
         )
     host.model.zero_grad()  # gradients are as large as the model, and a reply needs that room
     return trained, attention, kernels
+
+
+def _noised(
+    host: Host, instruction: Instruction, client: int, update: Mapping[str, Tensor], arrays: Arrays
+) -> Mapping[str, Tensor]:
+    """Return the update as it is, or clipped and with noise under local privacy.
+
+    In a simulation the noise follows the seed, so that runs can be repeated; an edge device's is nobody's to know.
+    """
+    privacy = host.settings.privacy
+    if not privacy.clip_norm or privacy.mode != "local":
+        return update
+    seed = derive_seed(host.settings.seed, "privacy", instruction.round, client)
+    generator = np.random.default_rng(None if instruction.images else seed)
+    parameters = parameter_names(host.model)
+    return noised_update(update, arrays, parameters, privacy.clip_norm, privacy.noise_multiplier, generator)
 
 
 def _upload(

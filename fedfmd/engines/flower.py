@@ -151,7 +151,7 @@ def _stream(run_id: str, environment: Mapping[str, str], on_line: Callable[[str]
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
+        encoding="utf-8",
         errors="replace",
         start_new_session=True,
     )
@@ -176,7 +176,13 @@ def flwr_json(command: list[str], environment: Mapping[str, str]) -> Json:
         RunError: it answers something else.
     """
     done = subprocess.run(
-        command, env=dict(environment), stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+        command,
+        env=dict(environment),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        check=False,
     )
     try:
         answer: Json = json.loads(done.stdout)

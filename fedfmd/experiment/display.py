@@ -64,8 +64,10 @@ class ExperimentDisplay:
         return RunDisplay(self, name if self._runs > 1 else "", rounds, done)
 
     def print(self, text: str) -> None:
-        """Print lines as they are."""
-        self.progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        """Print lines as they are, with a question mark for each sign that the console can't show."""
+        console = self.progress.console
+        shown = text.encode(console.encoding, "replace").decode(console.encoding)
+        console.print(shown, markup=False, highlight=False, soft_wrap=True)
 
     def advance(self, rounds: int) -> None:
         """Count rounds of any run."""

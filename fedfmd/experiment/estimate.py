@@ -107,7 +107,7 @@ def estimate_experiment(experiment: Experiment, out: Path | None, engine: Engine
         assembled = assemble(task.settings, engine)
         key = _what_sets_the_speed(task.settings)
         if key not in speeds:
-            speeds[key] = measure_speed(assembled, task.settings.threads or layout.threads)
+            speeds[key] = measure_speed(assembled, layout.threads(task.settings))
         estimates[task] = estimate_run(task, assembled, speeds[key], layout)
     runs = [estimates[task] for task in tasks]
     if trials:

@@ -72,11 +72,15 @@ class Task:
 
 @dataclass(frozen=True)
 class Layout:
-    """How cores are used: `runs` at a time, each on so many `nodes` of so many `threads`."""
+    """How cores are used: `runs` at a time, each on so many `nodes`, or on so many `cores` if it is centralised."""
 
     runs: int
     nodes: int
-    threads: int
+    cores: int
+
+    def threads(self, settings: Settings) -> int:
+        """Return the threads of PyTorch with which a node, or a centralised run, trains."""
+        return settings.threads or (self.cores if settings.kind == "centralised" else 1)
 
 
 def run_experiment(
@@ -186,14 +190,14 @@ def assemble(settings: Settings, engine: Engine) -> Federation | Training:
 def lay_out(runs: int, engine: Engine, workers: int) -> Layout:
     """Share `workers` cores out: to the nodes of a single run, or of Flower's engine, which takes runs in turn.
 
-    Of several runs, as many are made at once, each in a process with one node and one thread, so that `workers`
-    changes no result.
+    Of several runs, as many are made at once, each in a process with one node. No number of threads follows from
+    `workers`, so that it changes no result.
     """
     if engine == "flwr":
-        return Layout(runs=1, nodes=workers, threads=1)
+        return Layout(runs=1, nodes=workers, cores=1)
     if runs == 1:
-        return Layout(runs=1, nodes=workers, threads=max(1, available_cores() // workers))
-    return Layout(runs=workers, nodes=1, threads=1)
+        return Layout(runs=1, nodes=workers, cores=available_cores())
+    return Layout(runs=workers, nodes=1, cores=1)
 
 
 def available_cores() -> int:
@@ -266,7 +270,7 @@ def _run_side_by_side(tasks: Sequence[Task], layout: Layout, display: Experiment
 
 def _run_alone(layout: Layout, task: Task) -> None:
     """Make one of several runs, in a process of its own."""
-    torch.set_num_threads(task.settings.threads or layout.threads)
+    torch.set_num_threads(layout.threads(task.settings))
     _train(task.settings, layout)
     _check_end(task)
     _write_page(task.folder)
@@ -274,7 +278,7 @@ def _run_alone(layout: Layout, task: Task) -> None:
 
 def _train(settings: Settings, layout: Layout) -> None:
     """Do a run in this process, as its kind wants it."""
-    threads = settings.threads or layout.threads
+    threads = layout.threads(settings)
     if settings.kind == "federated":
         from fedfmd.client_app import app as client_app
         from fedfmd.engines.inline import run_inline
@@ -284,7 +288,7 @@ def _train(settings: Settings, layout: Layout) -> None:
         quiet_logs()
         run_inline(server_app, client_app, settings.flat(), layout.nodes, threads)
     else:
-        run_centralised(settings, layout.nodes * threads)
+        run_centralised(settings, threads)
 
 
 def _check_end(task: Task) -> None:

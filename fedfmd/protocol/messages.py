@@ -34,7 +34,7 @@ from fedfmd.protocol.parsing import (
 from fedfmd.protocol.state import Arrays
 from fedfmd.version import __version__
 
-ARRAYS, CONFIG, METRICS, WEIGHTS, SCALES = "arrays", "config", "metrics", "weights", "scales"
+ARRAYS, CONFIG, METRICS, WEIGHTS, SCALES, REST = "arrays", "config", "metrics", "weights", "scales", "rest"
 IMAGES, VERSION, REASON = "images", "version", "reason"
 MAX_PROFILE = 64 * 1024
 """Characters of an edge device's profile: ten times what a calibration of all operators writes."""
@@ -163,13 +163,15 @@ class Reply:
 
     `weights` holds the images behind each array; arrays that nobody trained are left out, and all of them if
     no client succeeded. A single client's arrays may be rounded, with `scales` (see
-    `fedfmd.protocol.compression.Upload`).
+    `fedfmd.protocol.compression.Upload`). With several clients, `rest` holds what makes their mean exact (see
+    `fedfmd.protocol.averaging.ExactMean`).
     """
 
     arrays: Arrays
     results: tuple[ClientResult, ...]
     weights: dict[str, float] = field(default_factory=dict)
     scales: dict[str, float] = field(default_factory=dict)
+    rest: Arrays = field(default_factory=dict)
 
     @property
     def weight(self) -> int:
@@ -248,6 +250,7 @@ def write_reply(reply: Reply) -> RecordDict:
             ARRAYS: to_record(reply.arrays),
             WEIGHTS: MetricRecord({**reply.weights}),
             SCALES: MetricRecord({**reply.scales}),
+            REST: to_record(reply.rest),
             METRICS: MetricRecord({WEIGHT: reply.weight, **columns}),
             CONFIG: reasons,
         }
@@ -266,7 +269,8 @@ def read_reply(content: RecordDict) -> Reply:
         dict[str, Weight], dict(record_of(content, WEIGHTS, MetricRecord)), f"the record {WEIGHTS}"
     )
     scales = parse(dict[str, Scale], dict(record_of(content, SCALES, MetricRecord)), f"the record {SCALES}")
-    return Reply(from_record(record_of(content, ARRAYS, ArrayRecord)), results, weights, scales)
+    arrays, rest = (from_record(record_of(content, name, ArrayRecord)) for name in (ARRAYS, REST))
+    return Reply(arrays, results, weights, scales, rest)
 
 
 def write_scores(scores: Sequence[ClientScore]) -> RecordDict:

@@ -130,6 +130,20 @@ def first_non_finite(arrays: Mapping[str, np.ndarray | Tensor]) -> str | None:
     return None
 
 
+def check_weights(arrays: Mapping[str, Tensor], module: nn.Module) -> None:
+    """Refuse arrays that are no weights of a trained module, whose names and shapes are not looked at.
+
+    Raises:
+        ValueError: one has NaN or infinite values, or whole numbers in the place of others.
+    """
+    whole = {name for name, own in module.state_dict().items() if not own.is_floating_point()}
+    for name, array in arrays.items():
+        if not (array.is_floating_point() or name in whole):
+            raise ValueError(f"array {name} is of type {array.dtype}, and a model's are floats")
+        if not array.double().isfinite().all():
+            raise ValueError(f"array {name} has NaN or infinite values")
+
+
 def payload_bytes(arrays: Mapping[str, np.ndarray]) -> int:
     """Bytes of the arrays' values."""
     return sum(array.nbytes for array in arrays.values())

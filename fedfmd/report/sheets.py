@@ -56,6 +56,7 @@ def make_sheets(summary: Summary) -> list[Sheet]:
                 "top-5 %": lambda group: _percent(group.top5_final),
                 "best top-5 %": lambda group: _percent(group.top5_best),
                 "worst clients %": lambda group: _percent(group.worst_clients),
+                "ε": lambda group: _mean(group.epsilon),
             },
             {
                 "best %": _what_is_best(summary, wording.unit),
@@ -63,6 +64,7 @@ def make_sheets(summary: Summary) -> list[Sheet]:
                 "top-5 %": "Top-5: the label is among the five most probable classes.",
                 "worst clients %": "Worst clients: mean of the worst 10 % of the clients, each on the images that "
                 "it trains on, while it trains.",
+                "ε": "ε: differential privacy of the clients after the last round, at the run's privacy.delta.",
             },
         ),
         _sheet(

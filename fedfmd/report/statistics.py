@@ -93,6 +93,7 @@ class Group:
         virtual_s, train_s, gflops, mb, energy_kj: of the whole run; `mb` up and down, `train_s` measured.
         epoch_s: mean measured seconds of training per epoch.
         kernel_entropy: after the last round or epoch.
+        epsilon: ε of differential privacy after the last round; None without.
         cost: of the network; None if unknown.
         latency_ms: time of inference per image, modelled (mean over the fleet) or, if centralised, measured.
         ies_infer_ms, rcs_infer: IES and RCS of the last round or epoch with this latency as response time.
@@ -128,6 +129,7 @@ class Group:
     energy_kj: Estimate | None
     cut: Estimate | None
     kernel_entropy: Estimate | None
+    epsilon: Estimate | None
     cost: Cost | None
     latency_ms: Estimate | None
     ies_infer_ms: Estimate | None
@@ -385,6 +387,7 @@ def _group(
         energy_kj=estimate(_total(run.rounds, ["energy_j"], KILO) for run in runs),
         cut=estimate(map(cut_percent, runs)),
         kernel_entropy=_column(last, "kernel_entropy"),
+        epsilon=_column(last, "epsilon"),
         cost=first.cost,
         latency_ms=_column(last, "latency_s", MILLI),
         ies_infer_ms=_column(last, "ies_infer", MILLI),

@@ -57,6 +57,7 @@ WORDINGS = {
                 "cut",
             ),
             *("latency_ms", "ies_infer_ms", "rcs_infer", "ies_train_s", "rcs_train", "kernel_entropy"),
+            "epsilon",
         ),
         target=("virtual_s", "gflops", "mb"),
         costs={

@@ -3,6 +3,7 @@
 from fedfmd.runs.checkpoint import (
     FORMAT_VERSION,
     Checkpoint,
+    Header,
     check_format,
     kept_settings,
     latest_checkpoint,
@@ -48,6 +49,7 @@ __all__ = [
     "ClientRow",
     "Digest",
     "EpochRow",
+    "Header",
     "RoundRow",
     "RunFolder",
     "atomic_write",

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from fedfmd.errors import RunError, SettingsError
@@ -49,6 +50,17 @@ class Header:
 
     settings: dict[str, Any]
     class_names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Format:
+    version: int
+
+
+_parse_format = TypeAdapter(_Format).validate_json
+_parse_header = TypeAdapter(Header).validate_json
+_parse_values = TypeAdapter(dict[str, Any]).validate_json
+_check_digests = TypeAdapter(dict[str, Digest]).validate_python
 
 
 @dataclass(frozen=True)
@@ -177,10 +189,8 @@ def load_model(path: Path) -> tuple[dict[str, torch.Tensor], Header]:
         SettingsError: a newer version of fedfmd wrote it.
     """
     mark = path.with_suffix(".json")
-    if mark.exists() and (
-        listed := json.loads(mark.read_text(encoding="utf-8")).get("files", {}).get(path.name)
-    ):
-        Digest(**listed).check(path)
+    if mark.exists() and (listed := _listed(mark, _read_mark(mark), "files").get(path.name)):
+        listed.check(path)
     return _load(path)
 
 
@@ -224,14 +234,30 @@ def _verified(mark: Path) -> dict[str, Any]:
     Raises:
         ValueError, KeyError, TypeError, OSError: a file is missing or has changed.
     """
-    content: dict[str, Any] = json.loads(mark.read_text(encoding="utf-8"))
+    content = _read_mark(mark)
     if "sha256" in content and content.pop("sha256") != _own_digest(content):
         raise ValueError("it is not as the run wrote it")
-    for name, listed in content.get("files", {}).items():
-        Digest(**listed).check(mark.parent / name)
-    for name, listed in content.get("records", {}).items():
-        Digest(**listed).check(mark.parent / name, grows=True)
+    for name, listed in _listed(mark, content, "files").items():
+        listed.check(mark.parent / name)
+    for name, listed in _listed(mark, content, "records").items():
+        listed.check(mark.parent / name, grows=True)
     return content
+
+
+def _read_mark(mark: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(mark.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError(f"{mark} is damaged: it is nested too deeply") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{mark} is damaged: it holds no values by name")
+    return content
+
+
+def _listed(mark: Path, content: Mapping[str, Any], part: str) -> dict[str, Digest]:
+    """Return the digests that a checkpoint's JSON file lists in this part of it."""
+    with _damaged(mark):
+        return _check_digests(content.get(part, {}))
 
 
 def _digests(folder: Path, paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
@@ -245,6 +271,8 @@ def _own_digest(content: Mapping[str, Any]) -> str:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder")
     try:
         with safe_open(path, framework="pt") as file:
             yield file
@@ -252,14 +280,25 @@ def _opened(path: Path) -> Iterator[Any]:
         raise ValueError(f"{path} is damaged: {error}") from error
 
 
+@contextmanager
+def _damaged(path: Path) -> Iterator[None]:
+    """Turn what pydantic says of a file's content into one line."""
+    try:
+        yield
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"])) or "header"
+        raise ValueError(f"{path} is damaged: {place}: {first['msg']}") from None
+
+
 def _header(path: Path, metadata: Mapping[str, str] | None) -> Header:
     """Read the metadata; before version 1 there was no more than the settings."""
     texts = metadata or {}
-    if HEADER not in texts:
-        return Header(json.loads(texts.get("settings", "{}")))
-    content = json.loads(texts[HEADER])
-    check_format(path, content["version"])
-    return Header(content["settings"], tuple(content["class_names"]))
+    with _damaged(path):
+        if HEADER not in texts:
+            return Header(_parse_values(texts.get("settings", "{}")))
+        check_format(path, _parse_format(texts[HEADER]).version)
+        return _parse_header(texts[HEADER])
 
 
 def _save_arrays(

@@ -41,6 +41,7 @@ class RoundRow:
         ies_infer, rcs_infer: latency_s / accuracy, accuracy / latency_s.
         status: ok, or discarded: too few updates came, and the model stayed as it was.
         clients_cut: clients that were to do fewer steps, or train fewer kernels, than without limits.
+        epsilon: ε of differential privacy after the round, at ``privacy.delta``; None without, infinite without noise.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(ser_json_inf_nan="strings")
@@ -71,6 +72,7 @@ class RoundRow:
     rcs_infer: float | None = None
     status: str = "ok"
     clients_cut: int | None = None
+    epsilon: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

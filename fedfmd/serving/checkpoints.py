@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from fedfmd.build import build_dataset, build_model
 from fedfmd.errors import SettingsError
+from fedfmd.protocol.state import check_weights
 from fedfmd.runs import load_model
 from fedfmd.serving.classifier import Classifier
 from fedfmd.serving.export import export_onnx, export_program
 from fedfmd.settings import Settings
+from fedfmd.start import settings_in
 
 ExportFormat = Literal["onnx", "torch-export", "safetensors"]
 
@@ -36,12 +38,15 @@ def trained_model(checkpoint: Path) -> tuple[nn.Module, Settings]:
     classes = len(header.class_names) or _classes_by_shape(arrays)
     if not header.settings or not classes:
         raise SettingsError(f"{checkpoint} holds no model of a run")
-    settings = Settings.from_mapping(header.settings)
+    settings = settings_in(checkpoint, header)
     model = build_model(settings, classes)
     try:
         model.load_state_dict(arrays)
+        check_weights(arrays, model)
     except RuntimeError as error:
         raise SettingsError(f"{checkpoint} holds another model: {' '.join(str(error).split())}") from None
+    except ValueError as error:
+        raise SettingsError(f"{checkpoint} holds no trained model: {error}") from None
     return model, settings
 
 

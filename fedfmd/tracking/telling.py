@@ -145,7 +145,7 @@ class Telling:
         """Let go of a callback that raises: a run is worth more than its curves."""
         try:
             yield
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             self._callbacks.pop(name, None)
             logger.warning("%s is told no more, and the run goes on without it: %s", name, one_line(error))
 

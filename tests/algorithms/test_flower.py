@@ -8,7 +8,7 @@ from flwr.serverapp.strategy import FedAvg, FedAvgM
 
 from fedfmd.algorithms import ALGORITHMS
 from fedfmd.algorithms.flower import FlowerAlgorithm, OwnStrategy
-from fedfmd.errors import RunError
+from fedfmd.errors import RunError, SettingsError
 
 FLOWERS = [name for name, kind in ALGORITHMS.items() if issubclass(kind, FlowerAlgorithm)]
 PARAMETERS = {"w": np.full((2, 2), 100.0, np.float32), "fc.bank.0": np.full(3, -100.0, np.float32)}
@@ -46,6 +46,13 @@ class Silent(FedAvg):
 
     def aggregate_train(self, server_round, replies):
         return None, None
+
+
+class Answering(FedAvg):
+    """Answers as its test says, from what Flower's FedAvg returns."""
+
+    def aggregate_train(self, server_round, replies):
+        return self.answer(*super().aggregate_train(server_round, replies))
 
 
 class Greedy(FedAvg):
@@ -137,10 +144,76 @@ def test_options_and_start_of_a_step_are_no_state(tiny_settings, identity, updat
     assert kept <= {"m_t", "v_t", "momentum_vector"}
 
 
-def test_a_strategy_that_makes_no_step_leaves_the_arrays(own, steps, monkeypatch):
+def test_a_strategy_that_makes_no_step_leaves_the_arrays(own, steps, monkeypatch, caplog):
     monkeypatch.setattr(Own, "kind", Silent)
     arrays, _ = steps(own, own.init(), 1, 1)
     assert arrays is PARAMETERS
+    assert caplog.messages == ["round 1: server.strategy = 'fedavg' makes no step, the model stays as it was"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "fault"),
+    [
+        (lambda self, record, metrics: None, "what it returned is None"),
+        (lambda self, record, metrics: record, "what it returned is of type ArrayRecord"),
+        (lambda self, record, metrics: ({}, metrics), "the first of what it returned is of type dict"),
+        (lambda self, record, metrics: (ArrayRecord(), metrics), "array fc.bank.0 is missing"),
+        (
+            lambda self, record, metrics: (ArrayRecord({n: Array(np.ones(7)) for n in record}), metrics),
+            r"array w has shape \(7,\), the model's has \(2, 2\)",
+        ),
+        (
+            lambda self, record, metrics: (ArrayRecord({n: Array(np.array("x")) for n in record}), metrics),
+            r"an array is no \.npy file of numbers",
+        ),
+    ],
+    ids=["nothing", "no pair", "no record", "an empty record", "another shape", "no numbers"],
+)
+def test_a_strategy_that_returns_no_model_ends_the_run_in_one_line(answer, fault, own, steps, monkeypatch):
+    monkeypatch.setattr(Own, "kind", Answering)
+    monkeypatch.setattr(Answering, "answer", answer, raising=False)
+    with pytest.raises(
+        RunError, match=rf"^round 1: .*: aggregate_train must return .*: {fault}; finished rounds"
+    ):
+        steps(own, own.init(), 1, 1)
+
+
+def test_a_strategy_that_raises_ends_the_run_in_one_line(own, steps, monkeypatch):
+    def fail(*_):
+        raise KeyError("a\nb")
+
+    for hook in ("aggregate_train", "configure_train"):
+        monkeypatch.setattr(Own, "kind", type("Failing", (FedAvg,), {hook: fail}))
+        with pytest.raises(RunError, match=rf"^round 1: .*: {hook} fails: KeyError: "):
+            steps(own, own.init(), 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("init", "fault"),
+    [
+        (lambda self, more: None, "can't be made without arguments: TypeError: .* argument: 'more'"),
+        (lambda self: None, r"has no fraction_train: let its __init__ call super\(\)\.__init__\(\)"),
+        (lambda self: 1 / 0, "can't be made without arguments: ZeroDivisionError: division by zero"),
+    ],
+    ids=["arguments", "no super", "raises"],
+)
+def test_a_class_that_cannot_be_made_is_refused_before_the_run(init, fault, tiny_settings, monkeypatch):
+    monkeypatch.setattr(
+        "fedfmd.algorithms.flower.find", lambda *_: type("Mine", (FedAvg,), {"__init__": init})
+    )
+    with pytest.raises(SettingsError, match=rf"^server\.strategy = 'own:Mine' {fault}"):
+        OwnStrategy(tiny_settings(**{"server.strategy": "own:Mine"})).check()
+
+
+def test_what_holds_itself_is_no_part_of_a_checkpoint(own, caplog):
+    running = own.init()
+    running.strategy.circle = circle = {}
+    circle["again"] = circle
+    assert own.dump(running) == {}
+    assert (
+        "Counting.circle is no part of the checkpoints, which can't keep what holds itself or is "
+        in caplog.text
+    )
 
 
 def test_a_strategy_that_wants_to_pick_clients_is_told(own, steps, monkeypatch):

@@ -18,7 +18,7 @@ from fedfmd.conv import CONVS, AttentionRecord, record_attention
 from fedfmd.data import Dataset, ImageFormat, ImageSet
 from fedfmd.edge import DEVICES, device_text, parse_device
 from fedfmd.engines.inline import InlineGrid
-from fedfmd.protocol.averaging import WeightedMean
+from fedfmd.protocol.averaging import ExactMean
 from fedfmd.protocol.compression import ROUNDINGS, UPLOADS, Upload, upload_bytes
 from fedfmd.protocol.messages import (
     BY_ATTENTION,
@@ -98,11 +98,13 @@ def test_the_reply_is_the_mean_of_the_clients_by_images(make_host):
     host = make_host()
     arrays = global_arrays(host)
     reply = run_assignments(host, instruction(1, 2, 3), arrays)
-    mean = WeightedMean()
-    for client in (1, 2, 3):
+    mean = ExactMean(arrays, len(host.dataset.train))
+    for client in (3, 1, 2):
         alone = run_assignments(host, instruction(client), arrays)
+        assert alone.rest == {}
         mean.add(alone.arrays, alone.weight)
     assert equal(reply.arrays, mean.arrays())
+    assert equal(reply.rest, mean.rest())
     assert [result.images for result in reply.results] == [11, 12, 13]
     assert reply.weight == 36
     assert reply.weights == dict.fromkeys(arrays, 36)
@@ -372,7 +374,7 @@ def test_a_node_averages_what_its_clients_would_send(make_host, states, upload):
     arrays = global_arrays(host)
     for round in (1, 2):  # in the second one, clients have something left over
         together = run_assignments(host, instruction(1, 2, round=round, run="together"), arrays)
-        mean = WeightedMean()
+        mean = ExactMean(arrays, len(host.dataset.train))
         for client in (1, 2):
             alone = run_assignments(host, instruction(client, round=round, run="apart"), arrays)
             mean.add(restored(alone, arrays), alone.weight)

@@ -52,6 +52,13 @@ def test_records_are_printed_as_they_are(terminal, logger):
     assert "a detail" not in text
 
 
+def test_a_sign_that_the_console_lacks_is_a_question_mark():
+    ascii_file = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    with ExperimentDisplay(Console(file=ascii_file), 1, 3) as display:
+        display.print("32×32")
+    assert ascii_file.buffer.getvalue() == b"32?32\n"
+
+
 def test_a_file_gets_the_lines_alone(logger):
     console = Console(file=io.StringIO())
     with ExperimentDisplay(console, 1, 3) as display:

@@ -27,7 +27,7 @@ def estimate(tiny_settings):
 
     def estimate(done=0, nodes=1, **changes):
         settings = tiny_settings(**{"server.rounds": 2, "train.local-epochs": 2} | changes)
-        layout = Layout(runs=1, nodes=nodes, threads=1)
+        layout = Layout(runs=1, nodes=nodes, cores=1)
         return estimate_run(Task("a", settings, done), build_federation(settings), SPEED, layout)
 
     return estimate

@@ -19,6 +19,7 @@ from fedfmd.experiment.pool import Started, attempt
 from fedfmd.experiment.run import Layout, lay_out
 from fedfmd.report.comparison import read_comparison
 from fedfmd.runs import read_clients, read_epochs, read_rounds
+from fedfmd.settings import Settings
 
 CONVS = {"model.conv": ["static", "fmdconv"]}
 
@@ -131,7 +132,10 @@ class Quitter(FedAvg):
 def test_a_strategy_that_exits_fails_the_run(run, write_yaml, monkeypatch):
     Path("quitter.py").write_text(QUITTER)
     monkeypatch.syspath_prepend(Path.cwd())
-    with pytest.raises(RunError, match=r"the code of server\.strategy = quitter:Quitter calls sys\.exit"):
+    with pytest.raises(
+        RunError,
+        match=r"'quitter:Quitter': aggregate_train fails in quitter\.py, line 7: it calls sys\.exit",
+    ):
         run(write_yaml(**{"server.rounds": 2}), "server.strategy=quitter:Quitter")
 
 
@@ -246,15 +250,24 @@ def test_an_engine_runs_each_run_in_a_folder_of_its_own(engine, run, pools, star
 @pytest.mark.parametrize(
     ("runs", "engine", "layout"),
     [
-        (1, "inline", Layout(runs=1, nodes=2, threads=3)),
-        (5, "inline", Layout(runs=2, nodes=1, threads=1)),
-        (1, "flwr", Layout(runs=1, nodes=2, threads=1)),
-        (5, "flwr", Layout(runs=1, nodes=2, threads=1)),
+        (1, "inline", Layout(runs=1, nodes=2, cores=6)),
+        (5, "inline", Layout(runs=2, nodes=1, cores=1)),
+        (1, "flwr", Layout(runs=1, nodes=2, cores=1)),
+        (5, "flwr", Layout(runs=1, nodes=2, cores=1)),
     ],
 )
 def test_cores_go_to_the_nodes_of_one_run_or_to_several_runs(runs, engine, layout, monkeypatch):
     monkeypatch.setattr("fedfmd.experiment.run.available_cores", lambda: 6)
     assert lay_out(runs, engine, workers=2) == layout
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_no_number_of_threads_follows_from_the_number_of_workers(workers, monkeypatch):
+    monkeypatch.setattr("fedfmd.experiment.run.available_cores", lambda: 6)
+    layout = lay_out(1, "inline", workers)
+    assert layout.threads(Settings()) == 1
+    assert layout.threads(Settings(kind="centralised")) == 6
+    assert layout.threads(Settings(threads=4)) == 4
 
 
 @pytest.mark.parametrize("engine", ["inline", "flwr"])

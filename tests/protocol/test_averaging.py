@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from fedfmd.protocol.averaging import WeightedMean
+from fedfmd.protocol.averaging import ExactMean, WeightedMean, first_beyond, value_limit
 
 
 def mean_of(*states_and_weights):
@@ -115,3 +115,66 @@ def test_each_array_is_the_mean_of_those_who_have_it_in_whatever_order_they_come
 def test_the_mean_of_equal_updates_is_the_update(value, weights):
     state = {"w": torch.tensor([value])}
     assert np.array_equal(mean_of(*((state, weight) for weight in weights))["w"], state["w"].numpy())
+
+
+START = {"w": np.array([0.3, -0.9], np.float32), "zero": np.zeros(2, np.float32), "n": np.array(7)}
+STATES = st.fixed_dictionaries(
+    {},
+    optional={
+        "w": st.lists(st.floats(-2048, 2048, width=32), min_size=2, max_size=2).map(
+            lambda v: np.array(v, np.float32)
+        ),
+        "zero": st.lists(st.floats(-(2.0**-10), 2.0**-10, width=32), min_size=2, max_size=2).map(
+            lambda v: np.array(v, np.float32)
+        ),
+        "n": st.integers(0, 1000).map(np.array),
+    },
+)
+UPDATES = st.lists(st.tuples(STATES, st.integers(1, 9_000)), min_size=1, max_size=8)
+
+
+@given(updates=UPDATES, data=st.data())
+def test_an_exact_mean_is_the_same_bit_for_bit_in_whatever_order_and_parts(updates, data):
+    """Each worker averages some of the clients; a single client is sent as it is."""
+    alone = ExactMean(START, 80_000)
+    for state, weight in updates:
+        alone.add(state, weight)
+    shuffled = data.draw(st.permutations(updates))
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(updates)), max_size=3)))
+    together = ExactMean(START, 80_000)
+    for first, last in zip([0, *cuts], [*cuts, len(updates)], strict=True):
+        part = ExactMean(START, 80_000)
+        for state, weight in shuffled[first:last]:
+            part.add(state, weight)
+        if last - first == 1:
+            together.add(*shuffled[first])
+        else:
+            together.add(part.arrays(), part.weights, part.rest())
+    assert together.weights == alone.weights
+    for name, array in alone.arrays().items():
+        assert array.dtype == START[name].dtype
+        assert np.array_equal(together.arrays()[name], array)
+        having = [(state[name], weight) for state, weight in updates if name in state]
+        states, weights = zip(*having, strict=True)
+        expected = np.average(np.stack(states).astype(np.float64), axis=0, weights=weights)
+        if name == "n":
+            assert abs(array - expected) <= 0.5
+        else:
+            np.testing.assert_allclose(array, expected, rtol=2**-23, atol=2**-28)
+
+
+def test_the_exact_mean_of_equal_states_is_the_state():
+    mean = ExactMean(START, 100)
+    state = {"w": torch.rand(2), "zero": torch.full((2,), 1e-6), "n": torch.tensor(8)}
+    for weight in (3, 7, 11):
+        mean.add(state, weight)
+    assert all(np.array_equal(array, state[name].numpy()) for name, array in mean.arrays().items())
+
+
+@pytest.mark.parametrize(("largest", "limit"), [(0, 2048), (1, 2048), (-5, 8192), (1000, 2.0**20)])
+def test_values_have_room_to_grow_a_thousandfold(largest, limit):
+    start = {"w": np.array([0, largest], np.float32)}
+    assert value_limit(start["w"]) == limit
+    assert first_beyond({"w": np.array([-limit, limit])}, start) is None
+    assert first_beyond({"w": np.array([0, -2 * limit])}, start) == "w"
+    assert value_limit(np.array([])) == 2048

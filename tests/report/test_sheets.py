@@ -87,6 +87,16 @@ def test_centralised_runs_have_their_own_columns(make_centralised):
     assert flat_row(summary.groups[0], 75)["top5_final"] == pytest.approx(87.5)
 
 
+@pytest.mark.parametrize(("epsilon", "shown"), [(3.14159, "3.142"), (float("inf"), "∞")])
+def test_the_privacy_of_private_runs_stands_beside_their_accuracy(make_run, epsilon, shown):
+    run = make_run([0.5, 0.6])
+    last = replace(run.rounds[-1], epsilon=epsilon)
+    private = replace(run, rounds=(*run.rounds[:-1], last), variant="private")
+    sheet = make_sheets(summarise([run, private]))[0]
+    assert dict(zip(lines(sheet)["runs"], lines(sheet)["ε"], strict=True))["private"] == shown
+    assert "ε: differential privacy" in sheet.caption
+
+
 def test_the_cost_tells_how_much_work_was_cut(make_run):
     run = make_run([0.5], clients=[0.5], **{"train.local-epochs": 2})  # 100 images by all 4 kernels
     summary = summarise([replace(run, label_counts=np.array([[60, 20]]))])

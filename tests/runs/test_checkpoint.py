@@ -107,6 +107,36 @@ def test_a_newer_file_is_refused_in_one_line_not_skipped(tmp_path, monkeypatch):
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[" * 10**5, "null", "[]", "{}", '{"version": "?"}', '{"version": 1, "settings": [1], "class_names": []}',
+     '{"version": 1, "settings": {}, "class_names": [{}]}', '{"version": 1, "settings": {}, "class_names": 5}'],
+    ids=lambda text: text[:60],
+)  # fmt: skip
+def test_a_header_of_something_else_is_one_line(tmp_path, text):
+    path = tmp_path / "model.safetensors"
+    for key in ("checkpoint", "settings"):
+        if key == "settings" and text[:1] == "{" and len(text) > 1:
+            continue  # before version 1 any values were settings
+        save_tensors(path, {"w": torch.zeros(1)}, {key: text})
+        for read in (load_model, read_header):
+            with pytest.raises(ValueError, match=r"model\.safetensors is damaged: ") as error:
+                read(path)
+            assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "[" * 10**5, '{"files": 5}', '{"files": {"round-00010.safetensors": {}}}']
+)
+def test_a_list_of_files_that_is_none_is_one_line(tmp_path, text):
+    save(tmp_path, 10)
+    (tmp_path / "round-00010.json").write_text(text)
+    with pytest.raises(ValueError, match=r"round-00010\.json is damaged: ") as error:
+        load_model(tmp_path / "round-00010.safetensors")
+    assert "\n" not in str(error.value)
+    assert latest_round(tmp_path) == 0
+
+
 def test_equal_runs_write_equal_files(tmp_path):
     for run in ("a", "b"):
         (tmp_path / run).mkdir()

@@ -47,6 +47,7 @@ ROUND = RoundRow(
     ies_infer=0.0125,
     rcs_infer=80.0,
     clients_cut=4,
+    epsilon=2.5,
 )
 CLIENT = ClientRow(
     round=3,
@@ -120,7 +121,7 @@ def test_the_columns_are_those_that_users_rely_on():
     assert ",".join(ROUND_COLUMNS) == (
         "round,virtual_s,round_s,wall_s,loss,accuracy,best_accuracy,validation_loss,validation_accuracy,temperature,"
         "kernel_entropy,clients_ok,clients_late,clients_failed,train_flops,cum_train_flops,up_bytes,down_bytes,energy_j,latency_s,ies_train,"
-        "rcs_train,ies_infer,rcs_infer,status,clients_cut"
+        "rcs_train,ies_infer,rcs_infer,status,clients_cut,epsilon"
     )
     assert ",".join(CLIENT_COLUMNS) == (
         "round,client,node,device,status,reason,examples,steps,kernels,train_flops,cum_train_flops,compute_s,"
@@ -141,7 +142,7 @@ def test_the_files_read_as_their_columns(tmp_path):
     assert header == ",".join(ROUND_COLUMNS)
     assert row == (
         "3,36.25,12.5,0.75,0.5,0.8,0.85,0.6,0.75,30,,8,1,1,1000000000000,3000000000000,9007199254740993,1099511627776,"
-        "90,0.01,15.625,0.064,0.0125,80,ok,4"
+        "90,0.01,15.625,0.064,0.0125,80,ok,4,2.5"
     )
     assert folder.clients.read_text().splitlines()[2] == (
         '3,8,,pi-4,unfit,"can\'t hold ""2 GB"", naïvely",45,5,4,100000000000,300000000000,9,0.5,1,10.5,,'

@@ -83,13 +83,17 @@ def test_what_is_no_checkpoint_is_one_line(checkpoint, tmp_path, tiny_settings):
         assert "\n" not in str(error.value)
 
     refused(tmp_path / "none.safetensors", r"cannot read the checkpoint: .*none\.safetensors")
-    refused(tmp_path, "cannot read the checkpoint")
+    refused(tmp_path, f"cannot read the checkpoint: {tmp_path} is a folder")
     checkpoint.write_bytes(checkpoint.read_bytes()[:100])
     refused(checkpoint, r"round-00007\.safetensors is not as the run wrote it")
     checkpoint.with_suffix(".json").unlink()  # a file of its own
     refused(checkpoint, "is damaged")
     save_checkpoint(tmp_path, 8, {"mean": torch.zeros(1)}, {}, tiny_settings().flat())
     refused(tmp_path / "round-00008.safetensors", "holds no model of a run")
+    save_checkpoint(tmp_path, 8, {"fc.bias": torch.zeros(1)}, {}, {"sede": 1})
+    refused(
+        tmp_path / "round-00008.safetensors", "00008.safetensors holds settings that can't be used: unknown "
+    )
     state = build_model(tiny_settings(), classes=10).state_dict()
     save_checkpoint(tmp_path, 9, state, {}, tiny_settings(**{"model.kernels": 3}).flat())
     refused(tmp_path / "round-00009.safetensors", "holds another model: .*size mismatch")
