@@ -18,7 +18,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1
 from torchvision.ops.misc import Conv2dNormActivation
 
 CHANNELS_PER_GROUP = 8
-"""Channels that share one GroupNorm statistic. Every width is a multiple of it, so that it always divides."""
+"""Channels that share one GroupNorm statistic. Every width of the networks here is a multiple of it."""
 
 ConvFactory = Callable[..., nn.Module]
 """Called like ``nn.Conv2d(in_channels, out_channels, kernel_size, stride=…, padding=…, groups=…)``."""
@@ -26,9 +26,19 @@ ConvFactory = Callable[..., nn.Module]
 NormFactory = Callable[[int], nn.Module]
 """Called with the number of channels."""
 
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """Return a GroupNorm with about `CHANNELS_PER_GROUP` channels per group, for any number of channels.
+
+    Where that doesn't divide them, as in a user's own network, groups are larger: the next number that does.
+    """
+    groups = next(n for n in range(max(1, channels // CHANNELS_PER_GROUP), 0, -1) if channels % n == 0)
+    return nn.GroupNorm(groups, channels)
+
+
 NORMS: dict[str, NormFactory] = {
     "batch": nn.BatchNorm2d,
-    "group": lambda channels: nn.GroupNorm(channels // CHANNELS_PER_GROUP, channels),
+    "group": group_norm,
 }
 
 

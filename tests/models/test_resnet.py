@@ -3,7 +3,7 @@ import torch
 import torchvision
 from torch import nn
 
-from fedfmd.models import MODELS, Architecture, feature_layers, make_model, resnet
+from fedfmd.models import MODELS, NORMS, Architecture, feature_layers, make_model, resnet
 from fedfmd.models.resnet import scaled
 
 
@@ -59,6 +59,15 @@ def test_group_norm_replaces_every_batch_norm_and_takes_one_image():
     norms = [layer for layer in model.modules() if isinstance(layer, nn.GroupNorm)]
     assert {norm.num_channels: norm.num_groups for norm in norms} == {16: 2, 32: 4, 64: 8}
     assert model(torch.rand(1, 3, 4, 4)).shape == (1, 10)
+
+
+@pytest.mark.parametrize(
+    ("channels", "groups"), [(1, 1), (6, 1), (7, 1), (8, 1), (20, 2), (30, 3), (35, 1), (64, 8)]
+)
+def test_group_norm_takes_any_number_of_channels_as_own_networks_may_have(channels, groups):
+    norm = NORMS["group"](channels)
+    assert norm.num_groups == groups
+    assert norm(torch.rand(2, channels, 3, 3)).shape == (2, channels, 3, 3)
 
 
 @pytest.mark.parametrize(
