@@ -55,7 +55,9 @@ def not_one_of(name: object, names: Iterable[str], own: str = "") -> str:
     """
     known = tuple(names)
     others = f", or {own} of your own" if own else ""
-    return f"must be one of {', '.join(known)}{others}; did you mean {nearest_of(name, known)!r}?"
+    module, dot, attribute = str(name).rpartition(".")
+    meant = f"{module}:{attribute}" if own and dot else nearest_of(name, known)
+    return f"must be one of {', '.join(known)}{others}; did you mean {meant!r}?"
 
 
 def nearest_of(name: object, names: Iterable[str]) -> str:

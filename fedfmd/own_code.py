@@ -42,14 +42,20 @@ def find(setting: str, name: str) -> Any:
         sys.path.append(folder)  # last: no file there may hide a library
     module, _, attribute = name.partition(":")
     try:
-        return getattr(import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+        found = import_module(module)
+    except (ImportError, ValueError) as error:
         raise SettingsError(
             f"{setting} = {name!r} can't be imported ({error}): put its file beside the experiment file, or its "
             "folder on PYTHONPATH"
         ) from None
     except (Exception, SystemExit) as error:  # what stands in the module is the user's to mend
         raise SettingsError(f"{setting} = {name!r} can't be imported: {_told(error)}") from error
+    try:
+        return getattr(found, attribute)
+    except AttributeError as error:
+        raise SettingsError(
+            f"{setting} = {name!r} can't be imported ({error}): the module is {getattr(found, '__file__', 'built in')}"
+        ) from None
 
 
 def call(

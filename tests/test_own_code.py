@@ -176,8 +176,10 @@ def test_its_source_counts_as_code_of_the_run(kind, own, mine, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        ({"model.arch": "mine:mak"}, "model.arch = 'mine:mak' can't be imported (module 'mine' has no attribute 'mak'"),
+        ({"model.arch": "mine:mak"}, "can't be imported (module 'mine' has no attribute 'mak'): the module is"),
+        ({"model.arch": "random:make"}, "random.py"),  # a library's
         ({"model.arch": "nowhere:make"}, "'nowhere:make' can't be imported (No module named 'nowhere'): put "),
+        ({"model.arch": "mine.make"}, "or module:function of your own; did you mean 'mine:make'?"),
         ({"model.arch": ":make"}, "model.arch = ':make' can't be imported"),
         ({"model.arch": "mine:wrong"}, "must map images B×3×8×8 to logits B×10; one image gave (1, 192)"),
         ({"model.arch": "mine:nothing"}, "must return an nn.Module, and returned a NoneType"),
