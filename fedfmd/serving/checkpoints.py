@@ -29,8 +29,12 @@ def trained_model(checkpoint: Path) -> tuple[nn.Module, Settings]:
     """Load the model of a run's ``checkpoints/round-….safetensors`` on the CPU, and the run's settings.
 
     Raises:
-        SettingsError: no such file, or it holds no model of a run.
+        SettingsError: no such file, or it holds no model of a run; of a run's folder it names the newest one.
     """
+    if checkpoint.is_dir():
+        newest = max(checkpoint.glob("**/round-*.safetensors"), default=None)
+        hint = f": name one of the files in it, for instance {newest}" if newest else ""
+        raise SettingsError(f"cannot read the checkpoint: {checkpoint} is a folder{hint}")
     try:
         arrays, header = load_model(checkpoint)
     except (OSError, ValueError) as error:

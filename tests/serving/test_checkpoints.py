@@ -83,7 +83,9 @@ def test_what_is_no_checkpoint_is_one_line(checkpoint, tmp_path, tiny_settings):
         assert "\n" not in str(error.value)
 
     refused(tmp_path / "none.safetensors", r"cannot read the checkpoint: .*none\.safetensors")
-    refused(tmp_path, f"cannot read the checkpoint: {tmp_path} is a folder")
+    refused(tmp_path, rf"cannot read the checkpoint: {tmp_path} is a folder: name one .*{checkpoint.name}$")
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", "empty is a folder$")
     checkpoint.write_bytes(checkpoint.read_bytes()[:100])
     refused(checkpoint, r"round-00007\.safetensors is not as the run wrote it")
     checkpoint.with_suffix(".json").unlink()  # a file of its own
