@@ -356,8 +356,9 @@ def describe_network(settings: Settings, cost: Cost, dataset: Dataset) -> str:
     """Network, its size, data set and augmentation in a line for the log."""
     model = settings.model
     kernels = f" (K={model.kernels})" if is_dynamic(model.conv) else ""
+    macs = f"{cost.macs / 1e6:.1f} M" if cost.macs >= 1e6 else f"{cost.macs / 1e3:.1f} k"
     return (
-        f"{model.arch} with {model.conv}{kernels}, {cost.params:,} parameters, {cost.macs / 1e6:.1f} M MACs per image, "
+        f"{model.arch} with {model.conv}{kernels}, {cost.params:,} parameters, {macs} MACs per image, "
         f"on {dataset.name} at {dataset.image_size}×{dataset.image_size}, augmentation {dataset.augment}"
     )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from fedfmd.build import Federation, describe_network
 from fedfmd.edge import Budget
 from fedfmd.runs import RoundRow
@@ -14,21 +16,27 @@ def header_lines(federation: Federation, own_data: bool = False) -> list[str]:
     """Say what runs, on which data and fleet, and how; `own_data` if the clients have images of their own."""
     settings = federation.settings
     server, partition = settings.server, settings.partition
-    sizes = federation.sizes
+    sizes, epochs = federation.sizes, settings.train.local_epochs
     split = "own data" if own_data else partition.scheme
     fleet = ", ".join(f"{count} {name}" for name, count in federation.fleet.counts.items())
     asked = f"{server.clients_per_round} clients" if server.clients_per_round else "all clients"
     network = describe_network(settings, federation.cost, federation.dataset)
     return [
         f"fedfmd {__version__}: {network}",
-        f"{partition.clients} clients ({split}, {min(sizes)} to {max(sizes)} images each) on {fleet} "
+        f"{partition.clients} clients ({split}, {_range(sizes)} images each) on {fleet} "
         f"over {settings.fleet.link}",
-        f"{server.rounds} rounds of {server.strategy} with {asked}, {settings.train.local_epochs} local epochs of "
-        f"batch {settings.train.batch_size}; policy {settings.budget.policy}, {_limits(federation.budget)}; "
+        f"{server.rounds} rounds of {server.strategy} with {asked}, {epochs} local "
+        f"{'epoch' if epochs == 1 else 'epochs'} of batch {settings.train.batch_size}; "
+        f"policy {settings.budget.policy}, {_limits(federation.budget)}; "
         f"seed {settings.seed}",
         *([_privacy(settings)] if settings.privacy.clip_norm else []),
         *([f"starting from {federation.start}"] if federation.start else []),
     ]
+
+
+def _range(numbers: Sequence[int]) -> str:
+    least, most = min(numbers), max(numbers)
+    return f"{least}" if least == most else f"{least} to {most}"
 
 
 def round_text(row: RoundRow, rounds: int) -> str:

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 
@@ -54,6 +56,7 @@ def test_the_log_tells_network_images_and_augmentation(tiny_settings, augment, t
     federation = build_federation(tiny_settings(**{"data.augment": augment}))
     text = describe_network(federation.settings, federation.cost, federation.dataset)
     assert text.startswith("resnet8 with fmdconv (K=2), ")
+    assert re.search(r", \d+\.\d k MACs per image, on digits", text)
     assert text.endswith(f" on digits at 8×8, augmentation {told}")
 
 
