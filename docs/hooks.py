@@ -70,7 +70,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 def settings_page() -> str:
     """Return the page of all settings, a section for each group."""
-    lines = ["# Settings", "", "`fedfmd settings [WORD]` shows them in the terminal."]
+    lines = ["# Settings", "", "`fedfmd settings [WORDS]` shows them in the terminal."]
     group = itemgetter(0)
     grouped = sorted(((setting.key.rpartition(".")[0], setting) for setting in all_settings()), key=group)
     for name, settings in groupby(grouped, key=group):

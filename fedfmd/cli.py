@@ -190,9 +190,12 @@ def init(
 
 @command(epilog="Example: fedfmd settings temperature")
 def settings(
-    word: Annotated[
-        str, typer.Argument(help="Only settings whose name, meaning or values hold this; by default all.")
-    ] = "",
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Only settings whose name, meaning or values hold these; by default all.", metavar="WORDS"
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """List the settings: meaning, allowed values, default."""
@@ -201,7 +204,7 @@ def settings(
     from fedfmd.experiment.reference import find_settings, settings_table
     from fedfmd.report.tables import show
 
-    found = find_settings(word)
+    found = find_settings(" ".join(words or ()))
     show([asdict(setting) for setting in found], settings_table(found), as_json, Console())
 
 
@@ -446,7 +449,8 @@ def export(
 ) -> None:
     """Write a trained model for other runtimes.
 
-    It takes batches of any size; safetensors are for fedfmd.classifier.
+    It takes batches of any size, of images normalised as in training; safetensors are for fedfmd.classifier, which
+    normalises them itself.
     """
     from fedfmd.experiment import export_checkpoint
 

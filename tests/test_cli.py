@@ -215,6 +215,9 @@ def test_settings_are_listed_as_table_or_json(fedfmd, monkeypatch):
     assert "train.weight-decay" in out
     assert "cosine to 0" in out
     assert "fleet." not in out
+    status, out, _ = fedfmd("settings", "learning", "rate")
+    assert "train.lr" in out
+    assert "train.momentum" not in out
     status, out, _ = fedfmd("settings", "--json")
     assert status == 0
     rows = {row["key"]: row for row in json.loads(out)}
