@@ -49,7 +49,8 @@ class Results:
     comparison: Comparison
 
     def __repr__(self) -> str:
-        return f"<Results of {len(self.runs)} runs: {', '.join(self.names)}>"
+        runs = "run" if len(self.runs) == 1 else "runs"
+        return f"<Results of {len(self.runs)} {runs}: {', '.join(self.names)}>"
 
     @property
     def runs(self) -> tuple[Run, ...]:

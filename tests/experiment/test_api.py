@@ -162,6 +162,11 @@ def test_a_script_needs_no_guard_of_its_main_module(tiny, tmp_path):
     assert done.stdout.count("Results of 2 runs") == 1
 
 
+def test_results_name_their_runs(finished_runs):
+    assert repr(fedfmd.load(finished_runs)).startswith("<Results of 4 runs: ")
+    assert repr(fedfmd.load(finished_runs / "static-0")) == "<Results of 1 run: static-0>"
+
+
 def test_finished_runs_are_loaded_and_joined_with_their_settings(finished_runs):
     results = fedfmd.load(finished_runs)
     assert sorted(results.names) == ["fmdconv-0", "fmdconv-1", "static-0", "static-1"]
