@@ -94,10 +94,10 @@ def _one_of_or_own(allowed: Iterable[str], form: str = "module:function") -> Bef
     return BeforeValidator(check, json_schema_input_type=Literal.__getitem__((*names, form)))
 
 
-def _stop(value: str) -> str:
-    """Accept what `parse_stop` reads."""
-    parse_stop(value)
-    return value
+def _stop(value: object) -> str:
+    """Accept what `parse_stop` reads; a bare number, which YAML makes of 0.5, gets its answer as well."""
+    parse_stop(text := str(value))
+    return text
 
 
 def _pairs(text: str) -> Iterable[tuple[str, str]]:
@@ -396,7 +396,7 @@ class ServerSettings(_Section):
     """
     max_update_ratio: NonNegative = 0.0
     """The same as a multiple of the median norm of a round's updates; 0 is no limit."""
-    stop_at: Annotated[str, AfterValidator(_stop)] = ""
+    stop_at: Annotated[str, BeforeValidator(_stop)] = ""
     """What ends the run early, the first that is met: accuracy=0.95 (on validation images, on test images without
     any), seconds=600 (virtual ones; of training if centralised), mb=100 (up and down), joules=5000; one or several.
     """
