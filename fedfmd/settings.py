@@ -720,6 +720,8 @@ class Settings(_Section):
         flat = flatten(values)
         known = cls().flat()
         for key, value in flat.items():
+            if group := [name for name in known if name.startswith(f"{key}.")]:
+                raise SettingsError(f"{key} = {value!r}: {key} is a group of settings: {', '.join(group)}")
             if key not in known:
                 raise SettingsError(
                     f"unknown setting {key} = {value!r}; the nearest one is {nearest_of(key, known)}"
