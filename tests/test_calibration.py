@@ -121,7 +121,7 @@ def clock(monkeypatch):
     monkeypatch.setattr(calibration, "latency", lambda model, image_size, repeats, batch=1: 0.5 / batch)
 
 
-def test_a_simulation_of_a_calibrated_box_predicts_its_rounds(clock, tiny_settings, tmp_path):
+def test_a_simulation_of_a_calibrated_device_predicts_its_rounds(clock, tiny_settings, tmp_path):
     networks = calibration.models_of(["resnet8"], ["fmdconv"], [2], TINY)
     measured = [calibration.measure(network, 10, 8, [16]) for network in networks]
     device = make_device("mine", measured, "here", memory_gb=2)

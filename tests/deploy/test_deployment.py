@@ -14,7 +14,7 @@ from fedfmd.version import __version__
 pytestmark = pytest.mark.slow
 
 
-def test_boxes_train_together_and_strangers_stay_out(deployment):
+def test_devices_train_together_and_strangers_stay_out(deployment):
     without_ray = subprocess.run(
         [sys.executable, "-c", "import ray"],
         env=deployment.environment("box0"),
