@@ -160,7 +160,7 @@ def test_timings_are_seconds_per_image_by_batch_size(clock):
     assert all(small.train_s > large.train_s for small, large in pairwise(timings))
 
 
-def test_a_box_is_measured_by_training_on_it(monkeypatch):
+def test_an_edge_device_is_measured_by_training_on_it(monkeypatch):
     monkeypatch.setattr(calibration, "ROUND_S", 0)
     _, network = calibration.models_of(["resnet8"], ["fmdconv"], [2], TINY)
     measured = calibration.measure(network, 10, 8, [4], repeats=1)

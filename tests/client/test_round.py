@@ -546,7 +546,7 @@ def test_an_edge_device_trains_on_its_own_images(tiny_settings, own_data):
 @pytest.mark.parametrize(
     ("node_config", "measured"), [({"client": 1}, True), ({}, False)], ids=["edge device", "worker"]
 )
-def test_only_a_box_measures_inference(tiny_settings, node_config, measured):
+def test_only_an_edge_device_measures_inference(tiny_settings, node_config, measured):
     model = build_model(tiny_settings(), classes=10)
     work = write_instruction(instruction(1, steps=1), to_record(pack(model)))
     (result,) = read_reply(ask(tiny_settings(), node_config, work, MessageType.TRAIN)).results

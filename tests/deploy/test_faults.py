@@ -34,7 +34,7 @@ def status_of(deployment, client):
     return [row.status for row in deployment.clients("run") if row.client == client]
 
 
-def test_a_box_that_dies_costs_its_update_and_may_come_back(deployment):
+def test_an_edge_device_that_dies_costs_its_update_and_may_come_back(deployment):
     deployment.submit("run", **{"server.rounds": 60})
     deployment.wait_for_rounds("run", 1)
 
@@ -53,7 +53,7 @@ def test_a_box_that_dies_costs_its_update_and_may_come_back(deployment):
     )
 
 
-def test_a_run_ends_when_too_few_boxes_are_left_and_is_resumed(deployment):
+def test_a_run_ends_when_too_few_edge_devices_are_left_and_is_resumed(deployment):
     settings = {"server.rounds": 60, "server.checkpoint-every": 1, "server.node-timeout-s": 60}
     run = deployment.submit("run", **settings)
     deployment.wait_for_rounds("run", 2)
@@ -100,7 +100,7 @@ def test_a_run_is_resumed_after_everything_was_killed(deployment):
     assert "going on after round" in deployment.log("run/log.txt")
 
 
-def test_a_box_that_is_too_slow_for_a_round_is_left_behind(deployment):
+def test_an_edge_device_that_is_too_slow_for_a_round_is_left_behind(deployment):
     deployment.submit("run", **{"server.rounds": 60, "server.round-timeout-s": 45})
     deployment.wait_for_rounds("run", 1)
     stopped = deployment.running("box1")
@@ -120,7 +120,7 @@ def test_a_box_that_is_too_slow_for_a_round_is_left_behind(deployment):
     indirect=["deployment"],
     ids=["NaN", "wrong shapes"],
 )
-def test_a_box_whose_updates_are_useless_fails_alone(deployment, reason):
+def test_an_edge_device_whose_updates_are_useless_fails_alone(deployment, reason):
     deployment.submit("run")
     deployment.wait_for_rounds("run", 3)
     assert status_of(deployment, 0) == status_of(deployment, 1) == ["ok"] * 3

@@ -177,7 +177,7 @@ def test_a_row_says_nothing_that_goes_without_saying():
     ]
 
 
-def test_a_box_has_one_device(tmp_path):
+def test_an_edge_device_has_one_device(tmp_path):
     with pytest.raises(
         ValueError, match=r"two\.yaml: holds 2 devices, an edge device's own file must hold one"
     ):

@@ -50,7 +50,7 @@ def test_nodes_come_in_the_order_of_their_ranks(make_grid):
     assert [node.id for node in nodes] == [1001, 1002, 1000]
 
 
-def test_boxes_tell_what_they_have(make_grid):
+def test_edge_devices_tell_what_they_have(make_grid):
     nodes = meet(make_grid([edge_device(1, device="pi-5", images=7), edge_device(0)]), 2, 1)
     assert nodes == (Node(1001, 0, 0, 10, ""), Node(1000, 1, 1, 7, "pi-5"))
 
@@ -157,7 +157,7 @@ def test_an_answer_without_its_record_is_no_answer(make_grid, caplog, record):
     assert re.search("node 1002 can't be used: the record config is ", caplog.text)
 
 
-def test_a_newcomer_does_not_take_the_place_of_a_box_that_is_there(come_and_go, caplog):
+def test_a_newcomer_does_not_take_the_place_of_an_edge_device_that_is_there(come_and_go, caplog):
     there = [0, 1]
     grid = come_and_go([edge_device(0), edge_device(1), edge_device(1, images=99)], there)
     known = meet(grid, clients=2)
@@ -166,7 +166,7 @@ def test_a_newcomer_does_not_take_the_place_of_a_box_that_is_there(come_and_go, 
     assert "client 1 is there already, as node 1001: node 1002 is left out" in caplog.text
 
 
-def test_a_resumed_run_makes_do_with_some_of_its_boxes(make_grid):
+def test_a_resumed_run_makes_do_with_some_of_its_edge_devices(make_grid):
     nodes = meet(make_grid([edge_device(2), edge_device(0)]), clients=3, timeout_s=0.05, least=2)
     assert [node.client for node in nodes] == [0, 2]
 
@@ -183,7 +183,7 @@ def come_and_go(make_grid, monkeypatch):
     return make
 
 
-def test_boxes_that_go_and_come_back_are_noticed(come_and_go, caplog):
+def test_edge_devices_that_go_and_come_back_are_noticed(come_and_go, caplog):
     there = [0, 1]
     grid = come_and_go([edge_device(0), edge_device(1), edge_device(1, images=9)], there)
     known = meet(grid, clients=2)
@@ -227,7 +227,7 @@ def test_strangers_that_cannot_be_used_are_left_out(come_and_go, caplog, strange
     assert re.match(warning, caplog.records[0].message)
 
 
-def test_too_few_boxes_end_the_run_after_the_wait(come_and_go):
+def test_too_few_edge_devices_end_the_run_after_the_wait(come_and_go):
     there = [0, 1]
     grid = come_and_go([edge_device(0), edge_device(1)], there)
     known = meet(grid, clients=2)
@@ -243,7 +243,7 @@ def test_clients_are_reachable_if_a_node_can_train_them():
     assert reachable([Node(5, 0, None, 0, "")], [0, 1, 2]) == [0, 1, 2]
 
 
-def test_boxes_bring_their_own_images_and_devices(make_federation):
+def test_edge_devices_bring_their_own_images_and_devices(make_federation):
     simulated = make_federation()
     devices = (Node(5, 0, 0, 7, "pi-5"), Node(6, 1, 1, 8, ""), Node(7, 2, 2, 9, "jetson-nano"))
     federation = on_edge_devices(simulated, devices)
@@ -260,7 +260,7 @@ def test_workers_change_nothing(make_federation):
     assert on_edge_devices(federation, (Node(5, 0, None, 0, ""),)) == federation
 
 
-def test_a_box_may_have_a_device_of_the_devices_file(make_federation, tmp_path):
+def test_an_edge_device_may_have_a_device_of_the_devices_file(make_federation, tmp_path):
     file = tmp_path / "devices.yaml"
     file.write_text("toaster: {train_gflops: 1, infer_gflops: 2, memory_gb: 3, power_w: 4, source: me}")
     federation = on_edge_devices(
@@ -269,7 +269,7 @@ def test_a_box_may_have_a_device_of_the_devices_file(make_federation, tmp_path):
     assert federation.fleet.clients[0].device.power_w == 4
 
 
-def test_a_box_with_an_unknown_device_is_named(make_federation):
+def test_an_edge_device_with_an_unknown_device_is_named(make_federation):
     with pytest.raises(
         RunError,
         match=r"client 2 can't be used: it has the unknown device 'toaster': .*pi-4.*fleet\.devices-file",
@@ -280,7 +280,7 @@ def test_a_box_with_an_unknown_device_is_named(make_federation):
 TOASTER = Device("toaster", 3, 2, 1, 4, "me", models={"resnet8/static": Speed(7, 6, 0.5, 0.25)}, down_mbps=80)
 
 
-def test_a_box_may_bring_its_own_device(make_grid, make_federation):
+def test_an_edge_device_may_bring_its_own_device(make_grid, make_federation):
     told = {"device": "/srv/box.yaml", "profile": device_text(TOASTER)}
     nodes = meet_nodes(
         make_grid([edge_device(0, **told), edge_device(1), edge_device(2)]),
@@ -300,7 +300,7 @@ def test_a_box_may_bring_its_own_device(make_grid, make_federation):
     assert client.bandwidth == replace(simulated.bandwidth, down_bps=80e6)
 
 
-def test_a_box_whose_device_the_server_cannot_read_is_named(make_grid):
+def test_an_edge_device_whose_device_the_server_cannot_read_is_named(make_grid):
     grid = make_grid(
         [edge_device(0, device="box.yaml", profile='{"x": {"watts": 3}}'), edge_device(1), edge_device(2)]
     )
@@ -331,7 +331,7 @@ def test_workers_without_work_get_no_message(plans):
     assert hands([Node(5, 0, None, 0, ""), Node(6, 1, None, 0, "")], plans[1:2]) == [(5, [1])]
 
 
-def test_boxes_get_their_own_client_if_it_was_picked(plans):
+def test_edge_devices_get_their_own_client_if_it_was_picked(plans):
     devices = [Node(5, 0, 2, 10, ""), Node(6, 1, 1, 20, ""), Node(7, 2, 0, 30, "")]
     assert hands(devices, plans[1:]) == [(5, [2]), (6, [1])]
 

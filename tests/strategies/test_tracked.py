@@ -394,7 +394,7 @@ def test_speeds_change_from_round_to_round_and_are_the_same_each_time(make, make
         assert row.compute_s == pytest.approx(nominal[row.client] / speed)
 
 
-def test_boxes_are_planned_by_their_own_images_and_devices(make, make_federation, make_grid, caplog):
+def test_edge_devices_are_planned_by_their_own_images_and_devices(make, make_federation, make_grid, caplog):
     strategy = make(make_federation({"train.batch-size": 8}))
     devices = [edge_device(0, device="pi-5"), edge_device(1), edge_device(2, device="jetson-nano")]
     with caplog.at_level(logging.INFO, "fedfmd"):
@@ -409,7 +409,9 @@ def test_boxes_are_planned_by_their_own_images_and_devices(make, make_federation
     assert header in caplog.messages
 
 
-def test_a_box_with_an_unknown_device_stops_the_run_before_training(make, make_federation, make_grid):
+def test_an_edge_device_with_an_unknown_device_stops_the_run_before_training(
+    make, make_federation, make_grid
+):
     strategy = make(make_federation({"server.node-timeout-s": 0.05}))
     with pytest.raises(RunError, match="'pi-9'"):
         strategy.run(make_grid([edge_device(0), edge_device(1, device="pi-9"), edge_device(2)]))
