@@ -201,7 +201,7 @@ def test_edge_devices_that_go_and_come_back_are_noticed(come_and_go, caplog):
     ]
 
 
-def test_a_restarted_box_takes_the_place_of_its_old_self(come_and_go):
+def test_a_restarted_edge_device_takes_the_place_of_its_old_self(come_and_go):
     there = [0, 1]
     grid = come_and_go([edge_device(0), edge_device(1), edge_device(1)], there)
     known = meet(grid, clients=2)

@@ -99,7 +99,7 @@ def test_a_trained_client_by_hand(clients):
     assert asdict(clients[0]) == pytest.approx(asdict(expected))
 
 
-def test_a_real_boxs_row_has_measured_seconds(federation):
+def test_a_real_edge_devices_row_has_measured_seconds(federation):
     results = {0: result(0, latency_s=0.3), 2: result(2, "OSError: no disk")}
     ok, _, failed = rows_of(federation, results, {0: 5.5, 2: 5.5})
     assert (ok.wall_s, ok.measured_transfer_s, ok.measured_latency_s) == (0.1, pytest.approx(5.4), 0.3)
@@ -126,7 +126,7 @@ def test_a_failed_client_keeps_its_reason_and_costs(clients):
     assert [failed.loss, failed.accuracy, failed.ies, failed.rcs, failed.kernel_entropy] == [None] * 5
 
 
-def test_a_client_whose_box_went_while_it_was_at_work_failed(federation):
+def test_a_client_whose_edge_device_went_while_it_was_at_work_failed(federation):
     gone = rows_of(federation, {0: result(0)})[2]
     assert (gone.status, gone.reason, gone.node, gone.loss) == ("failed", "its edge device has gone", 1, None)
 
