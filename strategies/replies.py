@@ -15,7 +15,7 @@ from torch.linalg import vector_norm
 from fedfmd.edge import examples_of
 from fedfmd.errors import one_line
 from fedfmd.flower_compat import answered_id, error_text
-from fedfmd.protocol.averaging import value_limit
+from fedfmd.protocol.averaging import rest_shape, value_limit
 from fedfmd.protocol.compression import ROUNDINGS, Upload
 from fedfmd.protocol.messages import (
     BY_ATTENTION,
@@ -207,7 +207,7 @@ def _check_arrays(reply: Reply, work: Sequence[Assignment], received: Arrays, te
 def _check_rest(reply: Reply, clients: int) -> None:
     """Compare what makes the mean of several clients exact with their arrays."""
     for name, array in reply.rest.items():
-        if clients == 1 or name not in reply.arrays or array.shape != reply.arrays[name].shape:
+        if clients == 1 or name not in reply.arrays or array.shape != rest_shape(reply.arrays[name]):
             raise ValueError(f"the rest {name} is not of one of its means")
         if array.dtype.kind != "i":
             raise ValueError(f"the rest {name} is of type {array.dtype}, must be of whole numbers")

@@ -310,12 +310,13 @@ def test_nothing_of_an_edge_devices_images_leaves_it(run_devices, devices, tiny_
         assert all(isinstance(value, int) or len(value) < 20 for value in content["config"].values())
     metrics = {field.name for field in fields(ClientResult)} - {"reason"} | {"num-examples"}
     for content in updates:
-        assert set(content) == {"arrays", "weights", "scales", "metrics", "config"}
+        assert set(content) == {"arrays", "weights", "scales", "rest", "metrics", "config"}
         assert {n: a.shape for n, a in from_record(content["arrays"]).items()} == {
             n: a.shape for n, a in model.items()
         }
         assert content["weights"].keys() == model.keys()
         assert not content["scales"]
+        assert not content["rest"]
         assert content["metrics"].keys() == metrics
         assert all(len(value) == 1 for name, value in content["metrics"].items() if name != "num-examples")
         assert dict(content["config"]) == {"reason": [""]}

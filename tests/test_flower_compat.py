@@ -418,15 +418,15 @@ def pushed(node, sender, answered, receiver=compat.SERVER_ID):
     return request
 
 
-FORGED = {"as the server": pushed(7, compat.SERVER_ID, "", 8), "as another device": pushed(7, 8, "m-0")}
+FORGED = {"as the server": (7, compat.SERVER_ID, "", 8), "as another device": (7, 8, "m-0")}
 
 
 def test_a_device_speaks_for_itself_in_replies():
     assert compat.speaks_for_itself(pushed(7, 7, "m-0").SerializeToString())
     assert not compat.speaks_for_itself(pushed(7, 7, "").SerializeToString())
     assert not compat.speaks_for_itself(b"no message")
-    for request in FORGED.values():
-        assert not compat.speaks_for_itself(request.SerializeToString())
+    for forged in FORGED.values():
+        assert not compat.speaks_for_itself(pushed(*forged).SerializeToString())
 
 
 @pytest.mark.parametrize("forged", FORGED.values(), ids=FORGED.keys())
@@ -448,13 +448,14 @@ def test_the_superlink_itself_takes_what_is_forged(forged):
         def store_traffic(self, *arguments, **options):
             pass
 
-    push_messages(forged, State())
-    sender = forged.messages_list[0].metadata
+    request = pushed(*forged)
+    push_messages(request, State())
+    sender = request.messages_list[0].metadata
     assert stored == [(sender.src_node_id, sender.dst_node_id)]
 
 
 def test_an_order_to_another_device_passes_flowers_check():
-    order = message_from_proto(FORGED["as the server"].messages_list[0])
+    order = message_from_proto(pushed(*FORGED["as the server"]).messages_list[0])
     assert validate_message(order, is_reply_message=False) == []
 
 

@@ -16,6 +16,15 @@ MARGIN = 10
 SUM_BITS = 55
 """Bits of an exact sum. What rounding it to float32's 24 bits leaves over fits into 32."""
 
+COARSE, FINE = 2.0**10, 2.0**50
+"""Units of the two sums that an array of at most one dimension has: wide enough for any value, and fine enough.
+
+These are biases, norms and statistics: few values, of which a running variance may go from 1 to thousands in a round.
+"""
+
+LARGEST = 2.0**30
+"""The largest value in such an array."""
+
 Values = Mapping[str, Tensor | np.ndarray]
 
 
@@ -69,9 +78,7 @@ class ExactMean:
         self._sums: dict[str, Tensor] = {}
         self._dtypes = {name: torch.as_tensor(array).dtype for name, array in start.items()}
         self._units = {
-            name: 2.0 ** (SUM_BITS - images.bit_length()) / value_limit(array)
-            if self._dtypes[name].is_floating_point
-            else 1.0
+            name: _units(torch.as_tensor(array), SUM_BITS - images.bit_length())
             for name, array in start.items()
         }
 
@@ -100,17 +107,30 @@ class ExactMean:
         rests = {}
         for name, mean in self._means():
             left = self._sums[name] - self._in_units(name, mean, self.weights[name])
-            rests[name] = (left.int() if mean.element_size() >= 4 else left).numpy(force=True)
+            narrow = len(self._units[name]) == 1 and mean.element_size() >= 4
+            rests[name] = (left.int() if narrow else left).numpy(force=True)
         return rests
 
     def _means(self) -> Iterator[tuple[str, Tensor]]:
-        for name, total in self._sums.items():
-            mean = total.double() / (self.weights[name] * self._units[name])
+        for name, sums in self._sums.items():
+            parts = [part.double() / unit for part, unit in zip(sums, self._units[name], strict=True)]
+            mean = sum(parts[1:], parts[0]) / self.weights[name]
             dtype = self._dtypes[name]
             yield name, (mean if dtype.is_floating_point else mean.round()).to(dtype)
 
     def _in_units(self, name: str, value: Tensor, weight: float) -> Tensor:
-        return value.to(torch.float64, copy=True).mul_(weight * self._units[name]).round_().long()
+        """Return value × weight as whole numbers of each unit, the coarse ones first."""
+        left, units = value.double() * weight, self._units[name]
+        whole = []
+        for unit in units[:-1]:
+            whole.append((left * unit).floor())
+            left = left - whole[-1] / unit
+        return torch.stack([*whole, (left * units[-1]).round()]).long()
+
+
+def rest_shape(array: np.ndarray) -> tuple[int, ...]:
+    """Return the shape of the `rest` of a mean of this array."""
+    return (2 if _is_wide(array) else 1, *array.shape)
 
 
 def first_beyond(state: Values, start: Values) -> str | None:
@@ -123,7 +143,24 @@ def first_beyond(state: Values, start: Values) -> str | None:
 
 
 def value_limit(start: Tensor | np.ndarray) -> float:
-    """Return how large the values may be, by the array that the clients started from: 2048 if none is beyond 1."""
+    """Return how large the values may be, by the array that the clients started from.
+
+    2048 if none of it is beyond 1; far more if it has at most one dimension.
+    """
     values = torch.as_tensor(start)
+    if _is_wide(values):
+        return LARGEST
     largest = float(values.abs().max()) if values.numel() else 0.0
     return math.ldexp(1.0, math.frexp(max(1.0, largest))[1] + MARGIN)
+
+
+def _units(start: Tensor, bits: int) -> tuple[float, ...]:
+    """Return how many units make 1; a sum may have so many bits, apart from those of the weights."""
+    if not start.is_floating_point():
+        return (1.0,)
+    return (COARSE, FINE) if _is_wide(start) else (2.0**bits / value_limit(start),)
+
+
+def _is_wide(array: Tensor | np.ndarray) -> bool:
+    """Tell whether an array has two sums for each value."""
+    return array.ndim <= 1 and torch.as_tensor(array).is_floating_point()

@@ -136,7 +136,7 @@ def test_torchvisions_mobilenet_made_dynamic_trains_as_an_own_network(run, tmp_p
     work = (
         "partition.clients=2",
         "train.batch-size=8",
-        "train.lr=0.01",
+        "train.lr=0.001",
         "budget.policy=policy:twenty",
         "server.rounds=1",
     )

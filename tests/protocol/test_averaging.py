@@ -117,13 +117,19 @@ def test_the_mean_of_equal_updates_is_the_update(value, weights):
     assert np.array_equal(mean_of(*((state, weight) for weight in weights))["w"], state["w"].numpy())
 
 
-START = {"w": np.array([0.3, -0.9], np.float32), "zero": np.zeros(2, np.float32), "n": np.array(7)}
+START = {
+    "w": np.array([[0.3, -0.9]], np.float32),
+    "var": np.ones(1, np.float32),
+    "zero": np.zeros(2, np.float32),
+    "n": np.array(7),
+}
 STATES = st.fixed_dictionaries(
     {},
     optional={
         "w": st.lists(st.floats(-2048, 2048, width=32), min_size=2, max_size=2).map(
-            lambda v: np.array(v, np.float32)
+            lambda v: np.array([v], np.float32)
         ),
+        "var": st.floats(0, 2.0**30, width=32).map(lambda v: np.array([v], np.float32)),
         "zero": st.lists(st.floats(-(2.0**-10), 2.0**-10, width=32), min_size=2, max_size=2).map(
             lambda v: np.array(v, np.float32)
         ),
@@ -165,16 +171,22 @@ def test_an_exact_mean_is_the_same_bit_for_bit_in_whatever_order_and_parts(updat
 
 def test_the_exact_mean_of_equal_states_is_the_state():
     mean = ExactMean(START, 100)
-    state = {"w": torch.rand(2), "zero": torch.full((2,), 1e-6), "n": torch.tensor(8)}
+    state = {
+        "w": torch.rand(1, 2),
+        "var": torch.tensor([5e4]),
+        "zero": torch.full((2,), 1e-6),
+        "n": torch.tensor(8),
+    }
     for weight in (3, 7, 11):
         mean.add(state, weight)
     assert all(np.array_equal(array, state[name].numpy()) for name, array in mean.arrays().items())
 
 
 @pytest.mark.parametrize(("largest", "limit"), [(0, 2048), (1, 2048), (-5, 8192), (1000, 2.0**20)])
-def test_values_have_room_to_grow_a_thousandfold(largest, limit):
-    start = {"w": np.array([0, largest], np.float32)}
-    assert value_limit(start["w"]) == limit
-    assert first_beyond({"w": np.array([-limit, limit])}, start) is None
-    assert first_beyond({"w": np.array([0, -2 * limit])}, start) == "w"
-    assert value_limit(np.array([])) == 2048
+def test_values_have_room_to_grow_a_thousandfold_and_those_of_norms_any(largest, limit):
+    for shape, room in ((1, 2), limit), ((2,), 2.0**30):
+        start = {"w": np.array([0, largest], np.float32).reshape(shape)}
+        assert value_limit(start["w"]) == room
+        assert first_beyond({"w": np.array([-room, room])}, start) is None
+        assert first_beyond({"w": np.array([0, -2 * room])}, start) == "w"
+    assert value_limit(np.array([[]])) == 2048
