@@ -132,10 +132,11 @@ def _cause_of_death(exit_code: int) -> str:
 def _serve(work: Callable[[Job], None], connection: Connection) -> None:
     """Do the jobs that come through the connection until the parent is gone."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    logger.addHandler(QueueHandler(_Outlet(connection)))
+    outlet = _Outlet(connection)
+    logger.addHandler(QueueHandler(outlet))
     logger.setLevel(logging.DEBUG)
     while True:
-        connection.send(attempt(work, connection.recv()))
+        outlet.put_nowait(attempt(work, outlet.get()))
 
 
 def attempt(work: Callable[[Job], None], job: Job) -> Ended:
@@ -161,4 +162,11 @@ class _Outlet:
     """A connection as the queue into which a `QueueHandler` puts records, formatted, without their arguments."""
 
     def __init__(self, connection: Connection) -> None:
-        self.put_nowait, self.get = connection.send, connection.recv
+        self._send, self.get = connection.send, connection.recv
+
+    def put_nowait(self, record: logging.LogRecord | Ended) -> None:
+        """Send a record; without a parent that could read it, end as `_end_with_parent` is about to."""
+        try:
+            self._send(record)
+        except OSError:
+            os._exit(1)

@@ -1,6 +1,8 @@
 """Jobs are texts of Python code, done by `exec`. A process takes seconds to start, so few are."""
 
 import logging
+import subprocess
+import sys
 from contextlib import closing
 
 import psutil
@@ -70,3 +72,18 @@ def test_an_error_that_a_user_can_mend_is_its_text_alone(error, caplog):
 
     assert attempt(fail, None) == Ended("a b")
     assert caplog.text == ""
+
+
+def test_a_worker_whose_parent_is_gone_says_nothing():
+    """It may log before it notices."""
+    code = (
+        "import logging.handlers, multiprocessing\n"
+        "from fedfmd.experiment.pool import _Outlet\n"
+        "ours, theirs = multiprocessing.Pipe()\n"
+        "ours.close()\n"
+        "handler = logging.handlers.QueueHandler(_Outlet(theirs))\n"
+        "handler.handle(logging.makeLogRecord({'msg': 'round 1'}))\n"
+        "print('still here')\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (1, "", "")
