@@ -6,6 +6,7 @@ part at all, with everything that it holds. An array's way is the difference to 
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from collections.abc import Collection, Mapping, Sequence
@@ -69,8 +70,11 @@ def epsilon(noise_multiplier: float, rate: float, releases: int, delta: float) -
         return 0.0
     if not noise_multiplier:
         return math.inf
+    root = logging.getLogger()
+    handlers = list(root.handlers)
     from opacus.accountants import RDPAccountant
 
+    root.handlers[:] = handlers  # Opacus adds one, which would print every line twice
     accountant = RDPAccountant()
     accountant.history = [(noise_multiplier, rate, releases)]
     with warnings.catch_warnings():

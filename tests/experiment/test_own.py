@@ -145,7 +145,7 @@ def test_torchvisions_mobilenet_made_dynamic_trains_as_an_own_network(run, tmp_p
     rows = read_clients(folder / "clients.csv")
     assert [row.steps for row in rows] == [20, 20]
     assert all(row.status == "ok" and row.kernels == 2 for row in rows)
-    assert 0.9 < rows[0].kernel_entropy < 1
+    assert 0.9 < rows[0].kernel_entropy <= 1
     assert "torchvisions:make with fmdconv (K=2)" in text
     assert torch.isfinite(torch.tensor([row.loss for row in rows])).all()
     sys.modules.pop("torchvisions")

@@ -1,4 +1,6 @@
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -102,3 +104,12 @@ def test_epsilon_of_a_single_gaussian_is_close_to_the_exact_one():
 def test_nothing_released_is_nothing_told_and_no_noise_tells_all():
     assert epsilon(1.0, 0.1, 0, 1e-5) == 0
     assert epsilon(0.0, 0.1, 1, 1e-5) == math.inf
+
+
+def test_the_accountant_leaves_the_log_as_it_is():
+    code = (
+        "import logging; from fedfmd.protocol.privacy import epsilon\n"
+        "epsilon(1, 1, 1, 1e-5); print(logging.getLogger().handlers)"
+    )
+    pytest.importorskip("opacus")
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "[]\n"
