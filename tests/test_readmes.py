@@ -18,6 +18,7 @@ from fedfmd.experiment import export_checkpoint, load_experiment, load_settings
 from fedfmd.settings import Settings
 
 ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "fedfmd"
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
@@ -170,5 +171,7 @@ def test_links_within_the_repository_lead_somewhere(page):
     for link in (link for link in links if "://" not in link):
         path, _, anchor = link.partition("#")
         target = page.parent / path if path else page
+        if not PACKAGE.exists() and PACKAGE in target.resolve().parents:
+            continue  # beside an installed wheel the sources aren't here
         assert target.exists(), link
         assert not anchor or anchor in anchors(target), link
