@@ -305,9 +305,9 @@ def build_model(settings: Settings, classes: int, image_size: int = 0) -> nn.Mod
                 temperature=settings.temperature.initial,
                 **model.options(),
             )
-        for key, name in (("model.arch", model.arch), ("model.conv", model.conv)):
-            if is_own(name):
-                _check_network(f"{key} = {name!r}", network, classes, size())
+        key, name = ("model.arch", model.arch) if is_own(model.arch) else ("model.conv", model.conv)
+        if is_own(name):
+            _check_network(f"{key} = {name!r}", network, classes, size())
     return network
 
 

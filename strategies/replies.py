@@ -15,7 +15,7 @@ from torch.linalg import vector_norm
 from fedfmd.edge import examples_of
 from fedfmd.errors import one_line
 from fedfmd.flower_compat import answered_id, error_text
-from fedfmd.protocol.averaging import rest_shape, value_limit
+from fedfmd.protocol.averaging import is_beyond, rest_shape, value_limit
 from fedfmd.protocol.compression import ROUNDINGS, Upload
 from fedfmd.protocol.messages import (
     BY_ATTENTION,
@@ -242,8 +242,8 @@ def _check_values(restored: Mapping[str, Tensor], received: Arrays, steps: int, 
         if not (largest := float(vector_norm(values, math.inf))) <= MAX_NUMBER:
             what = "NaN or infinite values" if not math.isfinite(largest) else f"values beyond {MAX_NUMBER:g}"
             raise ValueError(f"{what} in {name}")
-        if largest > (limit := value_limit(received[name])):
-            raise ValueError(f"values beyond {limit:g} in {name}")
+        if is_beyond(largest, received[name]):
+            raise ValueError(f"values beyond {value_limit(received[name]):g} in {name}")
         if name in terms.variances and float(values.min()) < 0:
             raise ValueError(f"the running variance {name} is negative")
         if name in terms.fixed and not np.array_equal(values.numpy(), received[name]):

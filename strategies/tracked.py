@@ -36,6 +36,7 @@ from fedfmd.protocol.messages import (
     to_record,
     write_instruction,
 )
+from fedfmd.protocol.privacy import noise_generator
 from fedfmd.protocol.state import (
     Arrays,
     first_non_finite,
@@ -53,6 +54,7 @@ from fedfmd.runs import (
     read_rounds,
     save_checkpoint,
     stop_reason,
+    stopped_by,
 )
 from fedfmd.seeds import derive_seed
 from fedfmd.training import Best, Evaluation, evaluate_on_both
@@ -181,7 +183,7 @@ class TrackedStrategy(Strategy):
         """
         server = self.federation.settings.server
         self._resume()
-        self._stopped = stop_reason(self._limits, self._rows())
+        self._stopped = stopped_by(self.folder.path, self._limits, self.progress.round)
         if self.progress.round < server.rounds and not self._stopped:
             self._meet(grid, resumed=self.progress.round > 0)
         self.summary()
@@ -357,13 +359,10 @@ class TrackedStrategy(Strategy):
         return enough
 
     def _private_mean(self, server_round: int, updates: Sequence[Update], current: Arrays) -> Update:
-        """Return the mean of the updates under differential privacy.
-
-        In a simulation noise follows the seed, so that runs can be repeated; in a deployment it is nobody's to know.
-        """
+        """Return the mean of the updates under differential privacy."""
         settings = self.federation.settings
         seed = derive_seed(settings.seed, "privacy", server_round)
-        generator = np.random.default_rng(None if are_edge_devices(self.nodes) else seed)
+        generator = noise_generator(seed, secret=are_edge_devices(self.nodes))
         return private_mean(updates, current, self._parameters, settings, generator)
 
     def _updates(self, server_round: int, replies: Sequence[Message], current: Arrays) -> list[Update]:

@@ -9,7 +9,8 @@ their images, as in the other algorithms; the paper weighs them alike.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import numpy as np
 import torch
@@ -42,15 +43,11 @@ class FedDyn(Algorithm, name="feddyn"):
             assert parameter.grad is not None
             parameter.grad.sub_(by, alpha=self.settings.train.proximal_mu)
 
-        hooks = [
-            parameter.register_post_accumulate_grad_hook(lambda parameter, by=bend[name]: add(parameter, by))
-            for name, parameter in parameters.items()
-        ]
-        try:
+        with ExitStack() as hooks:
+            for name, parameter in parameters.items():
+                hook = partial(add, by=bend[name])
+                hooks.enter_context(parameter.register_post_accumulate_grad_hook(hook))
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def keep(self, local: LocalTraining) -> Mapping[str, Tensor]:
         """Return g − (w − w₀)."""

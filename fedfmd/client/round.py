@@ -8,7 +8,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,7 +28,7 @@ from fedfmd.protocol.messages import (
     Instruction,
     Reply,
 )
-from fedfmd.protocol.privacy import noised_update
+from fedfmd.protocol.privacy import noise_generator, noised_update
 from fedfmd.protocol.state import Arrays, first_non_finite, load, parameter_names, trained_views
 from fedfmd.seeds import derive_seed
 from fedfmd.training import TrainResult, evaluate, train
@@ -49,15 +48,14 @@ def run_assignments(host: Host, instruction: Instruction, arrays: Arrays) -> Rep
     The mean is of what the clients would send on their own. A client that is alone sends its arrays, or rounded ones.
     """
     algorithm = make_algorithm(host.settings)
-    mean = ExactMean(arrays, images=len(host.dataset.train))
-    results = []
-    for assignment in instruction.assignments:
-        result, upload = _run_client(host, algorithm, instruction, assignment, arrays)
+    ran = (_run_client(host, algorithm, instruction, one, arrays) for one in instruction.assignments)
+    if len(instruction.assignments) == 1:
+        ((result, upload),) = ran
+        sent = {name: torch.as_tensor(a).clone().numpy(force=True) for name, a in upload.arrays.items()}
+        return Reply(sent, (result,), dict.fromkeys(sent, result.images), dict(upload.scales))
+    mean, results = ExactMean(arrays, images=len(host.dataset.train)), []
+    for result, upload in ran:
         results.append(result)
-        logger.debug("client %d: %s", result.client, result.reason or "ok", extra={"client": result.client})
-        if len(instruction.assignments) == 1:
-            sent = {name: torch.as_tensor(a).clone().numpy(force=True) for name, a in upload.arrays.items()}
-            return Reply(sent, (result,), dict.fromkeys(sent, result.images), dict(upload.scales))
         if result.ok:
             mean.add(upload.restored(arrays), result.images)
     return Reply(mean.arrays(), tuple(results), mean.weights, rest=mean.rest())
@@ -93,7 +91,7 @@ def _score(
             tested = evaluate(model, images, host.dataset, device=host.device)
         return replace(score, personal_test_loss=tested.loss, personal_test_accuracy=tested.accuracy)
     except Exception as error:  # one client's fault must not cost the others of this node their scores
-        return ClientScore(client, reason=" ".join(f"{type(error).__name__}: {error}".split()))
+        return ClientScore(client, reason=_fault(error))
 
 
 def _run_client(
@@ -121,7 +119,7 @@ def _run_client(
             upload, residual = _upload(host, update, arrays, kept.residual)
             _keep(host, instruction, client, ClientState(algorithm.keep(local), residual))
     except Exception as error:  # one client's fault must not cost the others of this node their work
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = _fault(error)
     result = ClientResult(
         client,
         images,
@@ -135,7 +133,13 @@ def _run_client(
         attention.mean("input"),
         attention.mean("output"),
     )
+    logger.debug("client %d: %s", client, reason or "ok", extra={"client": client})
     return result, upload
+
+
+def _fault(error: Exception) -> str:
+    """Tell an error in one line, its kind too: it may be of any."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _kept(host: Host, instruction: Instruction, client: int) -> ClientState:
@@ -186,15 +190,12 @@ def _train(
 def _noised(
     host: Host, instruction: Instruction, client: int, update: Mapping[str, Tensor], arrays: Arrays
 ) -> Mapping[str, Tensor]:
-    """Return the update as it is, or clipped and with noise under local privacy.
-
-    In a simulation the noise follows the seed, so that runs can be repeated; an edge device's is nobody's to know.
-    """
+    """Return the update as it is, or clipped and with noise under local privacy."""
     privacy = host.settings.privacy
     if not privacy.clip_norm or privacy.mode != "local":
         return update
     seed = derive_seed(host.settings.seed, "privacy", instruction.round, client)
-    generator = np.random.default_rng(None if instruction.images else seed)
+    generator = noise_generator(seed, secret=instruction.images is not None)
     parameters = parameter_names(host.model)
     return noised_update(update, arrays, parameters, privacy.clip_norm, privacy.noise_multiplier, generator)
 

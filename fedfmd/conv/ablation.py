@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
@@ -45,15 +45,11 @@ def only_attentions(model: nn.Module, kept: Collection[str], usual: AttentionRec
     layers = dynamic_layers(model)
     if missing := sorted(set(layers) - set(usual.values)):
         raise ValueError(f"usual has no values of {', '.join(missing)}: record a forward pass of this model")
-    handles = [
-        layer.attention.register_forward_hook(partial(_fix, kept=kept, mean=_mean(usual.values[name])))
-        for name, layer in layers.items()
-    ]
-    try:
+    with ExitStack() as hooks:
+        for name, layer in layers.items():
+            fix = partial(_fix, kept=kept, mean=_mean(usual.values[name]))
+            hooks.enter_context(layer.attention.register_forward_hook(fix))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _fix(

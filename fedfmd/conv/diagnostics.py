@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -61,19 +62,15 @@ class AttentionRecord:
 def record_attention(model: nn.Module, last: int | None = None) -> Iterator[AttentionRecord]:
     """Record the attention values of the (`last`) forward passes made inside the `with` block."""
     record = AttentionRecord()
-    handles = []
-    for name, layer in dynamic_layers(model).items():
 
-        def keep(_module: nn.Module, _inputs: object, out: AttentionValues, name: str = name) -> None:
-            kept = (value if value is None else value.detach() for value in out)
-            record.values.setdefault(name, deque(maxlen=last)).append(AttentionValues(*kept))
+    def keep(name: str, _module: nn.Module, _inputs: object, out: AttentionValues) -> None:
+        kept = (value if value is None else value.detach() for value in out)
+        record.values.setdefault(name, deque(maxlen=last)).append(AttentionValues(*kept))
 
-        handles.append(layer.attention.register_forward_hook(keep))
-    try:
+    with ExitStack() as hooks:
+        for name, layer in dynamic_layers(model).items():
+            hooks.enter_context(layer.attention.register_forward_hook(partial(keep, name)))
         yield record
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _entropy(share: Tensor) -> Tensor:

@@ -33,9 +33,8 @@ from fedfmd.runs import (
     RunFolder,
     known,
     latest_checkpoint,
-    read_epochs,
     save_checkpoint,
-    stop_reason,
+    stopped_by,
 )
 from fedfmd.seeds import derive_seed
 from fedfmd.settings import Settings
@@ -99,12 +98,12 @@ def run_centralised(settings: Settings, threads: int) -> None:
         for line in _header(training):
             logger.info(line)
         latency_s = latency(training.model, training.dataset.image_size)
-        reason = _stop_reason(settings, folder)
+        reason = stopped_by(folder.path, settings.stop_limits, progress.epoch)
         while progress.epoch < settings.length and not reason:
             epoch = progress.epoch + 1
             row, best = _run_epoch(training, optimiser, epoch, progress, latency_s)
             folder.append_epoch(row)
-            reason = _stop_reason(settings, folder)
+            reason = stopped_by(folder.path, settings.stop_limits, epoch)
             progress = Progress(epoch, row.cum_wall_s, best)
             if epoch % settings.server.checkpoint_every == 0 or epoch == settings.length or reason:
                 _save(training, optimiser, progress, folder)
@@ -187,12 +186,6 @@ def _run_epoch(
         rcs_infer=rcs(tested.accuracy, latency_s),
     )
     return row, best
-
-
-def _stop_reason(settings: Settings, folder: RunFolder) -> str:
-    """Return the limit of ``server.stop-at`` that the epochs so far have met, in words; "" if none."""
-    limits = settings.stop_limits
-    return stop_reason(limits, read_epochs(folder.epochs)) if limits and folder.epochs.exists() else ""
 
 
 def _save(

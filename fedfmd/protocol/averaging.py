@@ -13,6 +13,9 @@ from torch import Tensor
 MARGIN = 10
 """Bits that a value which a client sends may have more than the largest one of the array that it was sent, or 1."""
 
+LEAST = 2.0 ** (MARGIN + 1)
+"""The limit of values in arrays of which none was beyond 1."""
+
 SUM_BITS = 55
 """Bits of an exact sum. What rounding it to float32's 24 bits leaves over fits into 32."""
 
@@ -136,22 +139,29 @@ def rest_shape(array: np.ndarray) -> tuple[int, ...]:
 def first_beyond(state: Values, start: Values) -> str | None:
     """Return the name of the first array with a value beyond its `value_limit`."""
     for name, array in state.items():
-        values = torch.as_tensor(array)
-        if values.numel() and float(values.abs().max()) > value_limit(start[name]):
+        if is_beyond(_largest(torch.as_tensor(array)), start[name]):
             return name
     return None
+
+
+def is_beyond(largest: float, start: Tensor | np.ndarray) -> bool:
+    """Tell whether a value is beyond `value_limit`, which takes a look at all of `start` and is at least `LEAST`."""
+    return largest > LEAST and largest > value_limit(start)
 
 
 def value_limit(start: Tensor | np.ndarray) -> float:
     """Return how large the values may be, by the array that the clients started from.
 
-    2048 if none of it is beyond 1; far more if it has at most one dimension.
+    `LEAST`, 2048, if none of it is beyond 1; far more if it has at most one dimension.
     """
     values = torch.as_tensor(start)
     if _is_wide(values):
         return LARGEST
-    largest = float(values.abs().max()) if values.numel() else 0.0
-    return math.ldexp(1.0, math.frexp(max(1.0, largest))[1] + MARGIN)
+    return math.ldexp(1.0, math.frexp(max(1.0, _largest(values)))[1] + MARGIN)
+
+
+def _largest(values: Tensor) -> float:
+    return float(values.abs().max()) if values.numel() else 0.0
 
 
 def _units(start: Tensor, bits: int) -> tuple[float, ...]:

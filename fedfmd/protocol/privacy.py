@@ -21,6 +21,11 @@ Ways = dict[str, np.ndarray]
 """Differences to the arrays that a client began with, in float64."""
 
 
+def noise_generator(seed: int, secret: bool) -> np.random.Generator:
+    """Return where noise comes from: `seed`, so that a simulation can be repeated, or a source that nobody knows."""
+    return np.random.default_rng(None if secret else seed)
+
+
 def clipped_ways(arrays: Arrays, start: Arrays, parameters: Collection[str], norm: float) -> Ways:
     """Return the ways of the parameters, scaled down so that their L2 norm, over all of them, is `norm` at most."""
     ways = {

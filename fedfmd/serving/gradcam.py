@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from functools import partial
 
 import torch
@@ -27,12 +28,10 @@ def default_layer(model: nn.Module, images: Tensor) -> str:
     def record(name: str, _module: nn.Module, _inputs: object, out: Tensor) -> None:
         sides[name] = min(out.shape[2:])
 
-    handles = [model.get_submodule(name).register_forward_hook(partial(record, name)) for name in stages]
-    try:
+    with ExitStack() as hooks:
+        for name in stages:
+            hooks.enter_context(model.get_submodule(name).register_forward_hook(partial(record, name)))
         model(images[:1])
-    finally:
-        for handle in handles:
-            handle.remove()
     return next((name for name in reversed(stages) if sides[name] >= FINE_ENOUGH), stages[0])
 
 

@@ -6,7 +6,8 @@ Frozen kernels are mixed as before, in the forward and in the backward pass; the
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -72,22 +73,18 @@ def trained_parameters(model: nn.Module, kernels: Kernels) -> Iterator[list[Tens
         if bank is not None and len(places) < len(bank)
     }
     parameters: list[Tensor] = []
-    hooks = []
-    for parameter in model.parameters():
-        if id(parameter) not in banks:
-            parameters.append(parameter)
-            continue
-        views = {place: parameter.detach()[place] for place in banks[id(parameter)]}
 
-        def hand_over(bank: Tensor, views: Mapping[int, Tensor] = views) -> None:
-            grad, bank.grad = bank.grad, None
-            for place, view in views.items():
-                view.grad = None if grad is None else grad[place]
+    def hand_over(bank: Tensor, views: Mapping[int, Tensor]) -> None:
+        grad, bank.grad = bank.grad, None
+        for place, view in views.items():
+            view.grad = None if grad is None else grad[place]
 
-        hooks.append(parameter.register_post_accumulate_grad_hook(hand_over))
-        parameters += views.values()
-    try:
+    with ExitStack() as hooks:
+        for parameter in model.parameters():
+            if id(parameter) not in banks:
+                parameters.append(parameter)
+                continue
+            views = {place: parameter.detach()[place] for place in banks[id(parameter)]}
+            hooks.enter_context(parameter.register_post_accumulate_grad_hook(partial(hand_over, views=views)))
+            parameters += views.values()
         yield parameters
-    finally:
-        for hook in hooks:
-            hook.remove()
