@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from fedfmd.cache import cache_dir
 from fedfmd.conv import TemperatureSchedule, dynamic_layers, is_dynamic, make_conv
 from fedfmd.cost import Cost, count
 from fedfmd.data import Dataset, Partition, cached_partition, hold_out, load_dataset, own_test_size
@@ -462,11 +462,6 @@ def torch_device(settings: Settings, backend: str = "") -> torch.device:
             f"{key} = {name!r} but PyTorch sees {torch.cuda.device_count()} GPUs here: use {key}=cpu or auto"
         )
     return device
-
-
-def cache_dir() -> Path:
-    """Where partitions are kept between runs (follows the XDG base directory specification)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedfmd"
 
 
 def _path(value: str) -> Path | None:

@@ -434,6 +434,18 @@ def calibrate(
     typer.echo(f"{out}: {name}, {device.train_gflops:g} GFLOP/s in training", err=True)
 
 
+@command(name="compile", epilog="Example: fedfmd compile")
+def compile_mixing() -> None:
+    """Compile the mixing of kernels for this processor.
+
+    It takes a C compiler and a few seconds. Large dynamic networks then train about half again as fast on the CPU:
+    model.mixing = auto uses the compiled code by itself. It lies in the cache folder, and can be deleted there.
+    """
+    from fedfmd.conv.native import compile_native
+
+    typer.echo("\n".join(map(str, compile_native())))
+
+
 @command(
     epilog="Example: fedfmd export runs/quickstart-0123abcd/checkpoints/round-00020.safetensors --format onnx"
 )

@@ -36,7 +36,7 @@ from fedfmd.conv import (
     is_dynamic,
     options_of,
 )
-from fedfmd.conv.mixing import EARLIER_NAMES
+from fedfmd.conv.mixing import AUTO, EARLIER_NAMES, NATIVE
 from fedfmd.data import AUGMENT_CHOICES, DATASETS, PARTITIONS
 from fedfmd.edge import ASSIGNMENTS, KERNEL_CHOICES, LINKS, POLICIES
 from fedfmd.edge.devices import MAX_JITTER
@@ -189,9 +189,9 @@ class ModelSettings(_Section):
     """Factor on every number of channels."""
     reduction: Positive = 0.0625
     """Hidden channels of fmdconv's and odconv's attention, as a share of the layer's input channels."""
-    mixing: Annotated[str, _one_of(("auto", *MIXINGS), EARLIER_NAMES)] = "auto"
+    mixing: Annotated[str, _one_of((AUTO, *MIXINGS, NATIVE), EARLIER_NAMES)] = "auto"
     """How each sample is convolved with its own mixture of kernels. All ways give the same numbers; auto
-    chooses a fast one per layer.
+    chooses a fast one per layer, native among them where `fedfmd compile` has compiled it for this machine.
     """
     conv_options: str = ""
     """Options that only some convolutions have, such as kernel-reduction of fmdconv: name:value, …"""

@@ -7,6 +7,7 @@ import torch
 import yaml
 from hypothesis import settings as hypothesis_settings
 
+from fedfmd.conv import native
 from fedfmd.report.record import Run
 from fedfmd.runs import ClientRow, EpochRow, RoundRow, RunFolder
 from fedfmd.settings import Settings
@@ -50,6 +51,27 @@ def cache_home(tmp_path_factory):
         home = tmp_path_factory.mktemp("cache")
         patch.setenv("XDG_CACHE_HOME", str(home))
         yield home
+
+
+@pytest.fixture(scope="session")
+def native_cache(tmp_path_factory):
+    """A cache that holds the mixing compiled for this machine; empty where there is no compiler."""
+    home = tmp_path_factory.mktemp("native")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(home))
+        if any(map(shutil.which, native.COMPILERS)):
+            native.compile_native()
+    native._library.cache_clear()
+    return home
+
+
+@pytest.fixture
+def compiled_native(native_cache, monkeypatch):
+    """For one test, the mixing is compiled."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(native_cache))
+    native._library.cache_clear()
+    yield
+    native._library.cache_clear()
 
 
 @pytest.fixture

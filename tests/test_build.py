@@ -9,7 +9,6 @@ from fedfmd.build import (
     build_fleet,
     build_model,
     build_partition,
-    cache_dir,
     describe_network,
     torch_device,
 )
@@ -196,14 +195,6 @@ def test_a_missing_gpu_is_told(monkeypatch):
     with pytest.raises(SettingsError, match="device = 'cuda:1' but PyTorch sees 0 GPUs here: use device=cpu"):
         torch_device(Settings(device="cuda:1"))
     assert torch_device(Settings(device="auto")) == torch.device("cpu")
-
-
-def test_the_cache_is_where_the_desktop_wants_it(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache_dir() == tmp_path / "fedfmd"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert cache_dir() == tmp_path / ".cache" / "fedfmd"
 
 
 def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path, tiny_settings):

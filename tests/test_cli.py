@@ -184,7 +184,7 @@ def test_wrong_usage_ends_with_2(arguments, fedfmd):
 def test_every_command_has_help_with_an_example(command, fedfmd):
     status, out, err = fedfmd(command, "--help")
     assert (status, err) == (0, "")
-    assert f"Example: fedfmd {command} " in " ".join(out.split())
+    assert f"Example: fedfmd {command} " in " ".join([*out.split(), ""])
 
 
 @pytest.mark.parametrize("width", [80, 120])

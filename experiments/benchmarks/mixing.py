@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from fedfmd.conv import MIXINGS, DynamicConv2d, make_conv
 from fedfmd.conv import mixing as ways
+from fedfmd.conv.native import compile_native
 from fedfmd.conv.plain import Geometry, fold_batch
 from fedfmd.models import make_model
 from fedfmd.runs.folder import environment
@@ -79,7 +80,7 @@ def measure(layer: Layer, batch: int, repeats: int) -> dict[tuple[str, str, str]
     modules = {("static", ""): layer.make("static")}
     for conv in CONVS:
         dynamic = layer.make(conv)
-        modules |= {(conv, mixing): dynamic for mixing in (*MIXINGS, "multiplied")}
+        modules |= {(conv, mixing): dynamic for mixing in (*MIXINGS, ways.NATIVE, "multiplied")}
     del modules["fmdconv", "multiplied"]
     x = torch.randn(batch, layer.channels, layer.size, layer.size, requires_grad=True)
     seconds = defaultdict(list)
@@ -154,7 +155,7 @@ def sums(table: list[dict[str, object]], batch: int) -> Iterator[tuple[str, ...]
             for conv in CONVS:
                 ratios = (
                     f"{total[conv, mixing] / static:.2f}" if (conv, mixing) in total else ""
-                    for mixing in ("auto", *MIXINGS, "multiplied")
+                    for mixing in ("auto", *MIXINGS, ways.NATIVE, "multiplied")
                 )
                 yield (arch, str(batch), phase, conv, f"{static:.0f}", *ratios)
 
@@ -163,6 +164,7 @@ def main() -> None:
     options = parse_options()
     torch.set_num_threads(1)
     ways.PLAIN["multiplied"] = multiplied
+    compile_native()
     about = {
         "date": date.today().isoformat(),
         "machine": environment()["machine"]["processor"],
@@ -178,7 +180,7 @@ def main() -> None:
         writer.writerow([*about, *table[0]])
         writer.writerows([*about.values(), *row.values()] for row in table)
     summary = Table(
-        *("network", "batch", "phase", "conv", "static ms", "auto", *MIXINGS, "multiplied"),
+        *("network", "batch", "phase", "conv", "static ms", "auto", *MIXINGS, ways.NATIVE, "multiplied"),
         title="Time of the dynamic layers, static = 1",
     )
     for batch in options.batch:

@@ -4,12 +4,14 @@
 
 The networks have the CIFAR stem and take 32×32 images. A training step is forward pass, loss, backward pass and
 SGD with momentum; inference is a forward pass in evaluation mode. Each step is timed after an untimed one,
-which fills the caches. Seconds are the median over repetitions, and so are ratios, each between two times of
-the same repetition: a repetition runs every variant once, so that a slow moment of the machine meets all of
-them, and every other one in reverse order. On the CPU: one thread, process time. On a GPU, where there is one:
-CUDA events, in float32 (PyTorch's defaults: TF32 in convolutions) and under bf16 autocast. Ratios are to the
-static network and to the same convolution mixed by one grouped convolution over the folded batch, as in the
-published code; for ODConv, that code also multiplies out all B×K kernels ("multiplied").
+which fills the caches; SGD is fused and memory stays with the process, as in fedfmd's own training. Seconds are
+the median over repetitions, and so are ratios, each between two times of the same repetition: a repetition runs
+every variant once, so that a slow moment of the machine meets all of them, and every other one in reverse order.
+On the CPU: one thread, process time. On a GPU, where there is one: CUDA events, in float32 (PyTorch's defaults:
+TF32 in convolutions) and under bf16 autocast. Ratios are to the static network and to the same convolution mixed
+by one grouped convolution over the folded batch, as in the published code; for ODConv, that code also multiplies
+out all B×K kernels ("multiplied"). "auto" chooses among all ways, with the code that `fedfmd compile` makes;
+"uncompiled" is auto without it.
 """
 
 from __future__ import annotations
@@ -34,6 +36,8 @@ from torch import nn
 
 from fedfmd.conv import CONVS, MIXINGS, DynamicConv2d
 from fedfmd.conv import mixing as ways
+from fedfmd.conv.native import compile_native, is_compiled
+from fedfmd.memory import keep_freed
 from fedfmd.models import MODELS, make_model
 from fedfmd.runs.folder import environment
 
@@ -41,6 +45,7 @@ IMAGE_SIZE = 32
 CLASSES = 10
 PHASES = ("train", "infer")
 WARM_UP = 2
+UNCOMPILED = "uncompiled"
 
 
 @dataclass(frozen=True)
@@ -98,7 +103,7 @@ def make_steps(place: Place, conv: str, kernels: int) -> Callable[[str, str], fl
     torch.manual_seed(0)
     model = make_model(place.arch, conv, CLASSES, kernels=kernels).to(place.device)
     dynamic = [layer for layer in model.modules() if isinstance(layer, DynamicConv2d)]
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, fused=True)
     images = torch.rand(place.batch, 3, IMAGE_SIZE, IMAGE_SIZE, device=place.device)
     labels = torch.randint(CLASSES, (place.batch,), device=place.device)
     seconds = cuda_seconds if place.device == "cuda" else cpu_seconds
@@ -115,8 +120,9 @@ def make_steps(place: Place, conv: str, kernels: int) -> Callable[[str, str], fl
             model(images)
 
     def step(phase: str, mixing: str) -> float:
+        ways.is_compiled = (lambda: False) if mixing == UNCOMPILED else is_compiled
         for layer in dynamic:
-            layer.mixing = mixing
+            layer.mixing = ways.AUTO if mixing == UNCOMPILED else mixing
         model.train(phase == "train")
         run = train if phase == "train" else infer
         run()
@@ -169,11 +175,13 @@ def print_table(place: Place, table_rows: list[dict[str, object]]) -> None:
 def main() -> None:
     options = parse_options()
     torch.set_num_threads(1)
+    keep_freed()
     precisions = [("cpu", "float32")]
     if torch.cuda.is_available():
         precisions += [("cuda", "float32"), ("cuda", "bf16")]
     machine = environment()["machine"]
     ways.PLAIN["multiplied"] = multiplied
+    compile_native()
     chosen = list(variants(options.conv, options.kernels, options.mixing))
     with options.out.open("w", newline="") as file:
         writer = csv.writer(file)
@@ -200,7 +208,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--arch", nargs="+", choices=MODELS, default=["resnet8", "resnet18"])
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 32, 128])
     parser.add_argument("--conv", nargs="+", choices=dynamic, default=dynamic)
-    mixings = ["auto", *MIXINGS, "multiplied"]
+    mixings = [ways.AUTO, UNCOMPILED, *MIXINGS, ways.NATIVE, "multiplied"]
     parser.add_argument("--mixing", nargs="+", choices=mixings, default=mixings)
     parser.add_argument("--kernels", type=int, default=4, help="kernels per bank")
     parser.add_argument("--repeats", type=int, default=7, help="repetitions for each median")

@@ -13,7 +13,8 @@ import torch
 from flwr.app import Context
 from torch import nn
 
-from fedfmd.build import build_dataset, build_model, build_partition, cache_dir, torch_device
+from fedfmd.build import build_dataset, build_model, build_partition, torch_device
+from fedfmd.cache import cache_dir
 from fedfmd.client.node_config import NodeConfig, own_dataset
 from fedfmd.client.state import discard_old
 from fedfmd.data import Dataset, ImageFormat, ImageSet, hold_out_own

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -42,28 +42,28 @@ class Mixture:
 
 
 class MixtureGradient(Mixture):
-    """Gathers the gradients of the bank and of π from those of the mixed kernels, which come and go."""
+    """Gathers the gradients of the bank and of π from those of the mixed kernels, which come and go.
+
+    Attributes:
+        of_bank: K × O × D.
+        of_pi: B × K.
+        of_scaled_rows: B × O, the gradient of a factor on each row of each mixed kernel, times that factor.
+    """
 
     def __init__(self, bank: Tensor, pi: Tensor) -> None:
         super().__init__(bank, pi)
-        self.of_bank = torch.empty_like(self.bank)
-        # O × B × K: how the gradient of a sample's mixed row projects on that row of each kernel
-        self._products = pi.new_empty(bank.shape[1], *pi.shape)
+        self.of_bank, self.of_pi = torch.empty_like(self.bank), torch.zeros_like(pi)
+        self.of_scaled_rows = pi.new_empty(len(pi), bank.shape[1])
 
     def add(self, gradient: Tensor, samples: slice, rows: slice = slice(None)) -> None:
         """Take the gradient of `kernels(samples, rows)`; the samples come in order, from the first."""
         gradient = gradient.to(self.bank.dtype)
         pi, bank = self.pi[samples], self.bank[:, rows]
         self.of_bank[:, rows].flatten(1).addmm_(pi.t(), gradient.flatten(1), beta=min(samples.start, 1))
-        self._products[rows, samples] = torch.bmm(gradient.transpose(0, 1), bank.permute(1, 2, 0))
-
-    def of_pi(self) -> Tensor:
-        """B × K."""
-        return self._products.sum(0)
-
-    def of_scaled_rows(self) -> Tensor:
-        """B × O: the gradient of a factor on each row of each mixed kernel, times that factor."""
-        return (self._products * self.pi).sum(2).t()
+        # O × B × K: how the gradient of a sample's mixed row projects on that row of each kernel
+        products = torch.bmm(gradient.transpose(0, 1), bank.permute(1, 2, 0))
+        self.of_pi[samples] += products.sum(0)
+        self.of_scaled_rows[samples, rows] = (products * pi).sum(2).t()
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,23 @@ class Unfolded:
         return (torch.unflatten(columns, 1, (-1, taps.shape[1])) * taps[:, None, :, None]).flatten(1, 2)
 
 
-Way = Direct | Unfolded
+class Way(Protocol):
+    """Convolves a block of samples with their mixed kernels, and back."""
+
+    @property
+    def geometry(self) -> Geometry:
+        """How the kernels move."""
+
+    def block(self, image: tuple[int, ...]) -> int:
+        """How many samples of shape C × H × W it takes at a time."""
+
+    def forward(self, x: Tensor, mixture: Mixture, samples: slice, spatial: Tensor | None) -> Tensor:
+        """Compute the outputs of a block; x and spatial hold its samples only."""
+
+    def backward(
+        self, x: Tensor, grad: Tensor, mixture: MixtureGradient, samples: slice, spatial: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Compute the gradients of x and spatial; that of the kernels goes to the mixture."""
 
 
 class MixedConv(torch.autograd.Function):
@@ -234,10 +250,8 @@ def fused_gradients(grad: Tensor, operands: Operands, way: Way) -> Operands:
             torch.mul(part, per_channel(block.scale_in), out=dx[samples])
     dscale_out = None
     if scale_out is not None:
-        dscale_out = mixture.of_scaled_rows().to(x.dtype) / scale_out.clamp_min(torch.finfo(x.dtype).tiny)
-    return Operands(
-        dx, mixture.of_bank.view_as(bank), mixture.of_pi(), dscale_in, dscale_out, dspatial, dbias
-    )
+        dscale_out = mixture.of_scaled_rows.to(x.dtype) / scale_out.clamp_min(torch.finfo(x.dtype).tiny)
+    return Operands(dx, mixture.of_bank.view_as(bank), mixture.of_pi, dscale_in, dscale_out, dspatial, dbias)
 
 
 def blocks(x: Tensor, way: Way) -> Iterator[slice]:

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from torch.nn.modules.utils import _pair
 
 from fedfmd.conv.attention import Attention, init_attention
-from fedfmd.conv.mixing import AUTO, EARLIER_NAMES, MIXINGS, convolve, is_traced
+from fedfmd.conv.mixing import AUTO, EARLIER_NAMES, MIXINGS, NATIVE, convolve, is_traced
+from fedfmd.conv.native import MISSING, is_compiled
 from fedfmd.conv.plain import Geometry
 from fedfmd.conv.temperature import check_temperature
 
@@ -28,8 +29,9 @@ class DynamicConv2d(nn.Module):
     batch, are those of `nn.Conv2d`. The attentions see the image without its padding.
 
     Parameters: `bank` K × O × C/groups × kh × kw and `bias_bank` K × O (`None` without bias).
-    `mixing` names the way the mixture is computed, one of `fedfmd.conv.mixing.MIXINGS` or "auto"; all give
-    the same numbers. `attention_init` is how the attentions start, "neutral" or "kaiming" (see `init_attention`).
+    `mixing` names the way the mixture is computed, one of `fedfmd.conv.mixing.MIXINGS`, "native" (compiled code,
+    once `fedfmd compile` has made it) or "auto"; all give the same numbers. `attention_init` is how the attentions
+    start, "neutral" or "kaiming" (see `init_attention`).
     Subclasses add the `attention` module and call `reset_parameters`. Those in `fedfmd.conv.operators` are known
     everywhere by their name; their keyword arguments are options of the models (see `fedfmd.conv.options_of`).
 
@@ -80,8 +82,12 @@ class DynamicConv2d(nn.Module):
                 f"padding_mode = {padding_mode!r} is unknown; use one of {', '.join(PADDING_MODES)}"
             )
         mixing = EARLIER_NAMES.get(mixing, mixing)
-        if mixing != AUTO and mixing not in MIXINGS:
-            raise ValueError(f"mixing = {mixing!r} is unknown; use {AUTO} or one of {', '.join(MIXINGS)}")
+        if mixing not in (AUTO, *MIXINGS, NATIVE):
+            raise ValueError(
+                f"mixing = {mixing!r} is unknown; use {AUTO} or one of {', '.join((*MIXINGS, NATIVE))}"
+            )
+        if mixing == NATIVE and not is_compiled():
+            raise ValueError(MISSING)
         self.in_channels, self.out_channels, self.kernels = in_channels, out_channels, kernels
         self.kernel_size, self.padding_mode = _pair(kernel_size), padding_mode
         self.padding = padding if isinstance(padding, str) else _pair(padding)

@@ -13,13 +13,21 @@ import torch
 from torch import Tensor
 
 from fedfmd.conv.attention import AttentionValues
-from fedfmd.conv.fused import Direct, Unfolded, mix_in_blocks
+from fedfmd.conv.fused import Direct, Unfolded, Way, mix_in_blocks
+from fedfmd.conv.native import Native, is_compiled, takes
 from fedfmd.conv.plain import Geometry, Operands, grouped, inputs, mix_plainly, outputs
 
-AUTO = "auto"
+AUTO, NATIVE = "auto", "native"
 PLAIN = {"grouped": grouped, "outputs": outputs, "inputs": inputs}
-FUSED: dict[str, type[Direct] | type[Unfolded]] = {"im2col": Unfolded, "blocked": Direct}
-MIXINGS = (*PLAIN, *FUSED)
+FUSED: dict[str, Callable[[Geometry, tuple[int, ...]], Way]] = {
+    "im2col": Unfolded,
+    "blocked": Direct,
+    NATIVE: Native,
+}
+MIXINGS = tuple(name for name in (*PLAIN, *FUSED) if name != NATIVE)
+"""Those that need no compiled code."""
+NATIVE_POSITIONS = 64
+"""Positions of the output up to which compiled code is the fastest: there, a kernel is much for a single image."""
 EARLIER_NAMES = {"folded": "grouped", "unfold": "im2col", "per_sample": "blocked"}
 """What the ways were called in fedfmd 0.1, for settings and constructors that still say so."""
 
@@ -50,7 +58,7 @@ def convolve(
     operands = Operands(x, bank, pi, *factors)
     if shared:
         return mix_plainly(unmixed, operands, geometry)
-    if mixing == AUTO:
+    if mixing == AUTO or (mixing == NATIVE and not takes(x, bank, geometry)):
         mixing = choose_mixing(x, bank, geometry)
     if mixing in FUSED:
         return mix_in_blocks(FUSED[mixing](geometry, tuple(bank.shape[1:])), operands)
@@ -76,19 +84,24 @@ def choose_mixing(x: Tensor, bank: Tensor, geometry: Geometry) -> str:
     """
     if is_traced():
         return "outputs"  # leaves the batch size free
-    # compilers see through the cache
-    rule: Callable[..., str] = _rule.__wrapped__ if torch.compiler.is_compiling() else _rule
-    return rule(x.device.type, tuple(x.shape), tuple(bank.shape[1:]), geometry)
+    if torch.compiler.is_compiling():  # compilers see through the cache
+        return _rule.__wrapped__(x.device.type, tuple(x.shape), tuple(bank.shape[1:]), geometry, False)
+    native = takes(x, bank, geometry) and is_compiled()
+    return _rule(x.device.type, tuple(x.shape), tuple(bank.shape[1:]), geometry, native)
 
 
 @lru_cache(maxsize=1024)  # small layers are done in the time that the arithmetic takes
-def _rule(device: str, images: tuple[int, ...], kernel: tuple[int, ...], geometry: Geometry) -> str:
+def _rule(
+    device: str, images: tuple[int, ...], kernel: tuple[int, ...], geometry: Geometry, native: bool
+) -> str:
     batch, *image = images
     if batch == 1:
         return "grouped"  # one plain convolution
     if device != "cpu":
         return "outputs"
+    positions = math.prod(geometry.output_size(tuple(image[1:]), kernel[2:]))
+    if native and positions <= NATIVE_POSITIONS:
+        return NATIVE
     if batch <= Direct(geometry, kernel).block(tuple(image)):
         return "grouped"  # kernels and images of the whole batch fit the cache
-    positions = math.prod(geometry.output_size(tuple(image[1:]), kernel[2:]))
     return "im2col" if kernel[0] // geometry.groups > positions else "blocked"

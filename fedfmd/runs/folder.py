@@ -18,6 +18,7 @@ import torch
 import yaml
 from filelock import FileLock, Timeout
 
+from fedfmd.conv.native import is_compiled
 from fedfmd.runs.files import append, atomic_write
 from fedfmd.runs.provenance import code_digest
 from fedfmd.runs.rows import (
@@ -179,6 +180,7 @@ def environment(*own: Path) -> dict[str, Any]:
             "architecture": platform.machine(),
             "processor": _processor(),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "native_mixing": is_compiled(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
         },

@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fedfmd.conv import MIXINGS
+from fedfmd.conv import MIXINGS as PYTHON_MIXINGS
+from fedfmd.conv import native
 from fedfmd.conv.attention import AttentionValues
-from fedfmd.conv.mixing import choose_mixing, convolve
+from fedfmd.conv.mixing import NATIVE, choose_mixing, convolve
 from fedfmd.conv.plain import Geometry
 
+MIXINGS = (*PYTHON_MIXINGS, NATIVE)
 GEOMETRIES = {
     "3x3": (8, 12, (3, 3), Geometry((1, 1), (1, 1), (1, 1), 1)),
     "strided": (8, 12, (3, 3), Geometry((2, 2), (1, 1), (1, 1), 1)),
@@ -60,6 +62,15 @@ def one_by_one(x, bank, bias_bank, attention, geometry):
 def gradients(y, tensors):
     weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
     return torch.autograd.grad((y * weights).sum(), [t for t in tensors if t is not None])
+
+
+@pytest.fixture(autouse=True)
+def all_ways(request):
+    """Compiles what the native way needs; without a compiler its tests are skipped."""
+    if "native" in request.node.name:
+        request.getfixturevalue("compiled_native")
+        if not native.is_compiled():
+            pytest.skip("there is no C compiler")
 
 
 @pytest.fixture
