@@ -3,10 +3,11 @@
     python experiments/benchmarks/models.py --arch resnet18 --batch 8 32 --repeats 5 --out models.csv
 
 The networks have the CIFAR stem and take 32×32 images. A training step is forward pass, loss, backward pass and
-SGD with momentum; inference is a forward pass in evaluation mode. Each step is timed after an untimed one,
-which fills the caches; SGD is fused and memory stays with the process, as in fedfmd's own training. Seconds are
-the median over repetitions, and so are ratios, each between two times of the same repetition: a repetition runs
-every variant once, so that a slow moment of the machine meets all of them, and every other one in reverse order.
+SGD with momentum; "update" is that last part alone, inference a forward pass in evaluation mode. Each step is
+timed after an untimed one, which fills the caches; SGD is fused and memory stays with the process, as in fedfmd's
+own training. Seconds are the median over repetitions, and so are ratios, each between two times of the same
+repetition: a repetition runs every variant once, so that a slow moment of the machine meets all of them, and
+every other one in reverse order.
 On the CPU: one thread, process time. On a GPU, where there is one: CUDA events, in float32 (PyTorch's defaults:
 TF32 in convolutions) and under bf16 autocast. Ratios are to the static network and to the same convolution mixed
 by one grouped convolution over the folded batch, as in the published code; for ODConv, that code also multiplies
@@ -43,7 +44,7 @@ from fedfmd.runs.folder import environment
 
 IMAGE_SIZE = 32
 CLASSES = 10
-PHASES = ("train", "infer")
+PHASES = ("train", "update", "infer")
 WARM_UP = 2
 UNCOMPILED = "uncompiled"
 
@@ -108,12 +109,15 @@ def make_steps(place: Place, conv: str, kernels: int) -> Callable[[str, str], fl
     labels = torch.randint(CLASSES, (place.batch,), device=place.device)
     seconds = cuda_seconds if place.device == "cuda" else cpu_seconds
 
-    def train() -> None:
+    def differentiate() -> None:
+        optimizer.zero_grad()
         with place.autocast():
             loss = nn.functional.cross_entropy(model(images), labels)
         loss.backward()
+
+    def train() -> None:
+        differentiate()
         optimizer.step()
-        optimizer.zero_grad()
 
     def infer() -> None:
         with torch.inference_mode(), place.autocast():
@@ -123,9 +127,13 @@ def make_steps(place: Place, conv: str, kernels: int) -> Callable[[str, str], fl
         ways.is_compiled = (lambda: False) if mixing == UNCOMPILED else is_compiled
         for layer in dynamic:
             layer.mixing = ways.AUTO if mixing == UNCOMPILED else mixing
-        model.train(phase == "train")
-        run = train if phase == "train" else infer
-        run()
+        model.train(phase != "infer")
+        first, run = {
+            "train": (train, train),
+            "update": (differentiate, optimizer.step),
+            "infer": (infer, infer),
+        }[phase]
+        first()
         return seconds(run)
 
     return step
