@@ -18,7 +18,16 @@ from torch.nn import functional as F
 from fedfmd.cache import cache_dir
 from fedfmd.conv import TemperatureSchedule, dynamic_layers, is_dynamic, make_conv
 from fedfmd.cost import Cost, count
-from fedfmd.data import Dataset, Partition, cached_partition, hold_out, load_dataset, own_test_size
+from fedfmd.data import (
+    Dataset,
+    Partition,
+    StreamedImages,
+    Streaming,
+    cached_partition,
+    hold_out,
+    load_dataset,
+    own_test_size,
+)
 from fedfmd.edge import (
     LINKS,
     Budget,
@@ -176,7 +185,14 @@ def _load(data: DataSettings) -> Dataset:
         image_size=data.image_size or None,
         augment=data.augment,
         classes=data.classes or None,
+        streaming=data.streaming,
+        memory_gb=data.memory_gb,
     )
+
+
+def build_streaming(settings: Settings) -> Streaming:
+    """Return which images are decoded on the way."""
+    return Streaming(settings.data.streaming, settings.data.memory_gb)
 
 
 def build_partition(settings: Settings, dataset: Dataset) -> Partition:
@@ -357,9 +373,10 @@ def describe_network(settings: Settings, cost: Cost, dataset: Dataset) -> str:
     model = settings.model
     kernels = f" (K={model.kernels})" if is_dynamic(model.conv) else ""
     macs = f"{cost.macs / 1e6:.1f} M" if cost.macs >= 1e6 else f"{cost.macs / 1e3:.1f} k"
+    streamed = ", decoded on the way" if isinstance(dataset.train, StreamedImages) else ""
     return (
         f"{model.arch} with {model.conv}{kernels}, {cost.params:,} parameters, {macs} MACs per image, "
-        f"on {dataset.name} at {dataset.image_size}×{dataset.image_size}, augmentation {dataset.augment}"
+        f"on {dataset.name} at {dataset.image_size}×{dataset.image_size}{streamed}, augmentation {dataset.augment}"
     )
 
 

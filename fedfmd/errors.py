@@ -36,6 +36,10 @@ class RunError(FedfmdError, RuntimeError):
     """A run that can't go on; its finished rounds are kept."""
 
 
+class ImageError(RunError, ValueError):
+    """An image that can't be read; names it. Before a run it is bad input, in one it ends what needs the image."""
+
+
 def need(purpose: str, *modules: str) -> None:
     """Refuse what needs libraries that aren't installed.
 

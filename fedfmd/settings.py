@@ -37,7 +37,7 @@ from fedfmd.conv import (
     options_of,
 )
 from fedfmd.conv.mixing import AUTO, EARLIER_NAMES, NATIVE
-from fedfmd.data import AUGMENT_CHOICES, DATASETS, PARTITIONS
+from fedfmd.data import AUGMENT_CHOICES, DATASETS, MEMORY_GB, PARTITIONS, STREAMING
 from fedfmd.edge import ASSIGNMENTS, KERNEL_CHOICES, LINKS, POLICIES
 from fedfmd.edge.devices import MAX_JITTER
 from fedfmd.errors import SettingsError, nearest_of, not_one_of
@@ -245,7 +245,7 @@ class DataSettings(_Section):
     dataset: Annotated[str, _one_of_or_own(DATASETS)] = "digits"
     """Source of the images: digits come with scikit-learn; cifar10 and cifar100 are in data.dir, npz in
     data.train and data.test, imagefolder in either; module:function of your own returns the training and the test
-    set, each as images and labels.
+    set, each as images and labels or as a dataset of torch's.
     """
     dir: str = ""
     """Folder of the data set: the files of CIFAR, or train/ and val/ (or test/) of imagefolder."""
@@ -258,13 +258,24 @@ class DataSettings(_Section):
     image_size: Annotated[int, Field(ge=0)] = 0
     """Height and width in pixels; 0: 16 for digits, 64 for imagefolder, else the images' own."""
     augment: Annotated[str, _one_of(AUGMENT_CHOICES)] = "auto"
-    """How training images are varied at random: crop shifts by up to an eighth, flip mirrors. auto suits the
-    source: digits are shifted, all others mirrored too.
+    """How training images are varied at random: crop shifts by up to an eighth, resized-crop enlarges a random part,
+    flip mirrors. auto suits the source: digits are shifted, all others mirrored too; images that are decoded on the way
+    have resized crops.
     """
     validation: Annotated[NonNegative, AfterValidator(_share_or_number)] = 0.0
     """Training images that are held out to choose by: a share below 1, or their number; 0 is none."""
     classes: Annotated[int, Field(ge=0)] = 0
     """Classes that the labels of npz files, or of a source of your own, stand for; 0: as many as there are labels."""
+    streaming: Annotated[str, _one_of(STREAMING)] = "auto"
+    """Whether images of imagefolder, or of a dataset of torch's, are decoded on the way into training (always), or once
+    into memory (never); auto: on the way where they would need more than data.memory-gb.
+    """
+    memory_gb: Positive = MEMORY_GB
+    """Memory in GB, 10⁹ bytes, up to which data.streaming=auto decodes images into it."""
+    workers: Annotated[int, Field(ge=0)] = 8
+    """Processes, at most, that decode streamed images ahead of centralised training, on cores that it leaves free;
+    0: its own process decodes between steps, as those of clients do.
+    """
 
 
 class PartitionSettings(_Section):
@@ -328,6 +339,10 @@ class TrainSettings(_Section):
     lr_warmup: Annotated[int, Field(ge=0)] = 0
     """First rounds, or epochs, over which the learning rate rises to train.lr in equal steps, before it falls by
     train.schedule; 0 is none.
+    """
+    checkpoint_s: NonNegative = 0.0
+    """Seconds from one checkpoint within an epoch of centralised training to the next; 0: only ends of epochs have
+    any.
     """
 
 
@@ -495,7 +510,7 @@ class Settings(_Section):
     NEUTRAL: ClassVar = frozenset(
         {
             *("run-dir", "resume", "threads", "server.node-timeout-s", "server.round-timeout-s"),
-            *("tracking.loggers", "tracking.project"),
+            *("tracking.loggers", "tracking.project", "data.workers", "train.checkpoint-s"),
         }
     )
     """Settings that a run's results don't depend on."""
@@ -506,6 +521,7 @@ class Settings(_Section):
             *("server.max-update-norm", "server.max-update-ratio", "server.stop-at", "partition.test-share"),
             *("train.optimiser", "train.loss", "train.label-smoothing", "train.clip-norm", "train.lr-warmup"),
             *("privacy.clip-norm", "privacy.noise-multiplier", "privacy.mode", "privacy.delta"),
+            *("data.streaming", "data.memory-gb", "data.workers", "train.checkpoint-s"),
         }
     )
     """Settings that are kept only where they are set, so that runs from before there were any keep their names."""
@@ -549,7 +565,7 @@ class Settings(_Section):
     def unused(self) -> frozenset[str]:
         """The settings that a run of this kind doesn't heed."""
         if self.kind == "federated":
-            return frozenset({"train.epochs"})
+            return frozenset({"train.epochs", "train.checkpoint-s", "data.workers"})
         return frozenset(key for key in self.flat() if key.startswith(FEDERATED) and key not in HEEDED_BY_ALL)
 
     @property

@@ -207,7 +207,7 @@ def test_the_digest_tells_runs_apart_but_not_where_they_are_kept():
 
 def test_a_kind_of_run_has_settings_that_mean_nothing_to_it():
     federated, centralised = Settings(), Settings(kind="centralised")
-    assert federated.unused == {"train.epochs"}
+    assert federated.unused == {"train.epochs", "train.checkpoint-s", "data.workers"}
     assert {key.partition(".")[0] for key in centralised.kept()} == {
         *("kind", "model", "data", "train", "temperature", "server", "tracking", "seed", "device", "threads"),
         *("run-dir", "resume"),

@@ -13,11 +13,11 @@ import torch
 from flwr.app import Context
 from torch import nn
 
-from fedfmd.build import build_dataset, build_model, build_partition, torch_device
+from fedfmd.build import build_dataset, build_model, build_partition, build_streaming, torch_device
 from fedfmd.cache import cache_dir
 from fedfmd.client.node_config import NodeConfig, own_dataset
 from fedfmd.client.state import discard_old
-from fedfmd.data import Dataset, ImageFormat, ImageSet, hold_out_own
+from fedfmd.data import Dataset, ImageFormat, Images, hold_out_own
 from fedfmd.memory import keep_freed
 from fedfmd.seeds import derive_seed
 from fedfmd.settings import Settings
@@ -40,20 +40,20 @@ class Host:
 
     settings: Settings
     dataset: Dataset
-    shard_of: Callable[[int], ImageSet]
+    shard_of: Callable[[int], Images]
     device: torch.device
 
-    def images_of(self, client: int) -> ImageSet:
+    def images_of(self, client: int) -> Images:
         """Return the images that a client trains on: all that it has, without those that it holds out."""
         shard = self.shard_of(client)
         return shard.subset(self._split(client, shard)[0]) if self.settings.partition.test_share else shard
 
-    def tests_of(self, client: int) -> ImageSet:
+    def tests_of(self, client: int) -> Images:
         """Return the images that a client holds out (``partition.test-share``); none without a share."""
         shard = self.shard_of(client)
         return shard.subset(self._split(client, shard)[1])
 
-    def _split(self, client: int, shard: ImageSet) -> tuple[np.ndarray, np.ndarray]:
+    def _split(self, client: int, shard: Images) -> tuple[np.ndarray, np.ndarray]:
         """Return the places of the images to train on and to test: the same in every round and process."""
         seed = derive_seed(self.settings.seed, "client-test", client)
         return hold_out_own(len(shard), self.settings.partition.test_share, seed)
@@ -97,7 +97,7 @@ def _load_host(
         if settings.threads:
             torch.set_num_threads(settings.threads)
         assert images is not None  # the server tells every edge device what its images must be like
-        dataset = own_dataset(data, images, settings.data.image_size)
+        dataset = own_dataset(data, images, settings.data.image_size, build_streaming(settings))
         shard_of = lambda _client: dataset.train  # noqa: E731
     return Host(settings, dataset, shard_of, device)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from fedfmd.data import Dataset, ImageFormat, load_image_set
+from fedfmd.data import Dataset, ImageFormat, Streaming, load_image_set
 from fedfmd.edge import device_text, read_own_device
 from fedfmd.errors import SettingsError, nearest_of
 from fedfmd.flower_compat import NODES, RANK
@@ -90,16 +90,16 @@ def check_version(server: str) -> None:
         )
 
 
-def own_dataset(path: Path, wanted: ImageFormat, image_size: int) -> Dataset:
+def own_dataset(path: Path, wanted: ImageFormat, image_size: int, streaming: Streaming) -> Dataset:
     """Load an edge device's images as the run wants them, without a test set.
 
-    `image_size` is the run's ``data.image-size``. All of them are trained on: the run's validation images are the
-    server's (see `fedfmd.build.build_dataset`).
+    `image_size` is the run's ``data.image-size``; `streaming` says whether they are decoded on the way. All of them are
+    trained on: the run's validation images are the server's (see `fedfmd.build.build_dataset`).
 
     Raises:
         ValueError: they can't be read, have labels that the run doesn't know, or another size.
     """
-    own = load_image_set(path, image_size or None, wanted.class_names)
+    own = load_image_set(path, image_size or None, wanted.class_names, streaming)
     if own.size != wanted.image_size:
         raise ValueError(
             f"{path}: images of {own.size}×{own.size} pixels, the run's have {wanted.image_size}×"

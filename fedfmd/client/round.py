@@ -16,7 +16,7 @@ from fedfmd.build import build_sgd
 from fedfmd.client.host import Host, states_dir
 from fedfmd.client.state import ClientState, ClientStates, states_of_run
 from fedfmd.conv import AttentionRecord, record_attention, set_temperature
-from fedfmd.data import ImageSet
+from fedfmd.data import Images
 from fedfmd.edge import PROBE_IMAGES
 from fedfmd.protocol.averaging import ExactMean, first_beyond, value_limit
 from fedfmd.protocol.compression import ROUNDINGS, Upload, round_update
@@ -161,7 +161,7 @@ def _states(host: Host, instruction: Instruction) -> ClientStates:
 
 
 def _train(
-    host: Host, instruction: Instruction, assignment: Assignment, shard: ImageSet
+    host: Host, instruction: Instruction, assignment: Assignment, shard: Images
 ) -> tuple[TrainResult, AttentionRecord, Kernels]:
     """Train the host's model; with the attentions of the last steps and the kernels that it chose."""
     settings = host.settings
@@ -210,9 +210,7 @@ def _upload(
     return round_update(update, arrays, residual, rounding, parameter_names(host.model))
 
 
-def _choose_kernels(
-    host: Host, assignment: Assignment, shard: ImageSet, generator: torch.Generator
-) -> Kernels:
+def _choose_kernels(host: Host, assignment: Assignment, shard: Images, generator: torch.Generator) -> Kernels:
     """Return the kernels to train in each layer; by attention only where there is a choice."""
     count, first = assignment.kernels, assignment.first_kernel
     if first != BY_ATTENTION or count == host.settings.model.kernels:

@@ -1,6 +1,6 @@
-"""One pass over images in memory: shuffled, augmented and normalised in whole batches on the device.
+"""One pass over images: shuffled, augmented and normalised in whole batches on the device.
 
-The images stay uint8 until they are used, and there are no worker processes (the style of airbench,
+The images stay uint8 until they are used, and those in memory need no worker processes (the style of airbench,
 https://github.com/KellerJordan/cifar10-airbench).
 """
 
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from fedfmd.data.augmentation import Augmentation, draw_augmentation
-from fedfmd.data.images import ImageSet
+from fedfmd.data.images import Images
 
 
 def batches(
-    images: ImageSet,
+    images: Images,
     batch_size: int,
     *,
     generator: torch.Generator | None,
@@ -24,6 +24,7 @@ def batches(
     mean: Sequence[float],
     std: Sequence[float],
     device: torch.device | str = "cpu",
+    skip: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield every image once: inputs float32 B x 3 x H x W on the device, and labels int64 B.
 
@@ -37,17 +38,17 @@ def batches(
         mean: per channel, of pixels scaled to 0..1; becomes 0.
         std: per channel, of pixels scaled to 0..1; becomes 1.
         device: where the batches are made.
+        skip: how many batches to leave out, as they were yielded before: the others are those that follow.
 
     Raises:
+        ImageError: an image can't be read.
         ValueError: an unknown augmentation, or one without a generator.
     """
     std_255 = torch.tensor(std, device=device).view(-1, 1, 1) * 255
     mean_255 = torch.tensor(mean, device=device).view(-1, 1, 1) * 255
     order = (
         torch.arange(len(images)) if generator is None else torch.randperm(len(images), generator=generator)
-    ).to(images.images.device)
-    vary = draw_augmentation(augment, images.images, generator)
-    for chosen in order.split(batch_size):
-        # only a batch at a time: the images may need more memory than the device has
-        pixels = images.images[chosen].to(device)
-        yield vary(pixels, chosen).float().sub_(mean_255).div_(std_255), images.labels[chosen].to(device)
+    ).to(images.device)
+    vary = draw_augmentation(augment, len(images), images.size, generator, images.device)
+    for pixels, labels in images.passed(order.split(batch_size)[skip:], vary, device):
+        yield pixels.float().sub_(mean_255).div_(std_255), labels

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -11,19 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils import data
 
-from fedfmd.data.augmentation import AUGMENTATIONS, Augmentation, read_augmentation
-from fedfmd.data.images import (
-    Dataset,
-    ImageSet,
-    channel_statistics,
-    class_folders,
-    fit,
-    image_set,
-    load_image_set,
-)
-from fedfmd.errors import need, not_one_of
-from fedfmd.own_code import call, is_own
+from fedfmd.data.augmentation import AUGMENTATIONS, Augmentation, fit, read_augmentation
+from fedfmd.data.images import Dataset, Images, ImageSet, channel_statistics
+from fedfmd.data.loading import check_labels, class_folders, image_folder, image_set, load_image_set
+from fedfmd.data.streaming import IN_MEMORY, MEMORY_GB, STREAMING, StreamedImages, Streaming, place
+from fedfmd.errors import ImageError, need, not_one_of
+from fedfmd.own_code import call, find, is_own, running
 
 AUTO = "auto"
 AUGMENT_CHOICES = (AUTO, *AUGMENTATIONS)
@@ -42,6 +38,7 @@ class Source:
     download: bool
     image_size: int | None
     classes: int | None
+    streaming: Streaming = IN_MEMORY
 
 
 def load_dataset(
@@ -54,8 +51,10 @@ def load_dataset(
     image_size: int | None = None,
     augment: str = AUTO,
     classes: int | None = None,
+    streaming: str = "auto",
+    memory_gb: float = MEMORY_GB,
 ) -> Dataset:
-    """Load a dataset of the registry `DATASETS` into memory.
+    """Load a dataset of the registry `DATASETS`, into memory unless its images are to be decoded on the way.
 
     Args:
         name: `digits` (comes with scikit-learn), `cifar10`, `cifar100`, `npz`, `imagefolder`, or ``module:function``
@@ -65,9 +64,13 @@ def load_dataset(
         test: npz file or image folder of the test set.
         download: fetch missing or damaged CIFAR files into `dir`.
         image_size: height and width in pixels; by default digits have 16, image folders 64, others their own.
-        augment: how training images are varied at random; `auto`: by `crop` for digits, else by `crop+flip`.
+        augment: how training images are varied at random; `auto`: by `crop` for digits, by `resized-crop+flip` for
+            images that are decoded on the way, else by `crop+flip`.
         classes: how many classes the labels of npz files, or of a user's own source, stand for, if some of them have
             no training images.
+        streaming: whether images of files, or of a user's own `torch.utils.data.Dataset`, are decoded on the way:
+            `always`, `never`, or `auto`, where training and test set need more than `memory_gb` in memory.
+        memory_gb: see `streaming`.
 
     Raises:
         ValueError: one line that names the setting, its value and the fix.
@@ -78,7 +81,13 @@ def load_dataset(
         raise ValueError(f"data.augment = {augment!r}: {not_one_of(augment, AUGMENT_CHOICES)}")
     if classes is not None and name != "npz" and not is_own(name):
         raise ValueError(f"data.classes = {classes} is for data.dataset = 'npz' alone; leave it out")
-    source = Source(dir, train, test, download, image_size, classes)
+    if streaming not in STREAMING:
+        raise ValueError(f"data.streaming = {streaming!r}: {not_one_of(streaming, STREAMING)}")
+    if streaming == "always" and name != "imagefolder" and not is_own(name):
+        raise ValueError(
+            f"data.streaming = 'always' and data.dataset = '{name}', whose images come in arrays: leave it out"
+        )
+    source = Source(dir, train, test, download, image_size, classes, Streaming(streaming, memory_gb))
     dataset = _own(name, source) if is_own(name) else DATASETS[name](source)
     return dataset if augment == AUTO else replace(dataset, augment=read_augmentation(augment))
 
@@ -172,26 +181,102 @@ def _npz(source: Source) -> Dataset:
 
 
 def _own(name: str, source: Source) -> Dataset:
-    """Call a user's own function, which returns `(images, labels), (test images, test labels)`, arrays as in npz files.
+    """Call a user's own function, which returns a training and a test set.
 
-    It gets what it has arguments for of the settings `data.*`: dir, train and test (paths, or None) and image_size.
+    Each is `(images, labels)`, arrays as in npz files, or a `torch.utils.data.Dataset` (see `_OwnPictures`). It gets
+    what it has arguments for of the settings `data.*`: dir, train and test (paths, or None) and image_size.
     """
     setting = f"data.dataset = {name!r}"
-    offered = {key: value for key, value in vars(source).items() if key not in ("download", "classes")}
+    offered = {key: getattr(source, key) for key in ("dir", "train", "test", "image_size")}
     made = call("data.dataset", name, offered=offered)
+    if isinstance(made, Sequence) and made and all(isinstance(part, data.Dataset) for part in made):
+        return _own_pictures(name, source, made)
+    if source.streaming.mode == "always":
+        raise ValueError(f"data.streaming = 'always' and {setting}, which returns arrays: leave it out")
     try:
         arrays = [tuple(np.asarray(array) for array in pair) for pair in made]
         (pixels, labels), (test_pixels, test_labels) = arrays
     except (TypeError, ValueError):
         raise ValueError(
-            f"{setting} must return (images, labels), (test images, test labels), and returned a "
-            f"{type(made).__name__} of another form"
+            f"{setting} must return (images, labels), (test images, test labels), or two datasets of torch's, and "
+            f"returned a {type(made).__name__} of another form"
         ) from None
     train = image_set(pixels, labels, f"{setting}, training set", source.image_size)
     classes = _classes(train.labels, f"{setting}, training set", source.classes)
     names = [str(label) for label in range(classes)]
     test = image_set(test_pixels, test_labels, f"{setting}, test set", source.image_size, names)
     return _dataset(name, train, test, names, augment="crop+flip")
+
+
+@dataclass(frozen=True, eq=False)
+class _OwnPictures:
+    """A user's own map-style dataset of (uint8 tensor 3 x H x W or PIL image, label), with the labels in `targets`."""
+
+    source: str
+    dataset: Any
+    function: Any
+
+    def __getitem__(self, index: int) -> Tensor:
+        """Return an image, uint8 3 x H x W.
+
+        Raises:
+            ImageError: the user's code fails, or returns something else.
+        """
+        from PIL import Image
+        from torchvision.transforms.functional import pil_to_tensor
+
+        with running(f"{self.source}: image {index} fails", ImageError, self.function):
+            image, _ = self.dataset[index]
+            if isinstance(image, Image.Image):
+                image = pil_to_tensor(image.convert("RGB"))
+        if isinstance(image, Tensor) and image.dtype == torch.uint8 and image.ndim == 3 and len(image) == 3:
+            return image
+        what = f"{image.dtype} {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
+        raise ImageError(
+            f"{self.source}: image {index} must be a uint8 tensor 3×H×W or a PIL image, and is {what}"
+        )
+
+    def check(self) -> None:
+        """Look at the first image."""
+        self[0]
+
+
+def _own_pictures(name: str, source: Source, made: Sequence[Any]) -> Dataset:
+    setting = f"data.dataset = {name!r}"
+    if len(made) != 2:
+        raise ValueError(
+            f"{setting} must return a training and a test set, and returned {len(made)} datasets"
+        )
+    function = find("data.dataset", name)
+    parts: list[StreamedImages] = []
+    names: list[str] | None = None
+    for what, part in zip(("training set", "test set"), made, strict=True):
+        pictures = _OwnPictures(f"{setting}, {what}", part, function)
+        if not hasattr(part, "targets") or not hasattr(part, "__len__"):
+            raise ValueError(f"{pictures.source}: needs a length, and the labels of its images in `targets`")
+        labels = check_labels(np.asarray(part.targets), len(part), pictures.source, names)
+        names = names or [str(label) for label in range(_classes(labels, pictures.source, source.classes))]
+        size = source.image_size or _square(pictures)
+        parts.append(StreamedImages(pictures, torch.arange(len(part)), labels, size))
+    streamed = source.streaming.wanted(*parts)
+    train, test = (place(part, streamed) for part in parts)
+    assert names is not None
+    return _dataset(name, train, test, names, augment=_usual(streamed))
+
+
+def _square(pictures: _OwnPictures) -> int:
+    """Return the size of the first image, which stands for all."""
+    height, width = pictures[0].shape[1:]
+    if height != width:
+        raise ValueError(
+            f"{pictures.source}: its first image, of {height}×{width}, is not square; set data.image-size"
+        )
+    return int(height)
+
+
+def _usual(streamed: bool) -> Augmentation:
+    """Return how images that may be mirrored are varied."""
+    return "resized-crop+flip" if streamed else "crop+flip"
 
 
 def _given(setting: str, path: Path | None) -> Path:
@@ -227,9 +312,18 @@ def _imagefolder(source: Source) -> Dataset:
     if names != test_names:
         differing = ", ".join(sorted(set(names) ^ set(test_names)))
         raise ValueError(f"data.test = {test_path}: must have data.train's classes, but {differing} differ")
-    train = _load("data.train", train_path, source.image_size, names)
-    test = _load("data.test", test_path, source.image_size, names)
-    return _dataset("imagefolder", train, test, names, augment="crop+flip")
+    paths = {"data.train": train_path, "data.test": test_path}
+    parts = {}
+    for setting, path in paths.items():
+        with _naming(setting):
+            parts[setting] = image_folder(path, source.image_size, names)
+    streamed = source.streaming.wanted(*parts.values())
+    placed = []
+    for setting, part in parts.items():
+        with _naming(setting):
+            placed.append(place(part, streamed))
+    train, test = placed
+    return _dataset("imagefolder", train, test, names, augment=_usual(streamed))
 
 
 def _folder(setting: str, path: Path | None, root: Path | None, names: Sequence[str]) -> Path:
@@ -250,22 +344,29 @@ def _folder(setting: str, path: Path | None, root: Path | None, names: Sequence[
     raise ValueError(f"data.dir = {root}: has no folder {' or '.join(names)}; make one, or set {setting}")
 
 
-def _load(setting: str, path: Path, image_size: int | None, class_names: Sequence[str] | None) -> ImageSet:
-    try:
+def _load(setting: str, path: Path, image_size: int | None, class_names: Sequence[str] | None) -> Images:
+    with _naming(setting):
         return load_image_set(path, image_size, class_names)
-    except ValueError as error:  # its text starts with the path
+
+
+@contextmanager
+def _naming(setting: str) -> Iterator[None]:
+    """Put the setting before errors whose text starts with its value, a path."""
+    try:
+        yield
+    except ValueError as error:
         raise ValueError(f"{setting} = {error}") from None
 
 
 def _dataset(
-    name: str, train: ImageSet, test: ImageSet, names: Sequence[str], *, augment: Augmentation
+    name: str, train: Images, test: Images, names: Sequence[str], *, augment: Augmentation
 ) -> Dataset:
     sizes = [images.size for images in (train, test)]
     if sizes[0] != sizes[1]:
         raise ValueError(
             f"data.train has images of {sizes[0]} pixels but data.test of {sizes[1]}; set data.image-size"
         )
-    mean, std = channel_statistics(train.images)
+    mean, std = channel_statistics(train.histograms())
     return Dataset(name, train, test, len(names), tuple(names), mean, std, augment)
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,11 +26,12 @@ from fedfmd.build import (
 )
 from fedfmd.conv import TemperatureSchedule, has_temperature, set_temperature
 from fedfmd.cost import Cost, count, ies, latency, rcs
-from fedfmd.data import Dataset
+from fedfmd.data import Dataset, decoded_by
 from fedfmd.errors import RunError
 from fedfmd.memory import keep_freed
 from fedfmd.run_folder import open_run_folder, run_path
 from fedfmd.runs import (
+    Checkpoint,
     EpochRow,
     RunFolder,
     known,
@@ -40,7 +43,7 @@ from fedfmd.seeds import derive_seed
 from fedfmd.settings import Settings
 from fedfmd.start import load_start
 from fedfmd.tracking import find_callbacks
-from fedfmd.training import Best, LocalSGD, evaluate_on_both, train
+from fedfmd.training import Best, LocalSGD, Tally, TrainResult, evaluate_on_both, train
 from fedfmd.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -65,17 +68,28 @@ class Training:
     device: torch.device
     start: str = ""
 
+    @property
+    def steps(self) -> int:
+        """How many steps an epoch has."""
+        return math.ceil(len(self.dataset.train) / self.sgd.batch_size)
+
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run is, beside its arrays: what a resume needs."""
+    """Where a run is, beside its arrays: what a resume needs.
+
+    `epoch` epochs are finished, in `wall_s` seconds of training. In the next one, training has met what `begun` tells,
+    in `begun_s` seconds.
+    """
 
     epoch: int = 0
     wall_s: float = 0.0
     best: Best = field(default_factory=Best)
+    begun: Tally = field(default_factory=Tally)
+    begun_s: float = 0.0
 
 
-def run_centralised(settings: Settings, threads: int) -> None:
+def run_centralised(settings: Settings, threads: int, cores: int = 1) -> None:
     """Train from the start, or from the newest checkpoint of ``run-dir``, to the last epoch.
 
     It ends earlier where a limit of ``server.stop-at`` is met. Each epoch is logged with its `EpochRow` as the record's
@@ -84,14 +98,15 @@ def run_centralised(settings: Settings, threads: int) -> None:
     Args:
         settings: of ``kind = centralised``.
         threads: cores that PyTorch uses, unless the settings say so.
+        cores: all that the run may use; those that training leaves free may decode streamed images.
 
     Raises:
         SettingsError: as in `prepare_centralised`; nothing was started.
-        RunError: the training diverged; finished epochs are kept.
+        RunError: the training diverged, or an image can't be read; finished epochs are kept.
     """
     torch.set_num_threads(settings.threads or threads)
     keep_freed()
-    training = prepare_centralised(settings)
+    training = _with_workers(prepare_centralised(settings), cores)
     with open_run_folder(settings) as folder:
         optimiser = training.sgd.optimiser(training.model.parameters())
         progress = _resume(training, optimiser, folder)
@@ -101,7 +116,7 @@ def run_centralised(settings: Settings, threads: int) -> None:
         reason = stopped_by(folder.path, settings.stop_limits, progress.epoch)
         while progress.epoch < settings.length and not reason:
             epoch = progress.epoch + 1
-            row, best = _run_epoch(training, optimiser, epoch, progress, latency_s)
+            row, best = _run_epoch(training, optimiser, progress, latency_s, folder)
             folder.append_epoch(row)
             reason = stopped_by(folder.path, settings.stop_limits, epoch)
             progress = Progress(epoch, row.cum_wall_s, best)
@@ -134,26 +149,33 @@ def prepare_centralised(settings: Settings) -> Training:
     )
 
 
+def _with_workers(training: Training, cores: int) -> Training:
+    """Have as many processes decode streamed images as cores are left by training; on a GPU that takes one core."""
+    busy = torch.get_num_threads() if training.device.type == "cpu" else 1
+    workers = max(0, min(training.settings.data.workers, cores - busy))
+    return replace(training, dataset=decoded_by(training.dataset, workers))
+
+
 def _run_epoch(
     training: Training,
     optimiser: torch.optim.Optimizer,
-    epoch: int,
     progress: Progress,
     latency_s: float,
+    folder: RunFolder,
 ) -> tuple[EpochRow, Best]:
-    """Train for an epoch, whose order and augmentation depend on (seed, epoch) alone, and evaluate."""
+    """Train for an epoch, or for what is left of it, and evaluate.
+
+    Its order and augmentation depend on (seed, epoch) alone.
+    """
     settings, dataset, model = training.settings, training.dataset, training.model
-    done = epoch - 1
+    done = progress.epoch
+    epoch = done + 1
     lr = build_rate(settings, done)
     for group in optimiser.param_groups:
         group["lr"] = lr
     temperature = training.temperature.at(done)
     set_temperature(model, temperature)
-    steps = math.ceil(len(dataset.train) / training.sgd.batch_size)
-    generator = torch.Generator().manual_seed(derive_seed(settings.seed, "epoch", epoch))
-    started = time.perf_counter()
-    trained = train(model, dataset.train, dataset, training.sgd, steps, generator, training.device, optimiser)
-    wall_s = time.perf_counter() - started
+    trained, wall_s = _train_epoch(training, optimiser, progress, folder)
     if not math.isfinite(trained.loss):
         raise RunError(
             f"epoch {epoch}: the training loss is {trained.loss}, training diverged at a learning rate of {lr:g}; "
@@ -188,35 +210,89 @@ def _run_epoch(
     return row, best
 
 
-def _save(
+def _train_epoch(
     training: Training, optimiser: torch.optim.Optimizer, progress: Progress, folder: RunFolder
+) -> tuple[TrainResult, float]:
+    """Train for what is left of an epoch, with checkpoints in between; returns also all of its seconds, without those."""
+    settings, dataset = training.settings, training.dataset
+    generator = torch.Generator().manual_seed(derive_seed(settings.seed, "epoch", progress.epoch + 1))
+    started, saved = time.perf_counter() - progress.begun_s, time.perf_counter()
+
+    def save_now_and_then(tally: Callable[[], Tally]) -> None:
+        nonlocal started, saved
+        if (now := time.perf_counter()) < saved + settings.train.checkpoint_s:
+            return
+        _save(training, optimiser, replace(progress, begun=tally(), begun_s=now - started), folder)
+        saved = time.perf_counter()
+        started += saved - now
+
+    trained = train(
+        training.model,
+        dataset.train,
+        dataset,
+        training.sgd,
+        training.steps,
+        generator,
+        training.device,
+        optimiser,
+        since=progress.begun,
+        after_step=save_now_and_then if settings.train.checkpoint_s else None,
+    )
+    return trained, time.perf_counter() - started
+
+
+def _save(
+    training: Training,
+    optimiser: torch.optim.Optimizer,
+    progress: Progress,
+    folder: RunFolder,
 ) -> None:
-    settings = training.settings
+    """Write the checkpoint of the last epoch, or, once the next has begun, one numbered by all steps so far."""
+    settings, begun = training.settings, progress.begun.steps
     tensors, numbers = _dump(optimiser)
+    if begun:
+        folder.unfinished.mkdir(exist_ok=True)
     save_checkpoint(
-        folder.checkpoints,
-        progress.epoch,
+        folder.unfinished if begun else folder.checkpoints,
+        progress.epoch * training.steps + begun if begun else progress.epoch,
         training.model.state_dict(),
         asdict(progress) | {OPTIMISER: numbers},
         settings.kept(),
         tensors,
-        keep=settings.server.keep_checkpoints,
+        keep=1 if begun else settings.server.keep_checkpoints,
         class_names=training.dataset.class_names,
         records=folder.records,
     )
+    if not begun:
+        shutil.rmtree(folder.unfinished, ignore_errors=True)
 
 
 def _resume(training: Training, optimiser: torch.optim.Optimizer, folder: RunFolder) -> Progress:
-    checkpoint = latest_checkpoint(folder.checkpoints)
+    checkpoint = _newest(folder)
     if checkpoint is None:
         folder.truncate_after(0)
         return Progress()
     training.model.load_state_dict(checkpoint.arrays)
     state = dict(checkpoint.state)
     _restore(optimiser, checkpoint.extra_arrays, state.pop(OPTIMISER))
-    folder.truncate_after(checkpoint.round)
-    logger.info("going on after epoch %d", checkpoint.round)
-    return Progress(**state | {"best": Best(**state["best"])})
+    parts = {"best": Best(**state["best"]), "begun": Tally(**state["begun"])}
+    progress = Progress(**state | parts)
+    folder.truncate_after(progress.epoch)
+    steps = progress.begun.steps
+    logger.info(
+        "going on after epoch %d%s", progress.epoch, f" and {steps} steps of the next" if steps else ""
+    )
+    return progress
+
+
+def _newest(folder: RunFolder) -> Checkpoint | None:
+    """Return the checkpoint that is furthest; one within an epoch counts as long as none of its end is there."""
+    finished, unfinished = latest_checkpoint(folder.checkpoints), None
+    with suppress(RunError):  # it was warned of, and the last epoch's checkpoint can stand in for it
+        unfinished = latest_checkpoint(folder.unfinished)
+    if unfinished and unfinished.state["epoch"] >= (finished.round if finished else 0):
+        return unfinished
+    return finished
 
 
 def _dump(optimiser: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:

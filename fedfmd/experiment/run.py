@@ -288,7 +288,7 @@ def _train(settings: Settings, layout: Layout) -> None:
         quiet_logs()
         run_inline(server_app, client_app, settings.flat(), layout.nodes, threads)
     else:
-        run_centralised(settings, threads)
+        run_centralised(settings, threads, available_cores() // layout.runs)
 
 
 def _check_end(task: Task) -> None:

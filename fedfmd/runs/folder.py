@@ -45,7 +45,8 @@ class RunFolder:
     """A run's folder, created if it isn't there.
 
     `rounds.csv` is the record of what is finished: a round's clients are written before it, so that a crash
-    leaves at most a tail that `truncate_after` removes. Centralised training has `epochs.csv` instead.
+    leaves at most a tail that `truncate_after` removes. Centralised training has `epochs.csv` instead, and may have
+    checkpoints of an `unfinished` epoch, which are numbered by the steps so far.
 
     Raises:
         ValueError: the folder can't be made; the text names `run-dir`.
@@ -59,6 +60,7 @@ class RunFolder:
         self.clients = self.path / "clients.csv"
         self.epochs = self.path / "epochs.csv"
         self.checkpoints = self.path / CHECKPOINTS
+        self.unfinished = self.checkpoints / "unfinished"
         self.log = self.path / "log.txt"
         self.lock = self.path / ".lock"
         self.listeners: list[Listener] = []

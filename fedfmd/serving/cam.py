@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fedfmd.build import build_dataset
 from fedfmd.conv import AttentionRecord, only_attentions, record_attention, recorded_attentions
-from fedfmd.data import Dataset, ImageSet, batches, read_image
+from fedfmd.data import Dataset, Images, ImageSet, batches, read_image
 from fedfmd.errors import SettingsError, not_one_of
 from fedfmd.models import feature_layers
 from fedfmd.serving.checkpoints import trained_model
@@ -155,7 +155,8 @@ def _read_one(image: str, dataset: Dataset) -> tuple[Tensor, int]:
         index = int(found[1])
         if index >= len(dataset.test):
             raise SettingsError(f"{image}: the run's test set has the images 0..{len(dataset.test) - 1}")
-        return dataset.test.images[index], int(dataset.test.labels[index])
+        chosen = dataset.test.subset(torch.tensor([index])).in_memory()
+        return chosen.images[0], int(chosen.labels[0])
     if not Path(image).is_file():
         raise SettingsError(f"{image}: no such image; give a file, or test:N for one of the run's test set")
     try:
@@ -173,7 +174,7 @@ def _typical_attention(model: nn.Module, dataset: Dataset) -> AttentionRecord:
     return record
 
 
-def _inputs(images: ImageSet, dataset: Dataset, batch_size: int = 32) -> Iterator[Tensor]:
+def _inputs(images: Images, dataset: Dataset, batch_size: int = 32) -> Iterator[Tensor]:
     """Return the images in batches, normalised as in training."""
     for inputs, _ in batches(
         images, batch_size, generator=None, augment="none", mean=dataset.mean, std=dataset.std

@@ -6,7 +6,8 @@ Training minimises any loss with any optimiser; evaluation always tells the cros
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedfmd.conv import record_attention
-from fedfmd.data import Dataset, ImageSet, batches
+from fedfmd.data import Dataset, Images, batches
 
 SCHEDULES = ("constant", "cosine", "step")
 PRECISIONS = ("float32", "bf16")
@@ -85,6 +86,22 @@ OPTIMISERS: dict[str, Callable[[Iterable[Any], LocalSGD], torch.optim.Optimizer]
     "adam": partial(_adam, torch.optim.Adam),
     "adamw": partial(_adam, torch.optim.AdamW),
 }
+
+
+@dataclass(frozen=True)
+class Tally:
+    """What training has met up to a step: how many steps and images, the sum of their losses, and how many were right.
+
+    The sums are float32, as they are kept on the device.
+    """
+
+    steps: int = 0
+    examples: int = 0
+    loss_sum: float = 0.0
+    hits: float = 0.0
+
+
+START = Tally()
 
 
 @dataclass(frozen=True)
@@ -160,40 +177,53 @@ def scheduled_rate(lr: float, schedule: str, done: int, length: int, warmup: int
 
 def train(
     model: nn.Module,
-    images: ImageSet,
+    images: Images,
     dataset: Dataset,
     sgd: LocalSGD,
     steps: int,
     generator: torch.Generator,
     device: torch.device | str = "cpu",
     optimiser: torch.optim.Optimizer | None = None,
+    since: Tally = START,
+    after_step: Callable[[Callable[[], Tally]], None] | None = None,
 ) -> TrainResult:
     """Take `steps` steps on batches of `images`, passing over them as often as needed.
 
     `dataset` tells how images are normalised and augmented; `generator` draws order and augmentation.
     An `optimiser` given goes on from its state; without one, momentum starts from zero. The result's loss is the one
     that was minimised, `LocalSGD.loss`.
+
+    `after_step` is called with what tells the tally so far; a GPU is waited for only when that is called. With model
+    and optimiser as they were then, and with the same generator as at the start, the steps `since` a tally are those
+    that were to follow.
     """
     model.train()
     optimiser = optimiser or sgd.optimiser(model.parameters())
     start = [parameter.detach().clone() for parameter in _parameters(optimiser)] if sgd.proximal else []
-    examples = 0
-    totals = torch.zeros(2, device=device)
-    for inputs, labels in islice(_endless(images, dataset, sgd.batch_size, generator, device), steps):
-        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=sgd.precision == "bf16"):
-            logits = model(inputs)
-            loss = sgd.loss(logits, labels)
-        optimiser.zero_grad()
-        loss.backward()
-        if sgd.proximal:
-            _pull(_parameters(optimiser), start, sgd.proximal)
-        if sgd.clip_norm:
-            nn.utils.clip_grad_norm_(_parameters(optimiser), sgd.clip_norm)
-        optimiser.step()
-        examples += len(labels)
-        totals += _loss_and_hits(loss.detach() * len(labels), logits.detach(), labels)
-    loss_sum, hits = totals.tolist()
-    return TrainResult(steps, examples, loss_sum / examples, hits / examples)
+    done, examples = since.steps, since.examples
+    totals = torch.tensor([since.loss_sum, since.hits], device=device)
+
+    def tally() -> Tally:
+        return Tally(done, examples, *totals.tolist())
+
+    with closing(_endless(images, dataset, sgd.batch_size, generator, device, skip=done)) as passes:
+        for inputs, labels in islice(passes, steps - done):
+            with torch.autocast(inputs.device.type, torch.bfloat16, enabled=sgd.precision == "bf16"):
+                logits = model(inputs)
+                loss = sgd.loss(logits, labels)
+            optimiser.zero_grad()
+            loss.backward()
+            if sgd.proximal:
+                _pull(_parameters(optimiser), start, sgd.proximal)
+            if sgd.clip_norm:
+                nn.utils.clip_grad_norm_(_parameters(optimiser), sgd.clip_norm)
+            optimiser.step()
+            done, examples = done + 1, examples + len(labels)
+            totals += _loss_and_hits(loss.detach() * len(labels), logits.detach(), labels)
+            if after_step:
+                after_step(tally)
+    met = tally()
+    return TrainResult(steps, examples, met.loss_sum / examples, met.hits / examples)
 
 
 def evaluate_on_both(
@@ -209,7 +239,7 @@ def evaluate_on_both(
 @torch.inference_mode()
 def evaluate(
     model: nn.Module,
-    images: ImageSet,
+    images: Images,
     dataset: Dataset,
     batch_size: int = 256,
     device: torch.device | str = "cpu",
@@ -247,14 +277,18 @@ def _pull(parameters: Iterable[Tensor], start: Iterable[Tensor], proximal: float
 
 
 def _endless(
-    images: ImageSet,
+    images: Images,
     dataset: Dataset,
     batch_size: int,
     generator: torch.Generator,
     device: torch.device | str,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Shuffled batches, epoch after epoch."""
+    skip: int,
+) -> Generator[tuple[Tensor, Tensor], None, None]:
+    """Yield shuffled batches, epoch after epoch, without the first `skip`."""
+    of_a_pass = math.ceil(len(images) / batch_size)
     while True:
+        left_out = min(skip, of_a_pass)
+        skip -= left_out
         yield from batches(
             images,
             batch_size,
@@ -263,6 +297,7 @@ def _endless(
             mean=dataset.mean,
             std=dataset.std,
             device=device,
+            skip=left_out,
         )
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fedfmd.conv import dynamic_layers, record_attention
-from fedfmd.data import Dataset, ImageSet, batches
+from fedfmd.data import Dataset, Images, batches
 
 Kernels = Mapping[str, tuple[int, ...]]
 """The places of the kernels to train in each bank, by the name of its layer."""
@@ -31,7 +31,7 @@ def rotated(model: nn.Module, first: int, count: int) -> Kernels:
 
 @torch.inference_mode()
 def most_attended(
-    model: nn.Module, images: ImageSet, dataset: Dataset, count: int, device: torch.device | str = "cpu"
+    model: nn.Module, images: Images, dataset: Dataset, count: int, device: torch.device | str = "cpu"
 ) -> Kernels:
     """Return the `count` kernels that weigh most in each layer's mixture: largest mean π over `images`.
 

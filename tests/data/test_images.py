@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from fedfmd.data import ImageSet, hold_out, load_image_set, read_image
-from fedfmd.data.images import channel_statistics
+from fedfmd.data.images import channel_statistics, histograms
 
 
 @pytest.fixture
@@ -88,8 +88,8 @@ def test_validation_images_follow_from_the_seed(tiny_dataset):
 
 def test_images_are_normalised_by_those_that_stay_in_training(tiny_dataset):
     split = hold_out(tiny_dataset, 0.5, seed=0)
-    assert (split.mean, split.std) == channel_statistics(split.train.images)
-    assert split.mean != channel_statistics(tiny_dataset.train.images)[0]
+    assert (split.mean, split.std) == channel_statistics(split.train.histograms())
+    assert split.mean != channel_statistics(tiny_dataset.train.histograms())[0]
 
 
 @pytest.mark.parametrize(("amount", "number"), [(118, 118), (120, 120), (500, 500), (0.99, 119), (0.001, 0)])
@@ -103,7 +103,7 @@ def test_too_many_or_no_validation_images_are_refused(amount, number, tiny_datas
 
 def test_channel_statistics_by_hand():
     pixels = torch.tensor([[0, 255], [51, 51], [0, 102]], dtype=torch.uint8)  # three channels of two pixels
-    mean, std = channel_statistics(pixels.view(1, 3, 1, 2))
+    mean, std = channel_statistics(histograms(pixels.view(1, 3, 1, 2)))
     assert mean == pytest.approx((0.5, 0.2, 0.2))
     assert std == pytest.approx((0.5, 1 / 255, 0.2))  # the constant channel gets one grey level
 
@@ -185,7 +185,7 @@ def test_folder_that_does_not_fit_into_memory_is_refused_before_it_is_read(folde
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
     with pytest.raises(
         ValueError,
-        match=r"images of 4096 pixels need 0\.\d GB of memory, and 0\.0 GB are free: set a smaller",
+        match=r"images of 4096 pixels need 0\.\d GB of memory, and 0\.0 GB are free: set data\.streaming=always, a",
     ):
         load_image_set(folder, image_size=4096)
 

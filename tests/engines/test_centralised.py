@@ -69,9 +69,9 @@ def test_every_epoch_is_a_row(finished):
 def test_every_epoch_has_an_order_of_its_own(tmp_path, monkeypatch):
     seeds = []
 
-    def recorded(model, images, dataset, sgd, steps, generator, device, optimiser):
+    def recorded(model, images, dataset, sgd, steps, generator, device, optimiser, **how):
         seeds.append(generator.initial_seed())
-        return train(model, images, dataset, sgd, 1, generator, device, optimiser)
+        return train(model, images, dataset, sgd, 1, generator, device, optimiser, **how)
 
     monkeypatch.setattr("fedfmd.engines.centralised.train", recorded)
     run_centralised(settings_in(tmp_path), threads=1)
