@@ -237,7 +237,7 @@ def test_what_cannot_be_used_is_one_clear_line(changes, line, own):
         ({"data.dataset": "mine:unknown"}, "'mine:unknown', test set: label 5 is outside the classes 0..1"),
         (
             {"data.dataset": "mine:odd"},
-            "must return (images, labels), (test images, test labels), and returned a int",
+            "must return (images, labels), (test images, test labels), or two datasets of torch's, and returned a int",
         ),
         (
             {"budget.policy": "mine:decide"},

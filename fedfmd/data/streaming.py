@@ -109,7 +109,8 @@ class StreamedImages:
                 pixels = next(loaded)
             except RuntimeError as error:  # of the loader: a process was killed, or found no shared memory
                 raise RunError(
-                    f"{self.pictures.source}: decoding images failed: {one_line(error)}"
+                    f"{self.pictures.source}: decoding images failed ({one_line(error)}): give the same command again, "
+                    "with fewer data.workers if memory was short"
                 ) from error
             if isinstance(pixels, ImageError):
                 raise pixels

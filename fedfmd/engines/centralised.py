@@ -213,7 +213,7 @@ def _run_epoch(
 def _train_epoch(
     training: Training, optimiser: torch.optim.Optimizer, progress: Progress, folder: RunFolder
 ) -> tuple[TrainResult, float]:
-    """Train for what is left of an epoch, with checkpoints in between; returns also all of its seconds, without those."""
+    """Train for what is left of an epoch, with checkpoints in between; returns also all of its seconds but these."""
     settings, dataset = training.settings, training.dataset
     generator = torch.Generator().manual_seed(derive_seed(settings.seed, "epoch", progress.epoch + 1))
     started, saved = time.perf_counter() - progress.begun_s, time.perf_counter()

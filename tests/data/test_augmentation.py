@@ -1,8 +1,10 @@
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
+from torchvision.transforms import RandomResizedCrop
 
-from fedfmd.data.augmentation import draw_augmentation, read_augmentation
+from fedfmd.data.augmentation import AREA, RATIO, draw_augmentation, draw_box, read_augmentation
 
 
 def seeded(seed=0):
@@ -57,6 +59,37 @@ def test_a_seed_draws_all_rows_then_all_columns_then_all_mirrors():
     assert torch.equal(varied(images, "crop", seeded(5)), torch.stack(crops))
     assert torch.equal(varied(images, "crop+flip", seeded(5)), torch.stack(views))
     assert {*mirrored} == {0, 1}
+
+
+def test_boxes_of_resized_crops_are_distributed_as_torchvisions():
+    rng, image = np.random.default_rng(0), torch.empty(3, 200, 300)
+    torch.manual_seed(0)
+    ours = np.array([draw_box(200, 300, rng) for _ in range(4000)])
+    theirs = np.array([RandomResizedCrop.get_params(image, AREA, RATIO) for _ in range(4000)])
+    for boxes in (ours, theirs):
+        top, left, height, width = boxes.T
+        assert min(top.min(), left.min(), 200 - (top + height).max(), 300 - (left + width).max()) == 0
+    tenths = np.linspace(0.1, 0.9, 9)
+    assert np.quantile(ours, tenths, axis=0) == pytest.approx(np.quantile(theirs, tenths, axis=0), abs=8)
+
+
+@pytest.mark.parametrize(
+    ("shape", "box"), [((10, 1000), (0, 493, 10, 13)), ((1000, 9), (494, 0, 12, 9)), ((1, 1), (0, 0, 1, 1))]
+)
+def test_an_image_that_has_no_such_part_is_cut_in_the_middle(shape, box):
+    assert draw_box(*shape, np.random.default_rng(0)) == box
+
+
+def test_a_resized_crop_enlarges_a_part_and_mirrors_every_other():
+    ramp = torch.arange(64, dtype=torch.uint8).mul(4).expand(40, 3, 64, 64)  # brighter to the right
+    crops = varied(ramp, "resized-crop+flip", seeded())
+    rise = crops[:, 0, 32, -1].int() - crops[:, 0, 32, 0].int()
+    assert crops.shape == ramp.shape
+    assert 10 < (rise > 0).sum() < 30
+    assert rise.abs().median() < 200  # of 252
+    assert len(rise.unique()) > 20
+    one = draw_augmentation("resized-crop+flip", 40, 16, seeded())
+    assert one.image(ramp[0, :, :30], 3).shape == (3, 16, 16)
 
 
 @pytest.mark.parametrize("augment", ["flip", True, False])

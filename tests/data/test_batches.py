@@ -68,7 +68,19 @@ def test_the_same_seed_gives_the_same_augmented_pass_for_any_batch_size(images, 
     )
 
 
-@pytest.mark.parametrize("augment", ["crop", "crop+flip"])
+@pytest.mark.parametrize("augment", ["none", "crop+flip", "resized-crop+flip"])
+def test_a_pass_that_goes_on_yields_the_batches_that_were_left(images, augment):
+    options = {"augment": augment, **PLAIN}
+    whole = list(batches(images, 4, generator=seeded(), **options))
+    for skip in range(4):
+        rest = list(batches(images, 4, generator=seeded(), skip=skip, **options))
+        assert len(rest) == 3 - skip
+        for (inputs, labels), (expected, expected_labels) in zip(rest, whole[skip:], strict=True):
+            assert torch.equal(inputs, expected)
+            assert torch.equal(labels, expected_labels)
+
+
+@pytest.mark.parametrize("augment", ["crop", "crop+flip", "resized-crop+flip"])
 def test_augmentation_without_a_generator_is_refused(images, augment):
     with pytest.raises(ValueError, match="needs a generator"):
         pixels_and_labels(images, 4, augment=augment)
