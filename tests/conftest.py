@@ -6,6 +6,7 @@ import pytest
 import torch
 import yaml
 from hypothesis import settings as hypothesis_settings
+from PIL import Image
 
 from fedfmd.conv import native
 from fedfmd.report.record import Run
@@ -82,6 +83,20 @@ def tiny_settings():
         return Settings.from_mapping(TINY | changes)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory):
+    """An image folder of two classes, JPEGs of 24 × 32 pixels: 24 to train, 6 to test."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for part, images in (("train", 24), ("val", 6)):
+        for place in range(images):
+            path = root / part / "ab"[place % 2] / f"{place:02}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            colours = rng.integers(0, 128, (3, 4, 3), np.uint8) + 127 * (place % 2)
+            Image.fromarray(colours.astype(np.uint8)).resize((32, 24)).save(path)
+    return root
 
 
 @pytest.fixture

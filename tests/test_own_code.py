@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from fedfmd.algorithms import find_algorithm
-from fedfmd.build import build_federation, build_model, build_sgd, own_sources
+from fedfmd.build import build_dataset, build_federation, build_model, build_sgd, own_sources
 from fedfmd.conv import FMDConv2d
+from fedfmd.data import StreamedImages
 from fedfmd.errors import SettingsError
 from fedfmd.experiment import load_experiment
 from fedfmd.own_code import FOLDER, call, find, look_in, sources_of
@@ -15,7 +16,9 @@ from fedfmd.run_folder import open_run_folder, run_path
 from fedfmd.runs import code_digest
 
 MINE = """
+import torch
 from torch import nn
+from torchvision.transforms.functional import to_pil_image
 
 def make(classes, image_size, conv, norm, channels=8):
     flat = nn.Linear(channels * image_size**2, classes)
@@ -74,6 +77,31 @@ flat = images((8, 8), [0, 1])
 gap = images((8, 8, 3), [0, 2])
 unknown = images((8, 8, 3), [0, 1], [0, 5])
 odd = lambda: 3
+
+class Pictures(torch.utils.data.Dataset):  # of 8 × 10 pixels, as PIL's images and as tensors in turn
+    def __init__(self, labels, broken=()):
+        self.targets, self.broken = labels, broken
+
+    def __len__(self):
+        return len(self.targets)
+
+    def __getitem__(self, index):
+        if index in self.broken:
+            raise OSError("no such picture")
+        grey = torch.full((3, 8, 10), 10 * index, dtype=torch.uint8)
+        return (grey if index % 2 else to_pil_image(grey)), self.targets[index]
+
+pictures = lambda: (Pictures([0, 1] * 8), Pictures([1, 0, 1]))
+breaking = lambda: (Pictures([0, 1] * 8, broken=[5]), Pictures([1, 0, 1]))
+three = lambda: [Pictures([0, 1])] * 3
+unlabelled = lambda: [torch.utils.data.TensorDataset(torch.zeros(2, 3, 8, 8), torch.zeros(2))] * 2
+unseen = lambda: (Pictures([0, 1] * 8), Pictures([2]))
+
+class Floats(Pictures):
+    def __getitem__(self, index):
+        return torch.zeros(3, 8, 8), 0
+
+floats = lambda: [Floats([0, 1])] * 2
 
 def decide(full, plan):
     return plan(steps=0)
@@ -149,6 +177,17 @@ def test_a_strategy_may_stand_beside_the_experiment_file(write_yaml, tmp_path):
     assert own_sources(settings) == (tmp_path / "strategy_beside_it.py",)
 
 
+@pytest.mark.parametrize("streaming", ["always", "never"])
+def test_datasets_of_torchs_are_decoded_on_the_way_or_into_memory(streaming, mine, tiny_settings):
+    settings = tiny_settings(**{"data.dataset": "mine:pictures", "data.streaming": streaming})
+    dataset = build_dataset(settings)
+    assert isinstance(dataset.train, StreamedImages) == (streaming == "always")
+    images = dataset.train.in_memory()
+    assert images.images[:, 0, 0, 0].tolist() == [10 * index for index in range(16)]
+    assert images.labels.tolist() == [0, 1] * 8
+    assert (dataset.classes, dataset.image_size, len(dataset.test)) == (2, 8, 3)
+
+
 def test_an_own_network_gets_what_the_settings_say(own):
     settings = own(**{"model.options": {"channels": 16}, "model.norm": "group", "temperature.initial": 7})
     model = build_model(settings, 5)
@@ -184,7 +223,7 @@ def test_its_source_counts_as_code_of_the_run(kind, own, mine, tmp_path):
         ({"model.arch": "mine:wrong"}, "must map images B×3×8×8 to logits B×10; one image gave (1, 192)"),
         ({"model.arch": "mine:nothing"}, "must return an nn.Module, and returned a NoneType"),
         ({"model.options": "chanels:16"}, "can't be called (got an unexpected keyword argument 'chanels'): it gets"),
-        ({"model.arch": "mine:breaks"}, "'mine:breaks' fails in mine.py, line 15: KeyError: 'no such key'"),
+        ({"model.arch": "mine:breaks"}, "'mine:breaks' fails in mine.py, line 17: KeyError: 'no such key'"),
         (
             {"model.arch": "resnet8", "model.conv": "mine:Late"},
             "model.conv = 'mine:Late' fails on an image of 3×8×8: RuntimeError: The size of tensor a",
@@ -239,9 +278,31 @@ def test_what_cannot_be_used_is_one_clear_line(changes, line, own):
             {"data.dataset": "mine:odd"},
             "must return (images, labels), (test images, test labels), or two datasets of torch's, and returned a int",
         ),
+        ({"data.dataset": "mine:three"}, "must return a training and a test set, and returned 3 datasets"),
+        (
+            {"data.dataset": "mine:unlabelled"},
+            "training set: needs a length, and the labels of its images in",
+        ),
+        ({"data.dataset": "mine:unseen"}, "'mine:unseen', test set: label 2 is outside the classes 0..1"),
+        (
+            {"data.dataset": "mine:floats"},
+            r"image 0 must be a uint8 tensor 3×H×W or a PIL image, and is torch.fl",
+        ),
+        (
+            {"data.dataset": "mine:breaking"},
+            "'mine:breaking', training set: image 5 fails in mine.py, line 73: no such picture",
+        ),
+        (
+            {"data.dataset": "mine:pictures", "data.image-size": 0},
+            "its first image, of 8×10, is not square; set data.image-size",
+        ),
+        (
+            {"data.dataset": "mine:flat", "data.streaming": "always"},
+            "data.streaming = 'always' and data.dataset = 'mine:flat', which returns arrays: leave it out",
+        ),
         (
             {"budget.policy": "mine:decide"},
-            "budget.policy = 'mine:decide' fails in mine.py, line 63: ValueError: ste",
+            "budget.policy = 'mine:decide' fails in mine.py, line 90: ValueError: ste",
         ),
         (
             {"budget.policy": "mine:decides_nothing"},

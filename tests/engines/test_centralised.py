@@ -1,13 +1,20 @@
 import csv
+import json
 import logging
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
 from fedfmd.cost import count
 from fedfmd.engines.centralised import prepare_centralised, run_centralised
 from fedfmd.errors import RunError, SettingsError
-from fedfmd.runs import RunFolder, load_model, read_epochs
+from fedfmd.runs import RunFolder, latest_checkpoint, load_model, read_epochs, save_checkpoint
 from fedfmd.serving.cam import write_cam
 from fedfmd.serving.checkpoints import trained_model
 from fedfmd.settings import Settings
@@ -152,6 +159,121 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(changes, tmp_path, monk
         for name in ("whole", "stopped")
     ]
     assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+
+
+def streamed(folder):
+    return {
+        "data.dataset": "imagefolder",
+        "data.dir": str(folder),
+        "data.streaming": "always",
+        "data.augment": "auto",
+        "train.batch-size": 2,
+    }
+
+
+def same_end(folder, other):
+    """Whether the rows, the model and the optimiser of two runs are the same, seconds aside."""
+    ours, theirs = (latest_checkpoint(path / "checkpoints") for path in (folder, other))
+    arrays, others = ({**end.arrays, **end.extra_arrays} for end in (ours, theirs))
+    return (
+        counted(folder) == counted(other)
+        and (ours.round, ours.state["best"], arrays.keys())
+        == (theirs.round, theirs.state["best"], others.keys())
+        and all(torch.equal(arrays[name], others[name]) for name in arrays)
+    )
+
+
+@pytest.mark.parametrize("cores", [1, 3])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"server.checkpoint-every": 2, "train.optimiser": "adamw", "train.lr": 0.005, "model.norm": "batch"},
+    ],
+)
+@pytest.mark.parametrize("images", ["streamed", "in memory"])
+def test_a_run_that_was_stopped_within_an_epoch_ends_as_one_that_was_not(
+    images, changes, cores, image_folder, tmp_path, monkeypatch
+):
+    changes |= streamed(image_folder) | ({"data.streaming": "never"} if images == "in memory" else {})
+    run_centralised(settings_in(tmp_path / "whole", **changes), threads=1)
+    often = settings_in(tmp_path / "stopped", **changes, **{"train.checkpoint-s": 1e-9})
+    for stop in (5, 12, 20):  # of the checkpoints from there on, that is of 12 steps and an end in each epoch
+        with monkeypatch.context() as patch:
+            patch.setattr("fedfmd.engines.centralised.save_checkpoint", stopping_after(stop))
+            with pytest.raises(KeyboardInterrupt):
+                run_centralised(often, threads=1, cores=cores)
+    assert (tmp_path / "stopped" / "checkpoints" / "unfinished").exists()
+    run_centralised(often, threads=1, cores=cores)
+    assert same_end(tmp_path / "stopped", tmp_path / "whole")
+    assert not (tmp_path / "stopped" / "checkpoints" / "unfinished").exists()
+
+
+def stopping_after(number):
+    """What saves so many checkpoints and is then interrupted."""
+    left = iter(range(number))
+
+    def save(*arguments, **options):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        save_checkpoint(*arguments, **options)
+
+    return save
+
+
+def test_a_broken_checkpoint_within_an_epoch_costs_no_more_than_the_epoch(
+    image_folder, tmp_path, monkeypatch, caplog
+):
+    changes = streamed(image_folder)
+    run_centralised(settings_in(tmp_path / "whole", **changes), threads=1)
+    often = settings_in(tmp_path / "stopped", **changes, **{"train.checkpoint-s": 1e-9})
+    with monkeypatch.context() as patch:
+        patch.setattr("fedfmd.engines.centralised.save_checkpoint", stopping_after(17))
+        with pytest.raises(KeyboardInterrupt):
+            run_centralised(often, threads=1)
+    (model,) = (tmp_path / "stopped" / "checkpoints" / "unfinished").glob("round-?????.safetensors")
+    model.write_bytes(b"")
+    with caplog.at_level(logging.INFO, "fedfmd"):
+        run_centralised(often, threads=1)
+    assert "is broken" in caplog.text
+    assert "going on after epoch 1" in caplog.messages
+    assert same_end(tmp_path / "stopped", tmp_path / "whole")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere no processes decode")
+def test_a_run_that_was_killed_within_an_epoch_goes_on_at_once(image_folder, tmp_path):
+    """Its folder is free for the next one, as the processes that decode die with it."""
+    folder = tmp_path / "run"
+    changes = TINY | streamed(image_folder) | {"data.workers": 1, "train.checkpoint-s": 1e-9}
+    code = (
+        "import sys, json; from pathlib import Path; from fedfmd.settings import Settings;"
+        "from fedfmd.engines.centralised import run_centralised as run;"
+        "run(Settings.from_mapping(json.loads(sys.argv[1])).in_folder(Path(sys.argv[2])), threads=1, cores=2)"
+    )
+    command = [sys.executable, "-c", code, json.dumps(changes), str(folder)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
+    while process.poll() is None and not list(folder.glob("checkpoints/unfinished/round-*.json")):
+        time.sleep(0.01)
+    children = psutil.Process(process.pid).children()
+    process.kill()
+    process.wait()
+    assert len(children) == 1
+    assert not psutil.wait_procs(children, timeout=2)[1]
+    assert list(folder.glob("checkpoints/unfinished/round-*.json"))
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    assert "steps of the next" in (folder / "log.txt").read_text()
+    run_centralised(settings_in(tmp_path / "whole", **streamed(image_folder)), threads=1)
+    assert same_end(folder, tmp_path / "whole")
+
+
+def test_an_image_that_cannot_be_read_ends_the_run_by_its_name(image_folder, tmp_path):
+    folder = Path(shutil.copytree(image_folder, tmp_path / "images"))
+    settings = settings_in(tmp_path / "run", **streamed(folder))
+    prepare_centralised(settings)
+    (folder / "train" / "b" / "07.jpg").write_bytes(b"cut")
+    with pytest.raises(RunError, match=r"train/b/07\.jpg: not a readable image .*; replace or remove it"):
+        run_centralised(settings, threads=1)
+    assert not (tmp_path / "run" / "epochs.csv").exists()
 
 
 def test_a_finished_run_is_left_as_it_is(finished, caplog):

@@ -1,5 +1,6 @@
 import math
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -56,6 +57,26 @@ def test_as_many_steps_are_done_as_planned(dataset, steps, examples):
     result = run(linear(), dataset, steps)
     assert (result.steps, result.examples) == (steps, examples)
     assert plan.examples(steps, batch_size=8) == examples
+
+
+@pytest.mark.parametrize("stop", [1, 3, 5])
+def test_training_that_goes_on_ends_as_one_that_never_stopped(dataset, stop):
+    """Three steps are a pass over the images, so that five are in the second one."""
+    sgd = LocalSGD(0.05, batch_size=8)
+    how = {"images": dataset.train, "dataset": replace(dataset, augment="crop+flip"), "sgd": sgd, "steps": 6}
+
+    def go_on(model, optimiser, **changes):
+        generator = torch.Generator().manual_seed(0)
+        return train(model, **how | changes, generator=generator, optimiser=optimiser)
+
+    whole, model = network(), network()
+    expected = go_on(whole, sgd.optimiser(whole.parameters()))
+    optimiser, tallies = sgd.optimiser(model.parameters()), []
+    go_on(model, optimiser, steps=stop, after_step=lambda tally: tallies.append(tally()))
+    assert [tally.steps for tally in tallies] == list(range(1, stop + 1))
+    assert go_on(model, optimiser, since=tallies[-1]) == expected
+    for ours, theirs in zip(model.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("conv", ["static", "fmdconv"])
