@@ -2,7 +2,9 @@
 
 import csv
 import math
+import shutil
 from dataclasses import fields, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -138,9 +140,12 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(run, monkeypatch, changes):
 def test_the_number_of_workers_changes_no_bit(run, changes):
     one, *others = (run(f"{workers} workers", workers, **changes) for workers in (1, 2, 3))
     for other in others:
-        for ours, theirs in zip(rows_of(other), rows_of(one), strict=True):
-            assert [row | {"node": ""} for row in ours] == [row | {"node": ""} for row in theirs]
+        assert without_nodes(other) == without_nodes(one)
         assert models_of(other) == models_of(one)
+
+
+def without_nodes(folder):
+    return [[row | {"node": ""} for row in table] for table in rows_of(folder)]
 
 
 def models_of(folder):
@@ -156,6 +161,42 @@ OPTIONS = {
     "fedbuff": {"server.buffer": 4},
     "feddyn": {"train.proximal-mu": 0.01},
 }
+
+
+def test_clients_stream_their_images_as_if_they_had_them_in_memory(run, image_folder):
+    """The kernels that images use most, tests on held-out ones and validation images are of streamed ones too."""
+    changes = UNRELIABLE | {
+        "data.dataset": "imagefolder",
+        "data.dir": str(image_folder),
+        "data.augment": "crop+flip",
+        "data.validation": 4,
+        "partition.clients": 3,
+        "partition.test-share": 0.3,
+        "fleet.devices": "pi-4",
+        "train.batch-size": 3,
+    }
+    held = run("held", **changes, **{"data.streaming": "never"})
+    for name, workers in (("streamed", 1), ("streamed by two nodes", 2)):
+        streamed = run(name, workers, **changes, **{"data.streaming": "always"})
+        assert without_nodes(streamed) == without_nodes(held)
+        assert same_arrays(streamed, held)
+    cropped = run("cropped", 2, **changes | {"data.streaming": "always", "data.augment": "auto"})
+    assert not same_arrays(cropped, held)
+    assert "decoded on the way, augmentation resized-crop+flip" in (cropped / "log.txt").read_text()
+
+
+def test_a_client_whose_image_breaks_fails_alone_by_the_name_of_the_file(
+    run, image_folder, tmp_path, tiny_settings
+):
+    folder = Path(shutil.copytree(image_folder, tmp_path / "images"))
+    changes = {"data.dataset": "imagefolder", "data.dir": str(folder), "data.streaming": "always"}
+    partition = build_federation(tiny_settings(**SKEWED | changes)).partition
+    files = sorted(folder.glob("train/*/*"))
+    broken = files[partition.indices[1][0]]
+    broken.write_bytes(b"cut")
+    clients = read_clients(run(**changes) / "clients.csv")
+    assert {row.client for row in clients if row.status == "failed"} == {1}
+    assert f"ImageError: {broken}: not a readable image" in clients[1].reason
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
