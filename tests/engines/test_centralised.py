@@ -269,6 +269,28 @@ def test_a_run_that_was_killed_within_an_epoch_goes_on_at_once(image_folder, tmp
     assert same_end(folder, tmp_path / "whole")
 
 
+@pytest.mark.parametrize(
+    ("cores", "threads", "wanted", "workers"),
+    [(1, 1, 8, 0), (4, 4, 8, 0), (4, 1, 8, 3), (4, 1, 2, 2), (4, 3, 2, 1), (4, 1, 0, 0)],
+)
+def test_no_more_processes_decode_than_training_leaves_cores(
+    cores, threads, wanted, workers, image_folder, tmp_path, monkeypatch
+):
+    told = []
+
+    def stop(dataset, workers):
+        told.append(workers)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fedfmd.engines.centralised.decoded_by", stop)
+    settings = settings_in(tmp_path, **streamed(image_folder), **{"data.workers": wanted})
+    before = torch.get_num_threads()
+    with pytest.raises(KeyboardInterrupt):
+        run_centralised(settings, threads=threads, cores=cores)
+    torch.set_num_threads(before)
+    assert told == [workers]
+
+
 def is_alive(process):
     """Whether it runs; one that has ended may wait for its end to be told."""
     try:
