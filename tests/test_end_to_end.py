@@ -159,7 +159,8 @@ OPTIONS = {
     "krum": {"server.byzantine": 0},
     "multikrum": {"server.byzantine": 0},
     "fedbuff": {"server.buffer": 4},
-    "feddyn": {"train.proximal-mu": 0.01},
+    # its step goes beyond the mean of the weights, for which BatchNorm has no statistics
+    "feddyn": {"train.proximal-mu": 0.1, "model.norm": "group"},
 }
 
 

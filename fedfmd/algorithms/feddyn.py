@@ -3,7 +3,8 @@
 A client adds to its loss the term of FedProx, α/2 ‖w − w₀‖², with ``train.proximal-mu`` for α, and takes off ⟨λ, w⟩,
 where λ adds up how it moved in its earlier rounds. So the fixed point is the optimum of all clients' loss, which that
 of FedAvg is not. Nothing more is sent. What is kept is g = λ/α here, which does not depend on α. Clients weigh by
-their images, as in the other algorithms; the paper weighs them alike.
+their images, as in the other algorithms; the paper weighs them alike. The server's step goes beyond the mean of the
+models, where the running statistics of BatchNorm no longer fit: take ``model.norm=group``.
 """
 
 from __future__ import annotations
