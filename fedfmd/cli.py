@@ -146,6 +146,14 @@ def run(
         int,
         typer.Option(min=0, help="Nodes that train at once, or runs of a matrix; 0: one per core."),
     ] = 0,
+    address: Annotated[
+        str,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="Ray cluster that --engine flwr joins, by its head, or auto for the one that this machine is in; by "
+            "default that of RAY_ADDRESS, or else none.",
+        ),
+    ] = "",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only list the runs and what they will cost; write nothing.")
     ] = False,
@@ -159,16 +167,15 @@ def run(
     if as_json and not dry_run:
         raise SettingsError("--json prints the list of --dry-run: add --dry-run, or leave --json out")
     experiment = load_experiment(file, overrides)
-    workers = workers or available_cores()
     if dry_run:
         from fedfmd.experiment.estimate import estimate_experiment, estimate_table
         from fedfmd.report.tables import show
 
-        estimate = estimate_experiment(experiment, out, engine.value, workers)
+        estimate = estimate_experiment(experiment, out, engine.value, workers or available_cores())
         show(estimate.as_json(), estimate_table(estimate, experiment.name), as_json, Console())
         return
     try:
-        run_experiment(experiment, out, engine.value, workers, Console())
+        run_experiment(experiment, out, engine.value, workers, Console(), address)
     except KeyboardInterrupt:
         _fail("stopped; finished rounds are kept, run the same command again to go on", 130)
 

@@ -8,6 +8,7 @@ version of Flower, those that fail tell what to change here.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import math
 import os
@@ -338,8 +339,15 @@ CONNECTION = "fedfmd"
 """What the connection to our SuperLink is called in Flower's ``config.toml``."""
 
 
-def flower_environment(home: Path) -> dict[str, str]:
+CLUSTER_ADDRESS = "RAY_ADDRESS"
+"""The environment variable by which Ray finds a cluster; "local" has it start one (`ray._private.services`)."""
+
+
+def flower_environment(home: Path, address: str = "") -> dict[str, str]:
     """Return the environment of every process of a run, whose Flower keeps its files in `home`.
+
+    Flower names no address when it starts Ray, which then takes that of RAY_ADDRESS, or else any cluster that it finds
+    on this machine: "" keeps it from all of them (`flwr.server.superlink.fleet.vce.backend.raybackend`).
 
     Flower looks its programs up on the PATH: they lie next to this Python. FLWR_HOME names its folder, and the
     next three keep it from installing the app's dependencies, from sending telemetry and from asking for updates
@@ -347,17 +355,45 @@ def flower_environment(home: Path) -> dict[str, str]:
     log that look alike, and warn of GPUs that a worker was not given (`ray._private.ray_constants`,
     `ray._private.worker`). Logs come in UTF-8, whatever the terminal shows.
     """
-    return os.environ | {
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
-        "FLWR_HOME": str(home),
-        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "RAY_DEDUP_LOGS": "0",
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-        "PYTHONUNBUFFERED": "1",
-        "PYTHONIOENCODING": "utf-8",
-    }
+    return (
+        os.environ
+        | {
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+            "FLWR_HOME": str(home),
+            "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+            "FLWR_TELEMETRY_ENABLED": "0",
+            "FLWR_DISABLE_UPDATE_CHECK": "1",
+            CLUSTER_ADDRESS: address or "local",
+            "RAY_DEDUP_LOGS": "0",
+            "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+            "PYTHONUNBUFFERED": "1",
+            "PYTHONIOENCODING": "utf-8",
+        }
+        | (_job_config() if address else {})
+    )
+
+
+WORKER_VARIABLES = ("FEDFMD_OWN_CODE", "XDG_CACHE_HOME")
+"""What tells where a user's own code and the cache are; all other variables a worker has from its own machine."""
+
+
+def worker_environment() -> dict[str, str]:
+    """Return the variables that a worker on another machine needs of this process's."""
+    return {name: os.environ[name] for name in WORKER_VARIABLES if name in os.environ}
+
+
+def _job_config() -> dict[str, str]:
+    """Return the variable that adds to the environment of a cluster's workers, beside the one that Flower gives them.
+
+    Ray merges its `runtime_env` into that of `ray.init` (`ray._private.worker`); ``ray job submit`` sets it too.
+    """
+    config = json.loads(os.environ.get(_JOB_CONFIG) or "{}")
+    variables = config.setdefault("runtime_env", {}).setdefault("env_vars", {})
+    variables.update(worker_environment())
+    return {_JOB_CONFIG: json.dumps(config)}
+
+
+_JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 
 def connection_config(port: int) -> Json:
@@ -385,13 +421,17 @@ def health_url(port: int) -> str:
     return f"http://127.0.0.1:{port}/health"
 
 
-def run_command(app: Path, workers: int) -> list[str]:
+def run_command(app: Path, workers: int, gpus: float | None = None) -> list[str]:
     """Return the command that submits the app, on `workers` Ray actors of one CPU each.
 
-    The keys are the fields of a simulation's config, with dashes (`flwr.cli.run.run`); Ray is told of as many CPUs
-    as there are workers, so that it starts them all.
+    The keys are the fields of a simulation's config, with dashes (`flwr.cli.run.run`). A Ray of its own is told of as
+    many CPUs as there are workers, so that it starts them all. A cluster, which `gpus` is for, the GPUs of each, has
+    its own CPUs, and Ray refuses to be told (`ray._private.worker`).
     """
-    simulation = f"num-supernodes={workers} client-resources-num-cpus=1 init-args-num-cpus={workers}"
+    simulation = f"num-supernodes={workers} client-resources-num-cpus=1 "
+    simulation += (
+        f"init-args-num-cpus={workers}" if gpus is None else f"client-resources-num-gpus={float(gpus)}"
+    )
     return ["flwr", "run", str(app), CONNECTION, "--format", "json", "--federation-config", simulation]
 
 

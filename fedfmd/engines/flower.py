@@ -24,6 +24,7 @@ from pathlib import Path
 import psutil
 import tomli_w
 
+from fedfmd.engines.cluster import Cluster
 from fedfmd.errors import RunError, need
 from fedfmd.flower_compat import (
     Json,
@@ -51,8 +52,9 @@ def run_flower(
     workers: int,
     folder: Path,
     on_line: Callable[[str], None],
+    cluster: Cluster | None = None,
 ) -> None:
-    """Run the apps through Flower's simulation on `workers` Ray actors, one CPU each.
+    """Run the apps through Flower's simulation on `workers` Ray actors, one CPU each: here, or on a cluster.
 
     Logs go line by line to `on_line`; the SuperLink's own log is kept as ``superlink.log`` in `folder`.
 
@@ -67,13 +69,13 @@ def run_flower(
     with tempfile.TemporaryDirectory(prefix="fedfmd-flwr-") as scratch:
         home, app = Path(scratch) / "home", Path(scratch) / "fedfmd"
         port = free_port()
-        environment = flower_environment(home)
+        environment = flower_environment(home, cluster.address if cluster else "")
         _write_connection(home, port)
         _stage_app(app, run_config)
         try:
             superlink = _start_superlink(port, folder / "superlink.log", environment)
             _wait_until_healthy(superlink, port, folder / "superlink.log")
-            run_id = _submit(app, workers, environment)
+            run_id = _submit(run_command(app, workers, cluster.gpus if cluster else None), environment)
             _stream(run_id, environment, on_line)
             _check_status(run_id, environment)
         finally:
@@ -136,8 +138,8 @@ def _wait_until_healthy(superlink: subprocess.Popen[bytes], port: int, log: Path
     raise RunError(f"the SuperLink did not answer within {STARTUP_S:g} s; see {log}")
 
 
-def _submit(app: Path, workers: int, environment: Mapping[str, str]) -> str:
-    run_id, refusal = submitted_run(flwr_json(run_command(app, workers), environment))
+def _submit(command: list[str], environment: Mapping[str, str]) -> str:
+    run_id, refusal = submitted_run(flwr_json(command, environment))
     if not run_id:
         raise RunError(f"flwr run was refused: {refusal}")
     return run_id

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from fedfmd.errors import FedfmdError, RunError, SettingsError, need, not_one_of, one_line
 from fedfmd.experiment.files import PARTS, Experiment, PlannedRun, load_experiment, make_experiment
-from fedfmd.experiment.run import Engine, available_cores, run_experiment
+from fedfmd.experiment.run import Engine, run_experiment
 from fedfmd.report import LIBRARIES
 from fedfmd.report.comparison import Comparison, read_comparison
 from fedfmd.report.packed import run_names
@@ -119,6 +119,7 @@ def run(
     out: Path | str | None = None,
     workers: int | None = None,
     engine: Engine = "inline",
+    address: str = "",
     progress: bool = False,
 ) -> Results:
     """Run an experiment to its end, as ``fedfmd run`` does, and return its results.
@@ -133,8 +134,9 @@ def run(
         experiment: a file, or the name of an example; settings, nested or with dotted keys; or a mapping of what
             such a file holds: `base`, `matrix`, `select`.
         out: run folder, or the one that holds those of a matrix; by default below ``runs/``.
-        workers: cores to use; by default all.
+        workers: cores to use; by default all, of this machine or of the cluster.
         engine: "inline", or "flwr" for Flower's simulation on Ray.
+        address: the Ray cluster that "flwr" joins, as ``--address``.
         progress: print what ``fedfmd run`` prints; else nothing is printed.
 
     Raises:
@@ -150,7 +152,7 @@ def run(
     with _TURN, _threads_kept():
         try:
             folders = run_experiment(
-                planned, None if out is None else Path(out), engine, workers or available_cores(), console
+                planned, None if out is None else Path(out), engine, workers or 0, console, address
             )
         except FedfmdError:
             raise

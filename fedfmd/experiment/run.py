@@ -12,7 +12,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from rich.console import Console
@@ -31,6 +31,9 @@ from fedfmd.report.wording import WORDINGS
 from fedfmd.run_folder import run_path
 from fedfmd.runs import CHECKPOINTS, latest_round, stopped_by
 from fedfmd.settings import Settings
+
+if TYPE_CHECKING:
+    from fedfmd.engines.cluster import Cluster
 
 Engine = Literal["inline", "flwr"]
 
@@ -72,11 +75,15 @@ class Task:
 
 @dataclass(frozen=True)
 class Layout:
-    """How cores are used: `runs` at a time, each on so many `nodes`, or on so many `cores` if it is centralised."""
+    """How cores are used: `runs` at a time, each on so many `nodes`, or on so many `cores` if it is centralised.
+
+    The nodes are on this machine, unless there is a `cluster`.
+    """
 
     runs: int
     nodes: int
     cores: int
+    cluster: Cluster | None = None
 
     def threads(self, settings: Settings) -> int:
         """Return the threads of PyTorch with which a node, or a centralised run, trains."""
@@ -84,14 +91,20 @@ class Layout:
 
 
 def run_experiment(
-    experiment: Experiment, out: Path | None, engine: Engine, workers: int, console: Console
+    experiment: Experiment,
+    out: Path | None,
+    engine: Engine,
+    workers: int,
+    console: Console,
+    address: str = "",
 ) -> list[Path]:
     """Run all that an experiment describes, going on where it was stopped; returns the run folders.
 
-    `lay_out` says how it uses `workers` cores. Each folder gets a page at its end, and several a comparison beside
-    them. Where an experiment has trials they come first, and then the runs with the values that they choose.
+    `lay_out` says how it uses `workers` cores of this machine, or of the Ray cluster at `address`, which only Flower's
+    engine can join; 0: all. Each folder gets a page at its end, and several a comparison beside them. Where an
+    experiment has trials they come first, and then the runs with the values that they choose.
 
-    All runs are checked before the first one starts; finished ones stay as they are.
+    All runs are checked before the first one starts, on all machines of a cluster; finished ones stay as they are.
 
     Raises:
         FedfmdError: a setting can't be used, the only run can't go on, or some of several failed.
@@ -103,12 +116,14 @@ def run_experiment(
             run_path(task.settings)
         else:
             assemble(task.settings, engine)
+    cluster = _join([*trials, *tasks], engine, workers, address)
+    layout = partial(lay_out, engine=engine, workers=workers or available_cores(), cluster=cluster)
     if experiment.selection:
         experiment.selection.write(tasks[0].folder.parent)
     if trials and experiment.selection:
-        _run_tasks(trials, [], experiment.selection, engine, workers, console)
+        _run_tasks(trials, [], experiment.selection, engine, layout(len(trials)), console)
         tasks = _chosen(tasks, trials, experiment.selection)
-    _run_tasks(tasks, trials, experiment.selection, engine, workers, console)
+    _run_tasks(tasks, trials, experiment.selection, engine, layout(len(tasks)), console)
     return [task.folder for task in [*trials, *tasks]]
 
 
@@ -117,7 +132,7 @@ def _run_tasks(
     before: Sequence[Task],
     selection: Selection | None,
     engine: Engine,
-    workers: int,
+    layout: Layout,
     console: Console,
 ) -> None:
     """Run these tasks, and compare them with those `before`."""
@@ -125,7 +140,7 @@ def _run_tasks(
     unit = WORDINGS[tasks[0].settings.kind].unit
     compared = [task.folder for task in [*before, *tasks]]
     with ExperimentDisplay(console, len(tasks), rounds, done, unit) as display:
-        failures = _run_all(tasks, engine, lay_out(len(tasks), engine, workers), display)
+        failures = _run_all(tasks, engine, layout, display)
         if len(compared) > 1:
             display.print(_compare(compared, tasks[0].folder.parent, selection))
         for name, error in failures.items():
@@ -136,6 +151,19 @@ def _run_tasks(
             f"{len(failures)} of {len(tasks)} runs failed ({name}: {error}{', …' if len(failures) > 1 else ''}); "
             "finished rounds are kept, run the same command again to go on"
         )
+
+
+def _join(tasks: Sequence[Task], engine: Engine, workers: int, address: str) -> Cluster | None:
+    """Return what the tasks take of a cluster, if one is meant, once it is clear that they can be there."""
+    if engine == "inline":
+        if address:
+            raise SettingsError(f"--address = {address}: only --engine flwr joins a Ray cluster: add it")
+        return None
+    from fedfmd.engines.cluster import cluster_address, join_cluster
+
+    waiting = [task.settings for task in by_data(tasks) if not task.finished]
+    meant = cluster_address(address)
+    return join_cluster(meant, waiting, workers) if meant and waiting else None
 
 
 def _chosen(tasks: Sequence[Task], trials: Sequence[Task], selection: Selection) -> list[Task]:
@@ -187,14 +215,16 @@ def assemble(settings: Settings, engine: Engine) -> Federation | Training:
     return prepare_centralised(settings)
 
 
-def lay_out(runs: int, engine: Engine, workers: int) -> Layout:
+def lay_out(runs: int, engine: Engine, workers: int, cluster: Cluster | None = None) -> Layout:
     """Share `workers` cores out: to the nodes of a single run, or of Flower's engine, which takes runs in turn.
+
+    On a cluster there are the workers that it has room for.
 
     Of several runs, as many are made at once, each in a process with one node. No number of threads follows from
     `workers`, so that it changes no result.
     """
     if engine == "flwr":
-        return Layout(runs=1, nodes=workers, cores=1)
+        return Layout(runs=1, nodes=cluster.workers if cluster else workers, cores=1, cluster=cluster)
     if runs == 1:
         return Layout(runs=1, nodes=workers, cores=available_cores())
     return Layout(runs=workers, nodes=1, cores=1)
@@ -242,7 +272,7 @@ def _run_here(task: Task, engine: Engine, layout: Layout, display: ExperimentDis
             from fedfmd.engines.flower import run_flower
 
             trim()  # checking the settings built the model
-            run_flower(task.settings.flat(), layout.nodes, task.folder, shown.line)
+            run_flower(task.settings.flat(), layout.nodes, task.folder, shown.line, layout.cluster)
         else:
             _train(task.settings, layout)
         _check_end(task)
