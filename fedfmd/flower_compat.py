@@ -127,14 +127,8 @@ def answered_id(reply: Message) -> str:
 
 # --- Errors in replies -----------------------------------------------------------------------------------------
 
-_RAY_FAULT = re.compile(r"<class 'ray\.exceptions\.(\w+)'>")
-_WORKER_FAULTS = (
-    "ActorDiedError",
-    "ActorUnavailableError",
-    "OutOfMemoryError",
-    "RayActorError",
-    "WorkerCrashedError",
-)
+_RAY_FAULT = re.compile(r"<class 'ray\.exceptions\.(?!RayTaskError)(\w+)'>")
+"""Ray's exceptions but for those that pass on what an actor raised: RayTaskError, RayTaskError(ValueError), …"""
 
 
 def is_gone(reply: Message) -> bool:
@@ -146,16 +140,16 @@ def is_gone(reply: Message) -> bool:
 
 
 def dead_worker(replies: Iterable[Message]) -> str:
-    """Return Ray's name of the fault if a worker of Flower's simulation died, "" if none did.
+    """Return Ray's name of the fault if a worker of Flower's simulation, or its machine, died, "" if none did.
 
-    Flower keeps a dead actor in its pool, where it fails every job that it is handed. All that it tells is an
+    With a machine go the replies that it has not sent on yet (`ray.exceptions.ObjectLostError`). Flower keeps a dead actor in its pool, where it fails every job that it is handed. All that it tells is an
     error of unknown kind (`ErrorCode.UNKNOWN`) whose reason starts with the type of Ray's exception
     (`flwr.server.superlink.fleet.vce.vce_api.worker`).
     """
     for reply in replies:
         if reply.has_error() and reply.error.code == ErrorCode.UNKNOWN:
             found = _RAY_FAULT.match(reply.error.reason or "")
-            if found and found[1] in _WORKER_FAULTS:
+            if found:
                 return found[1]
     return ""
 

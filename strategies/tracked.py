@@ -367,11 +367,7 @@ class TrackedStrategy(Strategy):
 
     def _updates(self, server_round: int, replies: Sequence[Message], current: Arrays) -> list[Update]:
         """Check the replies, note what became of each client, and return the updates that can be used."""
-        if not are_edge_devices(self.nodes) and (fault := dead_worker(replies)):
-            raise RunError(
-                f"round {server_round}: a Ray worker died ({fault}), and Flower does not replace it. Give the workers "
-                "more memory or start fewer, then run the same command again: it does this round anew"
-            )
+        self._refuse_dead_worker(server_round, replies)
         asked = {request.id: request.assignments for request in self._round.requests}
         origins = {request: self._origin(work, current) for request, work in asked.items()}
         received = {request: origin.arrays for request, origin in origins.items()}
@@ -537,6 +533,7 @@ class TrackedStrategy(Strategy):
         ]
         messages = [request.message for request in requests]
         replies, _ = exchange(self._grid, messages, server.round_timeout_s)
+        self._refuse_dead_worker(server_round, replies)
         asked = {request.id: [a.client for a in request.assignments] for request in requests}
         scores = client_scores(replies, asked)
         answered = {answered_id(reply) for reply in replies}
@@ -545,6 +542,18 @@ class TrackedStrategy(Strategy):
             if score.reason:
                 logger.warning("round %d: no test of client %d: %s", server_round, score.client, score.reason)
         return scores
+
+    def _refuse_dead_worker(self, server_round: int, replies: Iterable[Message]) -> None:
+        """End the run where a worker of Flower's simulation, or its machine, died: from then on it fails all clients.
+
+        Raises:
+            RunError: one died.
+        """
+        if not are_edge_devices(self.nodes) and (fault := dead_worker(replies)):
+            raise RunError(
+                f"round {server_round}: a Ray worker died ({fault}), or its machine, and Flower does not replace it. "
+                "Give the workers more memory or start fewer, then run the same command again: it does this round anew"
+            )
 
     def _diverged(self, server_round: int, sign: str) -> RunError:
         """Make the error of a global model that can't be used; rows and checkpoints are those before its round."""

@@ -235,7 +235,13 @@ def test_a_dead_ray_actor_is_told_from_other_errors(make_message, make_reply):
     replies = {
         "dead": by_worker(ray.ActorDiedError(), make_message()),
         "memory": by_worker(ray.OutOfMemoryError("too much"), make_message()),
-        "cancelled": by_worker(ray.TaskCancelledError(), make_message()),
+        "lost": by_worker(ray.ObjectLostError("0" * 56, "", ""), make_message()),
+        "actor's": by_worker(
+            ray.RayTaskError("run", "no import", ImportError("x")).as_instanceof_cause(), make_message()
+        ),
+        "actor's, of no cause": by_worker(
+            ray.RayTaskError("run", "no import", ImportError("x")), make_message()
+        ),
         "other": by_worker(ValueError("<class 'ray.exceptions.ActorDiedError'>"), make_message()),
         "app's": make_reply(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "<class 'ray.exceptions.ActorDiedError'>"),
     }
@@ -243,16 +249,13 @@ def test_a_dead_ray_actor_is_told_from_other_errors(make_message, make_reply):
     assert faults == {
         "dead": "ActorDiedError",
         "memory": "OutOfMemoryError",
-        "cancelled": "",
+        "lost": "ObjectLostError",
+        "actor's": "",
+        "actor's, of no cause": "",
         "other": "",
         "app's": "",
     }
     assert compat.dead_worker(replies.values()) == "ActorDiedError"
-
-
-@pytest.mark.parametrize("fault", compat._WORKER_FAULTS)
-def test_the_faults_of_a_worker_are_rays(fault):
-    assert hasattr(pytest.importorskip("ray.exceptions"), fault)
 
 
 @pytest.mark.parametrize(

@@ -177,18 +177,20 @@ def test_a_step_of_the_server_that_diverges_stops_the_run(make, make_federation,
     assert latest_checkpoint(strategy.folder.checkpoints) is None
 
 
-def test_a_dead_ray_worker_stops_the_run(make, make_federation, make_grid):
+@pytest.mark.parametrize("phase", ["train", "evaluate"])
+def test_a_dead_ray_worker_stops_the_run(make, make_federation, make_grid, phase):
     """Flower tells of it by the error of a message; the round is not counted, so that a resume does it anew."""
     fault = (
         "<class 'ray.exceptions.ActorDiedError'>:<'The actor died unexpectedly before finishing this task.\n"
         "\tclass_name: ClientAppActor\nThe actor is dead because its worker process has died.'>"
     )
-    strategy, grid = make(make_federation()), make_grid()
+    strategy, grid = make(make_federation({"partition.test-share": 0.2})), make_grid()
     pull = grid.pull_messages
 
     def pull_or_die(ids):
+        in_round_2 = latest_checkpoint(strategy.folder.checkpoints) is not None
         for reply in pull(ids):
-            if "metrics" in reply.content and latest_checkpoint(strategy.folder.checkpoints):  # in round 2
+            if in_round_2 and reply.metadata.message_type == phase:
                 request = reply.metadata.reply_to_message_id
                 reply = Message(Error(0, fault), reply_to=reply)
                 reply.metadata.__dict__["_reply_to_message_id"] = request
