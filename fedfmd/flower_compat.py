@@ -142,8 +142,9 @@ def is_gone(reply: Message) -> bool:
 def dead_worker(replies: Iterable[Message]) -> str:
     """Return Ray's name of the fault if a worker of Flower's simulation, or its machine, died, "" if none did.
 
-    With a machine go the replies that it has not sent on yet (`ray.exceptions.ObjectLostError`). Flower keeps a dead actor in its pool, where it fails every job that it is handed. All that it tells is an
-    error of unknown kind (`ErrorCode.UNKNOWN`) whose reason starts with the type of Ray's exception
+    With a machine go the replies that it has not passed on yet (`ray.exceptions.ObjectLostError`). Flower keeps a dead
+    actor in its pool, where it fails every job that it is handed. All that it tells is an error of unknown kind
+    (`ErrorCode.UNKNOWN`) whose reason starts with the type of Ray's exception
     (`flwr.server.superlink.fleet.vce.vce_api.worker`).
     """
     for reply in replies:

@@ -514,6 +514,34 @@ def test_the_environment_is_rays(tmp_path):
     assert in_environment(tmp_path, code) == ["False", "0"]
 
 
+def test_ray_starts_a_cluster_of_its_own_or_joins_the_one_at_the_address(tmp_path, monkeypatch):
+    constants = pytest.importorskip("ray._private.ray_constants")
+    name = constants.RAY_ADDRESS_ENVIRONMENT_VARIABLE
+    monkeypatch.setenv(name, "10.0.0.9:6379")
+    assert name == compat.CLUSTER_ADDRESS
+    assert compat.flower_environment(tmp_path)[name] == "local"
+    assert compat.flower_environment(tmp_path, "10.0.0.1:6379")[name] == "10.0.0.1:6379"
+
+
+def test_workers_of_a_cluster_get_the_variables_that_they_need(tmp_path, monkeypatch):
+    """Beside what ``ray job submit`` gives them, and Flower."""
+    name = pytest.importorskip("ray._private.runtime_env.constants").RAY_JOB_CONFIG_JSON_ENV_VAR
+    from ray._private.worker import _merge_runtime_env
+    from ray.job_config import JobConfig
+
+    submitted = {"runtime_env": {"pip": ["mine"], "env_vars": {"A": "1"}}, "metadata": {"name": "job"}}
+    monkeypatch.setenv(name, json.dumps(submitted))
+    monkeypatch.setenv("XDG_CACHE_HOME", "/shared")
+    monkeypatch.setenv("FEDFMD_OWN_CODE", "/mine")
+    config = JobConfig.from_json(json.loads(compat.flower_environment(tmp_path, "10.0.0.1:6379")[name]))
+    assert config.metadata["name"] == "job"
+    assert _merge_runtime_env(config.runtime_env, {"env_vars": {"PYTHONPATH": "/x"}}) == {
+        "pip": ["mine"],
+        "env_vars": {"A": "1", "XDG_CACHE_HOME": "/shared", "FEDFMD_OWN_CODE": "/mine", "PYTHONPATH": "/x"},
+    }
+    assert compat.flower_environment(tmp_path)[name] == json.dumps(submitted)
+
+
 def test_the_config_file_leads_to_our_superlink(tmp_path, monkeypatch):
     import tomli_w
 
@@ -562,6 +590,11 @@ def test_the_run_command_is_understood():
     simulation = _parse_federation_config_overrides(overrides, SuperLinkConnection("x", "127.0.0.1:1"))
     told = (simulation.num_supernodes, simulation.client_resources_num_cpus, simulation.init_args_num_cpus)
     assert told == (3, 1, 3)
+
+    overrides = parsed(compat.run_command(Path("/app"), 3, gpus=0.5))["federation_config_overrides"]
+    cluster = _parse_federation_config_overrides(overrides, SuperLinkConnection("x", "127.0.0.1:1"))
+    assert (cluster.num_supernodes, cluster.client_resources_num_gpus) == (3, 0.5)
+    assert not cluster.HasField("init_args_num_cpus")
 
 
 @pytest.mark.parametrize("refused", [False, True])

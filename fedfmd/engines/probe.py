@@ -13,14 +13,13 @@ import time
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 LIBRARIES = ("fedfmd", "flwr", "torch", "torchvision", "numpy")
 """What must have the same version on all machines; Ray sees to its own and to Python's."""
 
 POLL_S = 0.5
-BUSY_S = 20.0
+BUSY_S = 60.0
 """Seconds until Ray has taken notice that an earlier job is over."""
 
 MACHINE_S = 240.0
@@ -42,7 +41,7 @@ def probe(request: Mapping[str, Any]) -> dict[str, Any]:
         return {"error": " ".join(f"{error.__cause__ or error}".split())}
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # a machine may have no fedfmd
     busy = _busy(ray)
-    nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
+    nodes = _nodes(ray)
     asked = {
         ray.remote(look)
         .options(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
@@ -50,7 +49,8 @@ def probe(request: Mapping[str, Any]) -> dict[str, Any]:
         for node in nodes
     }
     ray.wait(list(asked), num_returns=len(asked), timeout=MACHINE_S)
-    machines = [_machine(node) | _told(ray, task) for task, node in asked.items()]
+    left = {node["NodeID"] for node in _nodes(ray)}  # Ray takes seconds to see that a machine is gone
+    machines = [_machine(node) | _told(ray, task) for task, node in asked.items() if node["NodeID"] in left]
     return {"address": ray.get_runtime_context().gcs_address, "machines": machines, "busy": busy}
 
 
@@ -76,7 +76,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _busy(ray: ModuleType) -> float:
+def _busy(ray: Any) -> float:
     """Return how many cores and GPUs other jobs hold, once Ray has taken notice of those that are over."""
     deadline = time.monotonic() + BUSY_S
     while True:
@@ -85,6 +85,11 @@ def _busy(ray: ModuleType) -> float:
         if not busy or time.monotonic() > deadline:
             return float(busy)
         time.sleep(POLL_S)
+
+
+def _nodes(ray: Any) -> list[dict[str, Any]]:
+    """Return the machines that have a core for a worker, as Ray describes them."""
+    return [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
 
 
 def _machine(node: Mapping[str, Any]) -> dict[str, Any]:
@@ -98,7 +103,7 @@ def _machine(node: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _told(ray: ModuleType, task: Any) -> dict[str, Any]:
+def _told(ray: Any, task: Any) -> dict[str, Any]:
     """Return what its worker tells."""
     try:
         told: dict[str, Any] = ray.get(task, timeout=0)

@@ -11,7 +11,6 @@ import pytest
 
 import fedfmd
 from fedfmd.errors import EXTRAS, RunError, SettingsError
-from fedfmd.experiment.run import available_cores
 from fedfmd.runs import CLIENT_COLUMNS, EPOCH_COLUMNS, ROUND_COLUMNS
 from fedfmd.settings import Settings
 
@@ -118,9 +117,9 @@ def test_an_experiment_may_be_settings_parts_or_a_file(experiment, names, monkey
     Path("mine.yaml").write_text("base: {seed: 3}")
     with pytest.raises(RunError, match="planned"):
         fedfmd.run(experiment)
-    planned, out, engine, workers, _ = asked
+    planned, out, engine, workers, _, address = asked
     assert [run.name for run in planned.runs] == names
-    assert (out, engine, workers) == (None, "inline", available_cores())
+    assert (out, engine, workers, address) == (None, "inline", 0, "")
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from fedfmd import build
 from fedfmd.errors import RunError, SettingsError
+from fedfmd.engines.cluster import Cluster
 from fedfmd.experiment import available_cores, load_experiment, run_experiment
 from fedfmd.experiment.pool import Started, attempt
 from fedfmd.experiment.run import Layout, lay_out
@@ -233,7 +234,7 @@ def started(monkeypatch):
     )
     monkeypatch.setattr(
         "fedfmd.engines.flower.run_flower",
-        lambda config, workers, folder, on_line: runs.append(("flwr", config["run-dir"])),
+        lambda config, workers, folder, on_line, cluster: runs.append(("flwr", config["run-dir"])),
     )
     return runs
 
@@ -259,6 +260,11 @@ def test_an_engine_runs_each_run_in_a_folder_of_its_own(engine, run, pools, star
 def test_cores_go_to_the_nodes_of_one_run_or_to_several_runs(runs, engine, layout, monkeypatch):
     monkeypatch.setattr("fedfmd.experiment.run.available_cores", lambda: 6)
     assert lay_out(runs, engine, workers=2) == layout
+
+
+def test_on_a_cluster_there_are_the_workers_that_it_has_room_for():
+    cluster = Cluster("head:6379", workers=12)
+    assert lay_out(5, "flwr", 2, cluster) == Layout(runs=1, nodes=12, cores=1, cluster=cluster)
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
