@@ -13,8 +13,8 @@ import pytest
 from rich.console import Console
 
 from fedfmd import build
-from fedfmd.errors import RunError, SettingsError
 from fedfmd.engines.cluster import Cluster
+from fedfmd.errors import RunError, SettingsError
 from fedfmd.experiment import available_cores, load_experiment, run_experiment
 from fedfmd.experiment.pool import Started, attempt
 from fedfmd.experiment.run import Layout, lay_out
