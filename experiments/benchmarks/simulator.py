@@ -15,8 +15,10 @@ Every system trains the same network on shards, batches and steps of the same si
     pfl           pfl-research without metrics, by torchrun (`--pfl`: the Python that has it)
     pfl-metrics   pfl-research with its metrics: each client is tested before and after training
 
-The systems take turns, in another order in each repeat, so that a change in the machine's speed meets all of them. A
-round lasts from the end of the one before to its own end, tests and files included; the first ones are left out.
+The systems take turns, in another order in each repeat. Right before and after each of them the bare loop that keeps
+its network does a round, in processes that wait beside it, and what a system needs beyond a bare loop is told relative
+to these two: so the machine's speed, which changes within minutes, cancels out. A round lasts from the end of the one
+before to its own end, tests and files included; the first one is left out.
 """
 
 from __future__ import annotations
@@ -24,15 +26,16 @@ from __future__ import annotations
 import argparse
 import csv
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import date, datetime
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from statistics import median, quantiles
 
@@ -64,11 +67,23 @@ SYSTEMS = ("bare", "bare-kept", "flower", "fedfmd", "fedfmd-quiet", "fedfmd-ray"
 
 @dataclass(frozen=True)
 class Run:
-    """One start of a system: seconds to the end of its first round, those of later rounds, and the most memory."""
+    """One start of a system.
+
+    Attributes:
+        first_s: seconds from the command to the end of the first round.
+        rounds_s: seconds of the later rounds.
+        bare_s: seconds of a round of the bare loop around it, the mean of before and after.
+        peak: bytes, the most memory of all processes.
+    """
 
     first_s: float
     rounds_s: tuple[float, ...]
+    bare_s: float
     peak: int
+
+    @property
+    def round_s(self) -> float:
+        return median(self.rounds_s)
 
 
 @dataclass(frozen=True)
@@ -90,6 +105,17 @@ class Result:
     def spread(self) -> float:
         low, _, high = quantiles(self.rounds_s, n=4) if len(self.rounds_s) > 1 else (self.round_s,) * 3
         return (high - low) / 2 / self.round_s
+
+    @property
+    def of_bare(self) -> float:
+        """Speed relative to the bare loop around it."""
+        return median(run.bare_s / run.round_s for run in self.runs)
+
+    @property
+    def beyond_bare_s(self) -> float:
+        """Seconds of a worker for a client that the bare loop around it doesn't need."""
+        beyond = median(run.round_s - run.bare_s for run in self.runs)
+        return self.work.workers * beyond / self.work.clients
 
     @property
     def updates_per_s(self) -> float:
@@ -119,7 +145,7 @@ def command(system: str, options: argparse.Namespace, folder: Path) -> list[str]
                 sys.executable,
                 str(SIDES / "bare.py"),
                 *given,
-                *(["kept"] if system == "bare-kept" else []),
+                "kept" if system == "bare-kept" else "fresh",
             ]
         case "flower":
             return [sys.executable, str(SIDES / "plain_flower.py"), *given]
@@ -163,32 +189,61 @@ def experiment(work: Work, folder: Path, quiet: bool) -> dict[str, object]:
     }
 
 
-def measure(system: str, work: Work, options: argparse.Namespace) -> Run:
-    """Start a system, watch its memory, and read when its rounds were over."""
-    with tempfile.TemporaryDirectory(prefix="fedfmd-simulator-") as scratch:
-        folder = Path(scratch)
-        work = replace(work, data=str(work.make_data(folder / "train.npz", work.clients)))
-        replace(work, images=TEST_IMAGES).make_data(folder / "test.npz", clients=1)
-        work.write(folder / "work.json")
+def prepare(work: Work, folder: Path) -> Work:
+    """Write what the systems read; returns the work with its data."""
+    work = replace(work, data=str(work.make_data(folder / "train.npz", work.clients)))
+    replace(work, images=TEST_IMAGES).make_data(folder / "test.npz", clients=1)
+    work.write(folder / "work.json")
+    for system in ("fedfmd", "fedfmd-quiet", "fedfmd-ray"):
         settings = experiment(work, folder, quiet=system == "fedfmd-quiet")
         (folder / f"{system}.yaml").write_text(yaml.safe_dump({"base": settings}))
-        paths = os.pathsep.join(filter(None, (str(SIDES), os.environ.get("PYTHONPATH"))))
-        environment = os.environ | {
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": paths,
-            "FLWR_TELEMETRY_ENABLED": "0",
-        }
-        with (folder / "output.txt").open("w") as output:
-            started = time.time()
-            process = psutil.Popen(
-                command(system, options, folder), env=environment, stdout=output, stderr=subprocess.STDOUT
-            )
-            peak = watch(process, started + LIMIT_S)
-        over = list(times(folder / "times.txt")) or logged(folder / "run" / "log.txt")
-        if process.returncode or len(over) != work.rounds:
-            sys.exit(f"{system} failed:\n{(folder / 'output.txt').read_text()[-5000:]}")
+    return work
+
+
+def surroundings() -> dict[str, str]:
+    """The environment of all systems: a thread for each process, and the way to the network of our own."""
+    paths = os.pathsep.join(filter(None, (str(SIDES), os.environ.get("PYTHONPATH"))))
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "FLWR_TELEMETRY_ENABLED": "0"}
+
+
+@contextmanager
+def bare_loop(folder: Path) -> Iterator[Callable[[], float]]:
+    """A bare loop that waits beside the systems; returns what has it do a round, and the seconds of that."""
+    command = [sys.executable, str(SIDES / "bare.py"), str(folder / "work.json"), "-", "kept"]
+    with subprocess.Popen(
+        command, env=surroundings(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        given, told = process.stdin, process.stdout
+
+        def do_round() -> float:
+            print(file=given, flush=True)
+            return float(told.readline())
+
+        do_round()  # warms up
+        yield do_round
+
+
+def measure(
+    system: str, work: Work, options: argparse.Namespace, folder: Path, bare_round: Callable[[], float]
+) -> Run:
+    """Start a system, watch its memory, and read when its rounds were over."""
+    (folder / "times.txt").unlink(missing_ok=True)
+    shutil.rmtree(folder / "run", ignore_errors=True)
+    before = bare_round()
+    with (folder / "output.txt").open("w") as output:
+        started = time.time()
+        process = psutil.Popen(
+            command(system, options, folder), env=surroundings(), stdout=output, stderr=subprocess.STDOUT
+        )
+        peak = watch(process, started + LIMIT_S)
+    bare_s = (before + bare_round()) / 2
+    over = list(times(folder / "times.txt")) or logged(folder / "run" / "log.txt")
+    if process.returncode or len(over) != work.rounds:
+        sys.exit(f"{system} failed:\n{(folder / 'output.txt').read_text()[-5000:]}")
     rounds = [end - start for start, end in pairwise(over)]
-    return Run(over[0] - started, tuple(rounds[WARM_UP_ROUNDS - 1 :]), peak)
+    return Run(over[0] - started, tuple(rounds[WARM_UP_ROUNDS - 1 :]), bare_s, peak)
 
 
 def watch(process: psutil.Popen, deadline: float) -> int:
@@ -222,8 +277,6 @@ def logged(log: Path) -> list[float]:
 def rows(results: dict[tuple[str, int, str], Result]) -> Iterable[dict[str, object]]:
     """A row for each model, cohort and system."""
     for (model, cohort, system), result in results.items():
-        kept = results.get((model, cohort, "bare-kept"))
-        bare = results.get((model, cohort, "bare"))
         yield {
             "date": date.today().isoformat(),
             "machine": environment()["machine"]["processor"],
@@ -239,9 +292,8 @@ def rows(results: dict[tuple[str, int, str], Result]) -> Iterable[dict[str, obje
             "rounds": len(result.rounds_s),
             "updates_per_s": round(result.updates_per_s, 2),
             "spread_percent": round(100 * result.spread, 1),
-            "percent_of_bare_kept": round(100 * kept.client_s / result.client_s, 1) if kept else "",
-            "ms_beyond_bare_kept": round(1000 * (result.client_s - kept.client_s), 1) if kept else "",
-            "ms_beyond_bare": round(1000 * (result.client_s - bare.client_s), 1) if bare else "",
+            "percent_of_bare": round(100 * result.of_bare, 1),
+            "ms_beyond_bare": round(1000 * result.beyond_bare_s, 1),
             "peak_rss_mb": round(result.peak_mb),
             "first_update_s": round(result.first_update_s, 1),
         }
@@ -264,18 +316,19 @@ def main() -> None:
     runs: dict[tuple[str, int, str], list[Run]] = {}
     works: dict[tuple[str, int], Work] = {}
     for repeat in range(options.repeats):
-        for model in options.models:
-            for cohort in options.cohorts:
-                work = replace(MODELS[model], clients=cohort, rounds=options.rounds, workers=options.workers)
-                works[model, cohort] = replace(work, images=min(work.images, options.images or work.images))
-                turn = repeat % len(systems)
-                for system in [*systems[turn:], *systems[:turn]]:
-                    run = measure(system, works[model, cohort], options)
-                    runs.setdefault((model, cohort, system), []).append(run)
-                    console.print(
-                        f"{repeat + 1}: {model}, {cohort} clients, {system}: {median(run.rounds_s):.2f} s"
-                    )
-    order = [(m, c, s) for m in options.models for c in options.cohorts for s in systems]
+        turn = repeat % len(systems)
+        for model, cohort in product(options.models, options.cohorts):
+            work = replace(MODELS[model], clients=cohort, rounds=options.rounds, workers=options.workers)
+            with tempfile.TemporaryDirectory(prefix="fedfmd-simulator-") as scratch:
+                folder = Path(scratch)
+                work = works[model, cohort] = prepare(work, folder)
+                with bare_loop(folder) as bare_round:
+                    for system in [*systems[turn:], *systems[:turn]]:
+                        run = measure(system, work, options, folder, bare_round)
+                        runs.setdefault((model, cohort, system), []).append(run)
+                        told = f"{run.round_s:.2f} s a round, the bare loop {run.bare_s:.2f} s"
+                        console.print(f"{repeat + 1}: {model}, {cohort} clients, {system}: {told}")
+    order = product(options.models, options.cohorts, systems)
     measured = list(rows({key: Result(works[key[:2]], tuple(runs[key])) for key in order}))
     console.print(show(measured))
     with options.out.open("a", newline="") as file:
@@ -299,7 +352,6 @@ def parse_options() -> argparse.Namespace:
         "--rounds", type=int, default=5, help="of each start, the first of which doesn't count"
     )
     parser.add_argument("--repeats", type=int, default=2, help="starts of each system")
-    parser.add_argument("--images", type=int, default=0, help="images of each client at most; 0: the model's")
     parser.add_argument("--workers", type=int, default=2, help="cores")
     parser.add_argument("--quick", action="store_true", help="only to see that all of it works")
     parser.add_argument("--out", type=Path, default=Path("simulator.csv"), help="CSV file to extend")
