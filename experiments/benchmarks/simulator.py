@@ -50,6 +50,7 @@ sys.path.insert(0, str(SIDES))
 
 from work import SGD, Work, times  # noqa: E402
 
+import fedfmd  # noqa: E402
 from fedfmd.runs.folder import environment  # noqa: E402
 
 WARM_UP_ROUNDS = 1
@@ -201,8 +202,9 @@ def prepare(work: Work, folder: Path) -> Work:
 
 
 def surroundings() -> dict[str, str]:
-    """The environment of all systems: a thread for each process, and the way to the network of our own."""
-    paths = os.pathsep.join(filter(None, (str(SIDES), os.environ.get("PYTHONPATH"))))
+    """The environment of all systems: a thread for each process, and the way to the networks."""
+    ours = str(Path(fedfmd.__file__).parents[1])  # pfl-research may have an environment without fedfmd
+    paths = os.pathsep.join(filter(None, (str(SIDES), ours, os.environ.get("PYTHONPATH"))))
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "FLWR_TELEMETRY_ENABLED": "0"}
 
 
@@ -349,7 +351,7 @@ def parse_options() -> argparse.Namespace:
         "--pfl", default="", metavar="PYTHON", help="Python that has pfl-research 0.6 and PyTorch"
     )
     parser.add_argument(
-        "--rounds", type=int, default=5, help="of each start, the first of which doesn't count"
+        "--rounds", type=int, default=4, help="of each start, the first of which doesn't count"
     )
     parser.add_argument("--repeats", type=int, default=2, help="starts of each system")
     parser.add_argument("--workers", type=int, default=2, help="cores")
