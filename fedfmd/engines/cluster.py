@@ -23,7 +23,8 @@ from typing import Any
 
 from fedfmd.algorithms import make_algorithm
 from fedfmd.algorithms.algorithm import Algorithm
-from fedfmd.build import build_dataset, cache_dir, own_sources, torch_device
+from fedfmd.build import build_dataset, own_sources, torch_device
+from fedfmd.cache import cache_dir
 from fedfmd.engines.probe import versions
 from fedfmd.errors import SettingsError, need, one_line
 from fedfmd.flower_compat import CLUSTER_ADDRESS, worker_environment
