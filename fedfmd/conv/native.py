@@ -1,4 +1,4 @@
-"""Kernel mixing by code compiled for this machine's processor: `native.c`, called through ctypes.
+"""Kernel mixing by code compiled for this machine's processor: `native_source`, called through ctypes.
 
 `compile_native` makes it, once for a machine, with the C compiler found there; nothing else does. Without it, all
 other ways of mixing work as ever.
@@ -25,10 +25,10 @@ from torch.nn import functional as F
 
 from fedfmd.cache import cache_dir
 from fedfmd.conv.fused import Mixture, MixtureGradient
+from fedfmd.conv.native_source import SOURCE
 from fedfmd.conv.plain import Geometry
 from fedfmd.errors import FedfmdError
 
-SOURCE = Path(__file__).with_suffix(".c")
 PRECISIONS = {torch.float32: "float", torch.float64: "double"}
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = (
@@ -38,7 +38,7 @@ FLAGS = (
 
 
 class _Shape(ctypes.Structure):
-    """`Shape` of native.c."""
+    """`Shape` of the source."""
 
     _fields_ = [
         (name, ctypes.c_int64)
@@ -50,7 +50,7 @@ class _Shape(ctypes.Structure):
 
 
 def compile_native() -> list[Path]:
-    """Compile `native.c` for this processor, in each precision, and return the files: a few seconds.
+    """Compile the source for this processor, in each precision, and return the files: a few seconds.
 
     The compiler is that of the environment variable CC, or the first of `COMPILERS` that is installed.
 
@@ -70,7 +70,7 @@ def compile_native() -> list[Path]:
 
 def library_path(precision: str) -> Path:
     """Return where the compiled code lies for this source and processor, "float" or "double"."""
-    about = f"{SOURCE.read_text(encoding='utf-8')}\n{' '.join(FLAGS)}\n{_processor_features()}"
+    about = f"{SOURCE}\n{' '.join(FLAGS)}\n{_processor_features()}"
     digest = hashlib.blake2b(about.encode(), digest_size=8).hexdigest()
     return cache_dir() / "native" / f"{precision}-{digest}.so"
 
@@ -157,10 +157,10 @@ def _compile(compiler: str, precision: str, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / path.name
-        command = [compiler, *FLAGS, f"-DREAL={precision}", str(SOURCE), "-o", str(made)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        command = [compiler, *FLAGS, f"-DREAL={precision}", "-xc", "-", "-o", str(made)]
+        done = subprocess.run(command, input=SOURCE, capture_output=True, encoding="utf-8", check=False)
         if done.returncode:
-            raise FedfmdError(f"{compiler} can't compile {SOURCE.name}: {done.stderr.strip()}")
+            raise FedfmdError(f"{compiler} can't compile the mixing of kernels: {done.stderr.strip()}")
         made.replace(path)  # at once: no other process loads half a file
     return path
 

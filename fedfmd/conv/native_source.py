@@ -1,4 +1,6 @@
-/* Mixed convolutions whose kernels never leave the cache: what fedfmd/conv/native.py compiles and calls.
+"""The C that `fedfmd.conv.native` compiles: in a module, as Flower's bundles hold no other code than Python's."""
+
+SOURCE = r"""/* Mixed convolutions whose kernels never leave the cache: what fedfmd/conv/native.py compiles and calls.
  *
  * The bank is walked in tiles of ROWS output channels and DEPTH of their weights. A tile is mixed for each sample
  * in the first cache and multiplied at once with that sample's columns, so that no mixed kernel reaches memory and
@@ -299,3 +301,4 @@ end:
     free(columns), free(dcolumns), free(tile), free(dtile), free(mixed), free(pi_sums), free(row_sums), free(at);
     return short_of_memory;
 }
+"""
