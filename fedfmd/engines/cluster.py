@@ -25,6 +25,8 @@ from fedfmd.algorithms import make_algorithm
 from fedfmd.algorithms.algorithm import Algorithm
 from fedfmd.build import build_dataset, own_sources, torch_device
 from fedfmd.cache import cache_dir
+from fedfmd.conv import is_dynamic
+from fedfmd.conv.native import is_compiled
 from fedfmd.engines.probe import versions
 from fedfmd.errors import SettingsError, need, one_line
 from fedfmd.flower_compat import CLUSTER_ADDRESS, worker_environment
@@ -63,10 +65,17 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a run's results depend on beside its settings: hashes of all code and of all images."""
+    """What a run's results depend on beside its settings.
+
+    Attributes:
+        code: hash of all code.
+        images: hash of all images.
+        compiled: whether kernels are mixed by code compiled for the processor.
+    """
 
     code: str
     images: str
+    compiled: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,7 +103,7 @@ class Machine:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Machine:
         """Return the machine that `fedfmd.engines.probe` tells of."""
-        return cls(**{**values, "facts": tuple(Facts(*pair) for pair in values.get("facts", ()))})
+        return cls(**{**values, "facts": tuple(Facts(*told) for told in values.get("facts", ()))})
 
 
 def cluster_address(given: str) -> str:
@@ -200,6 +209,13 @@ def faults_of(machine: Machine, runs: Sequence[Settings], here: Sequence[Facts])
                 f"{machine.name} has other images for data.dataset = {run.data.dataset!r}: copy this machine's files "
                 "to the same place"
             )
+        if there.compiled != own.compiled:
+            here_it, there_it = ("has", "has not") if own.compiled else ("has not", "has")
+            faults.append(
+                f"this machine {here_it} compiled the mixing of kernels, which changes the last digits, and "
+                f"{machine.name} {there_it}: run `fedfmd compile` on both, or set model.mixing to another way than "
+                "auto and native"
+            )
         if not machine.shares and (setting := keeps_states(run)):
             faults.append(
                 f"{machine.name} does not see this machine's {cache_dir()}, where with {setting} clients keep what "
@@ -223,7 +239,9 @@ def facts_of(settings: Settings) -> Facts:
     Raises:
         SettingsError: code or images can't be read.
     """
-    return Facts(code_digest(*own_sources(settings)), build_dataset(settings).fingerprint)
+    mixes = is_dynamic(settings.model.conv) and settings.model.mixing in ("auto", "native")
+    code, images = code_digest(*own_sources(settings)), build_dataset(settings).fingerprint
+    return Facts(code, images, compiled=mixes and is_compiled())
 
 
 def report(runs: Sequence[Mapping[str, Any]], marker: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +65,13 @@ def test_what_is_no_address_is_refused(monkeypatch, address):
     monkeypatch.setenv("RAY_ADDRESS", address)
     with pytest.raises(SettingsError, match=re.escape(f"RAY_ADDRESS = {address!r}: give HOST:PORT")):
         cluster_address("")
+
+
+def test_compiled_mixing_matters_where_kernels_are_mixed(tiny_settings, monkeypatch):
+    monkeypatch.setattr("fedfmd.engines.cluster.is_compiled", lambda: True)
+    assert facts_of(tiny_settings()).compiled
+    assert not facts_of(tiny_settings(**{"model.conv": "static"})).compiled
+    assert not facts_of(tiny_settings(**{"model.mixing": "grouped"})).compiled
 
 
 def test_where_nobody_listens_there_is_no_cluster(tiny_settings):
@@ -121,6 +129,8 @@ def test_a_machine_must_have_the_same_versions_code_and_images(tiny_settings):
     assert "has other source files of fedfmd: copy" in faults(machine(facts=(Facts("?", here.images),)), run)
     other = machine(facts=(Facts(here.code, "?"),))
     assert "has other images for data.dataset = 'digits': copy this machine's files" in faults(other, run)
+    other = machine(facts=(replace(here, compiled=not here.compiled),))
+    assert "compiled the mixing of kernels, which changes the last digits" in faults(other, run)
     assert faults(machine(fault="no such file"), run) == "box (10.0.0.2): no such file"
 
 
