@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from flwr.app import Context
-from torch import nn
+from torch import Tensor, nn
 
 from fedfmd.build import build_dataset, build_model, build_partition, build_streaming, torch_device
 from fedfmd.cache import cache_dir
@@ -19,6 +19,7 @@ from fedfmd.client.node_config import NodeConfig, own_dataset
 from fedfmd.client.state import discard_old
 from fedfmd.data import Dataset, ImageFormat, Images, hold_out_own
 from fedfmd.memory import keep_freed
+from fedfmd.protocol.state import WireState
 from fedfmd.seeds import derive_seed
 from fedfmd.settings import Settings
 
@@ -27,7 +28,7 @@ class _Thread(threading.local):
     """What each thread has of its own."""
 
     host: Host | None = None
-    model: nn.Module
+    state: WireState
 
 
 _thread = _Thread()
@@ -61,12 +62,19 @@ class Host:
     @property
     def model(self) -> nn.Module:
         """The calling thread's model, for all clients that it trains: nodes of one process are threads."""
+        return self._state.module
+
+    @property
+    def views(self) -> dict[str, Tensor]:
+        """The arrays of `model` by their names on the wire, as tensors that share its memory."""
+        return self._state.views()
+
+    @property
+    def _state(self) -> WireState:
         if _thread.host is not self:
-            _thread.host = self
-            _thread.model = build_model(self.settings, self.dataset.classes, self.dataset.image_size).to(
-                self.device
-            )
-        return _thread.model
+            model = build_model(self.settings, self.dataset.classes, self.dataset.image_size)
+            _thread.host, _thread.state = self, WireState(model.to(self.device))
+        return _thread.state
 
 
 def host_of(context: Context, images: ImageFormat | None) -> Host:

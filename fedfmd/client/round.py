@@ -18,7 +18,7 @@ from fedfmd.client.state import ClientState, ClientStates, states_of_run
 from fedfmd.conv import AttentionRecord, record_attention, set_temperature
 from fedfmd.data import Images
 from fedfmd.edge import PROBE_IMAGES
-from fedfmd.protocol.averaging import ExactMean, first_beyond, value_limit
+from fedfmd.protocol.averaging import ExactMean, fault_of
 from fedfmd.protocol.compression import ROUNDINGS, Upload, round_update
 from fedfmd.protocol.messages import (
     BY_ATTENTION,
@@ -29,7 +29,7 @@ from fedfmd.protocol.messages import (
     Reply,
 )
 from fedfmd.protocol.privacy import noise_generator, noised_update
-from fedfmd.protocol.state import Arrays, first_non_finite, load, parameter_names, trained_views
+from fedfmd.protocol.state import Arrays, fill, parameter_names, trained_views
 from fedfmd.seeds import derive_seed
 from fedfmd.training import TrainResult, evaluate, train
 from fedfmd.training.partial import Kernels, most_attended, rotated, trained_parameters
@@ -53,11 +53,12 @@ def run_assignments(host: Host, instruction: Instruction, arrays: Arrays) -> Rep
         ((result, upload),) = ran
         sent = {name: torch.as_tensor(a).clone().numpy(force=True) for name, a in upload.arrays.items()}
         return Reply(sent, (result,), dict.fromkeys(sent, result.images), dict(upload.scales))
+    rounded = host.settings.transport.upload in ROUNDINGS
     mean, results = ExactMean(arrays, images=len(host.dataset.train)), []
     for result, upload in ran:
         results.append(result)
         if result.ok:
-            mean.add(upload.restored(arrays), result.images)
+            mean.add(upload.restored(arrays) if rounded else upload.arrays, result.images)
     return Reply(mean.arrays(), tuple(results), mean.weights, rest=mean.rest())
 
 
@@ -81,7 +82,7 @@ def _score(
         images, model = host.tests_of(client), host.model
         if not len(images):
             return ClientScore(client)
-        load(model, arrays)
+        fill(host.views, arrays)
         tested = evaluate(model, images, host.dataset, device=host.device)
         score = ClientScore(client, tested.loss, tested.accuracy)
         own = _kept(host, instruction, client).own if algorithm.private(model) else {}
@@ -104,16 +105,14 @@ def _run_client(
         shard, model = host.images_of(client), host.model
         images, started = len(shard), time.perf_counter()  # data and model are made once per process
         kept = _kept(host, instruction, client)
-        load(model, arrays)
+        fill(host.views, arrays)
         set_temperature(model, instruction.temperature)
         local = LocalTraining(model, arrays, kept.own)
         with algorithm.training(local):
             trained, attention, kernels = _train(host, instruction, assignment, shard)
-        update = algorithm.update(local, trained_views(model, kernels), trained.steps)
-        if broken := first_non_finite(update):
-            reason = f"the update has NaN or infinite values in {broken}"
-        elif broken := first_beyond(update, arrays):
-            reason = f"the update has values beyond {value_limit(arrays[broken]):g} in {broken}"
+        update = algorithm.update(local, trained_views(host.views, kernels), trained.steps)
+        if fault := fault_of(update, arrays):
+            reason = f"the update has {fault}"
         else:
             update = _noised(host, instruction, client, update, arrays)
             upload, residual = _upload(host, update, arrays, kept.residual)

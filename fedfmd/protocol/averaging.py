@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from fedfmd.protocol.state import first_non_finite
 
 MARGIN = 10
 """Bits that a value which a client sends may have more than the largest one of the array that it was sent, or 1."""
@@ -27,6 +29,9 @@ These are biases, norms and statistics: few values, of which a running variance 
 
 LARGEST = 2.0**30
 """The largest value in such an array."""
+
+SMALL = 2**16
+"""Numbers in an array up to which it is looked at, and summed, together with others."""
 
 Values = Mapping[str, Tensor | np.ndarray]
 
@@ -78,12 +83,8 @@ class ExactMean:
 
     def __init__(self, start: Values, images: int) -> None:
         self.weights: dict[str, float] = {}
-        self._sums: dict[str, Tensor] = {}
-        self._dtypes = {name: torch.as_tensor(array).dtype for name, array in start.items()}
-        self._units = {
-            name: _units(torch.as_tensor(array), SUM_BITS - images.bit_length())
-            for name, array in start.items()
-        }
+        bits = SUM_BITS - images.bit_length()
+        self._packs = [_Pack(arrays, bits) for arrays in _packs_of(start)]
 
     def add(
         self, state: Values, weight: float | Mapping[str, float], rest: Values = MappingProxyType({})
@@ -92,43 +93,122 @@ class ExactMean:
 
         `weight` > 0 is the number of images behind the arrays, for all of them or by name.
         """
-        for name, array in state.items():
-            own = weight[name] if isinstance(weight, Mapping) else weight
-            value = torch.as_tensor(array).detach()
-            units = self._in_units(name, value, own)
-            if name in rest:
-                units += torch.as_tensor(rest[name], device=units.device)
-            self.weights[name] = self.weights.get(name, 0) + own
-            self._sums[name] = self._sums[name].add_(units) if name in self._sums else units
+        weights = weight if isinstance(weight, Mapping) else dict.fromkeys(state, weight)
+        for name in state:
+            self.weights[name] = self.weights.get(name, 0) + weights[name]
+        for pack in self._packs:
+            pack.add(state, weights, rest)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Return the mean of everything that was added."""
-        return {name: mean.numpy(force=True) for name, mean in self._means()}
+        return self._by_name(_Pack.means)
 
     def rest(self) -> dict[str, np.ndarray]:
         """Return what rounding the mean to its dtype leaves over of the sums, in units."""
-        rests = {}
-        for name, mean in self._means():
-            left = self._sums[name] - self._in_units(name, mean, self.weights[name])
-            narrow = len(self._units[name]) == 1 and mean.element_size() >= 4
-            rests[name] = (left.int() if narrow else left).numpy(force=True)
-        return rests
+        return self._by_name(_Pack.rests)
 
-    def _means(self) -> Iterator[tuple[str, Tensor]]:
-        for name, sums in self._sums.items():
-            parts = [part.double() / unit for part, unit in zip(sums, self._units[name], strict=True)]
-            mean = sum(parts[1:], parts[0]) / self.weights[name]
-            dtype = self._dtypes[name]
-            yield name, (mean if dtype.is_floating_point else mean.round()).to(dtype)
+    def _by_name(
+        self, of: Callable[[_Pack, Mapping[str, float]], Mapping[str, Tensor]]
+    ) -> dict[str, np.ndarray]:
+        found = {name: tensor for pack in self._packs for name, tensor in of(pack, self.weights).items()}
+        return {name: found[name].numpy(force=True) for name in self.weights}
 
-    def _in_units(self, name: str, value: Tensor, weight: float) -> Tensor:
-        """Return value × weight as whole numbers of each unit, the coarse ones first."""
-        left, units = value.double() * weight, self._units[name]
+
+class _Pack:
+    """The sums of arrays of one dtype that have the same units, one after another in a vector.
+
+    A network has a hundred small arrays, for which the calls take longer than the numbers.
+    """
+
+    def __init__(self, start: Mapping[str, Tensor], bits: int) -> None:
+        self._shapes = {name: array.shape for name, array in start.items()}
+        self._sizes = [array.numel() for array in start.values()]
+        self._dtype = next(iter(start.values())).dtype
+        self._units = [
+            self._spread(units) for units in zip(*(_units(a, bits) for a in start.values()), strict=True)
+        ]
+        self._sums: Tensor | None = None
+
+    def add(self, state: Values, weights: Mapping[str, float], rest: Values) -> None:
+        """Add those of the arrays that are there, each times its weight."""
+        there = self._shapes.keys() & state.keys()
+        if not there:
+            return
+        given = {name: torch.as_tensor(state[name]).detach() for name in self._shapes if name in there}
+        device = next(iter(given.values())).device
+        units = self._in_units(self._joined(given, (), device), {name: weights[name] for name in there})
+        if left := {name: torch.as_tensor(rest[name], device=device) for name in there & rest.keys()}:
+            units += self._joined(left, (len(self._units),), device)
+        self._sums = units if self._sums is None else self._sums.add_(units)
+
+    def means(self, weights: Mapping[str, float]) -> dict[str, Tensor]:
+        """Return the means of the arrays that were added, by the weight behind each."""
+        return {} if self._sums is None else self._split(self._mean(weights), weights)
+
+    def rests(self, weights: Mapping[str, float]) -> dict[str, Tensor]:
+        """Return what the means leave over of the sums."""
+        if self._sums is None:
+            return {}
+        left = self._sums - self._in_units(self._mean(weights), weights)
+        narrow = len(self._units) == 1 and self._dtype.itemsize >= 4
+        return self._split(left.int() if narrow else left, weights)
+
+    def _mean(self, weights: Mapping[str, float]) -> Tensor:
+        assert self._sums is not None
+        parts = [
+            part.double() / unit.to(part.device) for part, unit in zip(self._sums, self._units, strict=True)
+        ]
+        # what nobody added is 0, whatever it is divided by
+        mean = sum(parts[1:], parts[0]) / self._weights(weights, missing=1).to(parts[0].device)
+        return (mean if self._dtype.is_floating_point else mean.round()).to(self._dtype)
+
+    def _in_units(self, values: Tensor, weights: Mapping[str, float]) -> Tensor:
+        """Return value × weight as whole numbers of each unit, the coarse ones first: units × values."""
+        left = values.double() * self._weights(weights).to(values.device)
+        *coarse, last = (unit.to(values.device) for unit in self._units)
         whole = []
-        for unit in units[:-1]:
+        for unit in coarse:
             whole.append((left * unit).floor())
             left = left - whole[-1] / unit
-        return torch.stack([*whole, (left * units[-1]).round()]).long()
+        return torch.stack([*whole, (left * last).round()]).long()
+
+    def _weights(self, weights: Mapping[str, float], missing: float = 0) -> Tensor:
+        return self._spread([weights.get(name, missing) for name in self._shapes])
+
+    def _spread(self, numbers: Sequence[float]) -> Tensor:
+        """Return one number for each array as one for each value; a single one if they are all the same."""
+        values = torch.tensor(numbers, dtype=torch.float64)
+        alike = len(set(numbers)) == 1
+        return values[0] if alike else values.repeat_interleave(torch.tensor(self._sizes))
+
+    def _joined(self, arrays: Mapping[str, Tensor], leading: tuple[int, ...], device: torch.device) -> Tensor:
+        """Return the arrays one after another, zeros where there is none; they have these dimensions more."""
+        dtype = next(iter(arrays.values())).dtype
+        parts = [
+            arrays[name].reshape((*leading, -1))
+            if name in arrays
+            else torch.zeros(*leading, size, dtype=dtype, device=device)
+            for name, size in zip(self._shapes, self._sizes, strict=True)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+    def _split(self, vector: Tensor, weights: Mapping[str, float]) -> dict[str, Tensor]:
+        parts = vector.split(self._sizes, dim=-1)
+        return {
+            name: part.reshape((*part.shape[:-1], *shape))
+            for (name, shape), part in zip(self._shapes.items(), parts, strict=True)
+            if name in weights
+        }
+
+
+def _packs_of(start: Values) -> Iterable[dict[str, Tensor]]:
+    """Return arrays that have one dtype and equally many units, and large ones alone: joined, they are copied."""
+    packs: dict[object, dict[str, Tensor]] = {}
+    for name, array in start.items():
+        tensor = torch.as_tensor(array)
+        key = (tensor.dtype, _is_wide(tensor)) if tensor.numel() <= SMALL else name
+        packs.setdefault(key, {})[name] = tensor
+    return packs.values()
 
 
 def rest_shape(array: np.ndarray) -> tuple[int, ...]:
@@ -136,12 +216,18 @@ def rest_shape(array: np.ndarray) -> tuple[int, ...]:
     return (2 if _is_wide(array) else 1, *array.shape)
 
 
-def first_beyond(state: Values, start: Values) -> str | None:
-    """Return the name of the first array with a value beyond its `value_limit`."""
-    for name, array in state.items():
-        if is_beyond(_largest(torch.as_tensor(array)), start[name]):
-            return name
-    return None
+def fault_of(state: Values, start: Values) -> str:
+    """Return what keeps a state out of a mean: values that are no numbers, or beyond `value_limit`; "" if nothing."""
+    suspects: dict[str, Tensor] = {}
+    for arrays in _packs_of(state):
+        if not _largest(torch.cat([array.reshape(-1) for array in arrays.values()])) <= LEAST:  # NaN isn't
+            suspects |= arrays
+    if broken := first_non_finite(suspects):
+        return f"NaN or infinite values in {broken}"
+    for name, array in suspects.items():
+        if is_beyond(_largest(array), start[name]):
+            return f"values beyond {value_limit(start[name]):g} in {name}"
+    return ""
 
 
 def is_beyond(largest: float, start: Tensor | np.ndarray) -> bool:

@@ -25,19 +25,50 @@ def bank_of(name: str) -> tuple[str, int] | None:
     return (bank, int(place)) if bank.rpartition(".")[2] in BANKS else None
 
 
-def trained_views(module: nn.Module, kernels: Mapping[str, Collection[int]]) -> dict[str, Tensor]:
+def trained_views(views: Mapping[str, Tensor], kernels: Mapping[str, Collection[int]]) -> dict[str, Tensor]:
     """Return `wire_views` without the frozen kernels; `kernels` holds those trained, by layer."""
-    views = {}
-    for name, view in wire_views(module).items():
+    trained = {}
+    for name, view in views.items():
         kernel = bank_of(name)
         if kernel is None or kernel[1] in kernels[kernel[0].rpartition(".")[0]]:
-            views[name] = view
-    return views
+            trained[name] = view
+    return trained
 
 
 def wire_views(module: nn.Module) -> dict[str, Tensor]:
     """Return the module's state under its names on the wire, as tensors that share its memory."""
     return split_banks(module.state_dict(), bank_names(module))
+
+
+class WireState:
+    """`wire_views` of one module, time and again: where they lie is looked up once, as its parts don't change.
+
+    The tensors may: a buffer that the module replaces by another is found. A module that makes its state dict in a
+    way of its own is asked each time.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        state = module.state_dict()
+        owners = {
+            _child(parent, key): (owner, key)
+            for parent, owner in module.named_modules(remove_duplicate=False)
+            for named in (owner.named_parameters, owner.named_buffers)
+            for key, _ in named(recurse=False, remove_duplicate=False)
+        }
+        self.module, self._banks = module, bank_names(module)
+        self._places = {name: owners[name] for name in state} if state.keys() <= owners.keys() else None
+        found = {name: tensor.data_ptr() for name, tensor in self._state().items()}
+        if found != {name: tensor.data_ptr() for name, tensor in state.items()}:
+            self._places = None
+
+    def views(self) -> dict[str, Tensor]:
+        """Return the module's state under its names on the wire, as tensors that share its memory."""
+        return split_banks(self._state(), self._banks)
+
+    def _state(self) -> Mapping[str, Tensor]:
+        if self._places is None:
+            return self.module.state_dict()
+        return {name: getattr(owner, key).detach() for name, (owner, key) in self._places.items()}
 
 
 def split_banks(tensors: Mapping[str, Tensor], banks: Collection[str]) -> dict[str, Tensor]:
@@ -94,7 +125,15 @@ def load(module: nn.Module, arrays: Mapping[str, np.ndarray]) -> None:
     Raises:
         ValueError: names or shapes differ from the module's.
     """
-    views = wire_views(module)
+    fill(wire_views(module), arrays)
+
+
+def fill(views: Mapping[str, Tensor], arrays: Mapping[str, np.ndarray]) -> None:
+    """Copy arrays into a module's `wire_views`.
+
+    Raises:
+        ValueError: names or shapes differ from theirs.
+    """
     check_layout(arrays, {name: tuple(view.shape) for name, view in views.items()})
     with torch.no_grad():
         for name, view in views.items():

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from fedfmd.protocol.averaging import ExactMean, WeightedMean, first_beyond, value_limit
+from fedfmd.protocol.averaging import SMALL, ExactMean, WeightedMean, fault_of, value_limit
 
 
 def mean_of(*states_and_weights):
@@ -187,6 +187,43 @@ def test_values_have_room_to_grow_a_thousandfold_and_those_of_norms_any(largest,
     for shape, room in ((1, 2), limit), ((2,), 2.0**30):
         start = {"w": np.array([0, largest], np.float32).reshape(shape)}
         assert value_limit(start["w"]) == room
-        assert first_beyond({"w": np.array([-room, room])}, start) is None
-        assert first_beyond({"w": np.array([0, -2 * room])}, start) == "w"
+        assert fault_of({"w": np.array([-room, room])}, start) == ""
+        assert fault_of({"w": np.array([0, -2 * room])}, start) == f"values beyond {room:g} in w"
     assert value_limit(np.array([[]])) == 2048
+
+
+def test_a_fault_is_found_among_small_arrays_looked_at_together_and_large_ones():
+    sizes = {"a": 3, "bias": 5, "large": SMALL + 1, "b": 4}
+    start = {
+        name: np.zeros((1, size) if name != "bias" else size, np.float32) for name, size in sizes.items()
+    }
+    start["count"] = np.int64(5000)
+    assert fault_of(start, start) == ""
+    for name in sizes:
+        for value, fault in (
+            (np.nan, "NaN or infinite values"),
+            (-np.inf, "NaN or infinite values"),
+            (2e9, "values"),
+        ):
+            broken = start | {name: start[name].copy()}
+            broken[name][..., -1] = value
+            assert fault_of(broken, start).startswith(fault)
+            assert fault_of(broken, start).endswith(f" in {name}")
+
+
+def test_a_mean_takes_as_many_steps_for_a_hundred_small_arrays_as_for_two():
+    """What a client costs beside its training: calls for each array would be a good part of a small network's step."""
+
+    def steps(count):
+        arrays = {f"w{n}": np.ones((2, 3), np.float32) for n in range(count)} | {
+            "bias": np.ones(4, np.float32)
+        }
+        mean = ExactMean(arrays, 100)
+        with torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True
+        ) as profiled:
+            mean.add(arrays, 3)
+        counts = {event.key: event.count for event in profiled.key_averages()}
+        return counts["aten::mul"], counts["aten::round"]
+
+    assert steps(100) == steps(2)
