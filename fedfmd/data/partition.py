@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from flwr_datasets.partitioner import Partitioner
 
 DRAWS = 100
+
+HOPELESS = 50
+"""Clients with too few images, of whom there are so many in one draw that no other will have none."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,41 +193,59 @@ def _make(labels: np.ndarray, split: Split) -> Partition:
     if is_own(split.scheme):
         return Partition(split.scheme, split.seed, own_split(split, labels))
     need(f"partition.scheme = '{split.scheme}'", "flwr_datasets")
-    import datasets
 
     rng = np.random.default_rng(split.seed)
     order = rng.permutation(len(labels))
-    # as arrow, because the other formats make a Python object of every label
-    table = datasets.Dataset.from_dict({"index": order, "label": labels[order]}).with_format("arrow")
-    scheme = PARTITIONS[split.scheme]
+    table = _table(labels[order])
+    scheme, draws = PARTITIONS[split.scheme], 0
     for draw_seed in rng.integers(2**32, size=DRAWS).tolist():
-        indices = _draw(scheme.partitioner(split, draw_seed), table)
+        indices, draws = _draw(scheme.partitioner(split, draw_seed), table, order), draws + 1
         if _is_complete(indices, split):
             return Partition(split.scheme, split.seed, indices, split.parameters)
+        if sum(len(own) < split.min_images for own in indices) >= HOPELESS:
+            break
     if scheme.last_resort and _is_complete(indices := scheme.last_resort(split, labels, split.seed), split):
         return Partition(split.scheme, split.seed, indices, split.parameters)
     parameters = "".join(
         f"partition.{name.replace('_', '-')} = {v}, " for name, v in split.parameters.items()
     )
+    drawn = f"each of {draws} draws" if draws > 1 else "a draw"
     raise ValueError(
-        f"{parameters}partition.clients = {split.clients}, partition.min-images = {split.min_images}: each "
-        f"of {DRAWS} draws over {split.images} images {scheme.failure}"
+        f"{parameters}partition.clients = {split.clients}, partition.min-images = {split.min_images}: {drawn} over "
+        f"{split.images} images {scheme.failure}"
     )
 
 
-def _draw(partitioner: Partitioner, table: datasets.Dataset) -> tuple[np.ndarray, ...]:
-    """Return the clients' image indices, or nothing where the partitioner warns or fails."""
+def _table(labels: np.ndarray) -> datasets.Dataset:
+    """Return these labels as a partitioner wants them, in a table of which a part is the places of its rows.
+
+    Thousands of parts that are tables too would take seconds.
+    """
+    import datasets
+
+    class Table(datasets.Dataset):  # type: ignore[misc]  # without types
+        def select(self, indices: Iterable[int], *_: object, **__: object) -> np.ndarray:
+            return np.asarray(indices, dtype=np.int64)
+
+    # as arrow, because the other formats make a Python object of every label
+    return Table.from_dict({"label": labels}).with_format("arrow")
+
+
+def _draw(partitioner: Partitioner, table: datasets.Dataset, order: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Return the clients' image indices, or nothing where the partitioner warns or fails.
+
+    `order` holds the index of the image in each row of the table.
+    """
     partitioner.dataset = table
     with warnings.catch_warnings():
-        # It warns before it draws again (up to 10 times), when it leaves a class out, and when a tiny alpha
-        # makes a proportion 0/0. Each of them is a failed draw here.
+        # It warns when it leaves a class out, and when a tiny alpha makes a proportion 0/0. Each is a failed draw here.
         warnings.simplefilter("error", UserWarning)
         warnings.simplefilter("error", RuntimeWarning)
         try:
             clients = range(partitioner.num_partitions)
         except (ValueError, UserWarning, RuntimeWarning):
             return ()
-    return tuple(np.sort(partitioner.load_partition(c)["index"].to_numpy()) for c in clients)
+    return tuple(np.sort(order[partitioner.load_partition(client)]) for client in clients)
 
 
 def _is_complete(indices: Sequence[np.ndarray], split: Split) -> bool:

@@ -110,7 +110,7 @@ def _dirichlet(split: Split, seed: int) -> Partitioner:
         split.clients,
         "label",
         alpha=float(split.alpha),
-        min_partition_size=split.min_images,
+        min_partition_size=0,  # who has too few is counted by the caller, who draws again
         self_balancing=True,
         shuffle=False,
         seed=seed,

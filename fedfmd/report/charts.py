@@ -43,6 +43,7 @@ from bokeh.plotting import figure
 from bokeh.resources import Resources
 
 from fedfmd.cost import pareto_front
+from fedfmd.data.plot import MAX_CLIENTS, clients_by_images
 from fedfmd.report.costs import Ranking, Row, mean_curve
 from fedfmd.report.plots import MARKERS, Series
 from fedfmd.report.statistics import Estimate, client_accuracies
@@ -233,35 +234,58 @@ def clients_chart(series: Sequence[Series], column: str) -> figure:
 
 
 def split_chart(label_counts: np.ndarray) -> figure:
-    """Draw images per client (down) and class (across); nothing is none. By the square root, to tell few from fewer."""
-    clients, classes = label_counts.shape
-    plot = _figure(min(560, 90 + 14 * clients), "class", "client")
+    """Draw images per client (down) and class (across); of many clients, how many have so many images (down)."""
+    clients = len(label_counts)
+    if clients <= MAX_CLIENTS:
+        plot = _figure(min(560, 90 + 14 * clients), "class", "client")
+        _grid(plot, label_counts, "images", [("client", "$y{0}"), ("class", "$x{0}"), ("images", "@counts")])
+        plot.y_range = Range1d(clients - 0.5, -0.5)
+        return plot
+    counts, step = clients_by_images(label_counts)
+    plot = _figure(320, "class", "images of the class")
+    images = f"$y{{0}} ± {step / 2:g}" if step > 1 else "$y{0}"
+    _grid(
+        plot, counts, "clients", [("images", images), ("class", "$x{0}"), ("clients", "@counts")], height=step
+    )
+    return plot
+
+
+def _grid(
+    plot: figure, counts: np.ndarray, what: str, told: Sequence[tuple[str, str]], height: int = 1
+) -> None:
+    """Draw numbers as colours, a row `height` high; nothing is none. By the square root, to tell few from fewer."""
+    rows, classes = counts.shape
     plot.x_range = Range1d(-0.5, classes - 0.5)
-    plot.y_range = Range1d(clients - 0.5, -0.5)
+    plot.y_range = Range1d(-0.5, height * rows - 0.5)
     plot.grid.visible = False
     for axis in (plot.xaxis, plot.yaxis):
         axis.ticker.min_interval = 1
-    roots = np.sqrt(np.where(label_counts, label_counts, np.nan)).astype(np.float32)
-    most = int(label_counts.max())
+    roots = np.sqrt(np.where(counts, counts, np.nan)).astype(np.float32)
+    most = int(counts.max())
     colours = LinearColorMapper(palette=Cividis256[::-1], low=0, high=most**0.5, nan_color="#00000000")
     ticks = {count**0.5: str(count) for count in (1, most // 4, most)}
-    bar = ColorBar(color_mapper=colours, width=10, title="images", background_fill_alpha=0)
+    bar = ColorBar(color_mapper=colours, width=10, title=what, background_fill_alpha=0)
     bar.update(ticker=FixedTicker(ticks=list(ticks)), major_label_overrides=ticks)
     plot.add_layout(bar, "right")
-    data = ColumnDataSource({"roots": [roots], "counts": [label_counts.astype(np.int32)]})
-    image = Image(image="roots", x=-0.5, y=-0.5, dw=classes, dh=clients, color_mapper=colours, tags=[""])
-    told = [("client", "$y{0}"), ("class", "$x{0}"), ("images", "@counts")]
+    data = ColumnDataSource({"roots": [roots], "counts": [counts.astype(np.int32)]})
+    image = Image(
+        image="roots", x=-0.5, y=-0.5, dw=classes, dh=height * rows, color_mapper=colours, tags=[""]
+    )
     _hover(plot, [plot.add_glyph(data, image)], told)
-    return plot
 
 
 def timeline_chart(rows: Sequence[ClientRow], deadline_s: float) -> figure:
     """Draw one round of the fleet: when each client downloads, computes and uploads, the slowest first.
 
     A deadline of 0 is none. Clients whose update wasn't used have their status in red; bars that go on far
-    beyond the deadline are cut at 2.5 times it.
+    beyond the deadline are cut at 2.5 times it. Of more than `MAX_CLIENTS` so many are drawn, from the fastest to the
+    slowest at even steps.
     """
     ordered = sorted(rows, key=lambda row: row.total_s)
+    if len(ordered) > MAX_CLIENTS:
+        ordered = [
+            ordered[place] for place in np.linspace(0, len(ordered) - 1, MAX_CLIENTS).round().astype(int)
+        ]
     height = min(640, 80 + 17 * len(ordered))
     plot = _figure(height, "virtual time since the start of the round (s)", "client")
     plot.y_range = Range1d(-0.6, len(ordered) - 0.4)

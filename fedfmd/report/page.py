@@ -17,6 +17,7 @@ from bokeh.plotting import figure
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from fedfmd.data.plot import MAX_CLIENTS
 from fedfmd.report.charts import (
     CLIENTS,
     clients_chart,
@@ -32,7 +33,7 @@ from fedfmd.report.costs import Ranking, Row, accuracy_percent, rank
 from fedfmd.report.packed import reported_clients
 from fedfmd.report.plots import Facet, Series, make_facets
 from fedfmd.report.record import PATHS, Run
-from fedfmd.report.sheets import Sheet, make_sheets, ranked_sheet, rows_sheet, runs_sheet
+from fedfmd.report.sheets import Sheet, devices_sheet, make_sheets, ranked_sheet, rows_sheet, runs_sheet
 from fedfmd.report.statistics import Group, Summary, summarise
 from fedfmd.report.wording import WORDINGS, Axis, Wording
 from fedfmd.settings import Settings
@@ -138,10 +139,14 @@ def render_run(run: Run, home: str = "", library_file: str = "") -> str:
         )
     ]
     if clients := {row.client: row for row in reported_clients(run)}:
+        lasts = [clients[client] for client in sorted(clients)]
         caption = "The last row of each in clients.csv: of the last round, or of the last with an accuracy."
-        sheets.append(
-            rows_sheet("Clients", caption, [clients[client] for client in sorted(clients)], "client")
-        )
+        if len(lasts) > MAX_CLIENTS:
+            sheets.append(
+                devices_sheet(f"{caption} Means over the {len(lasts):,} clients, by device.", lasts)
+            )
+        else:
+            sheets.append(rows_sheet("Clients", caption, lasts, "client"))
     return _render(
         "run.html",
         _title(run),
@@ -289,7 +294,9 @@ def _label_splits(runs: Sequence[Run]) -> Section:
             scheme = run.settings.partition.scheme
             parts = ("" if scheme in run.task else scheme, run.task, f"seed {run.seed}")
             title = f"Images per client and class: {', '.join(filter(None, parts))}"
-            shown[run.task] = Picture(title, "", split_chart(run.label_counts))
+            many = len(run.label_counts) > MAX_CLIENTS
+            caption = "How many of the clients have so many images of a class." if many else ""
+            shown[run.task] = Picture(title, caption, split_chart(run.label_counts))
     return Section(
         "split", "Label split", "Training images of each class that each client has.", list(shown.values())
     )
@@ -302,7 +309,11 @@ def _timelines(groups: Sequence[Group]) -> Section:
         last = [row for row in run.clients if row.round == run.rounds[-1].round]
         if last:
             title = f"Time line of round {last[0].round}: {group.label}, seed {run.seed}"
-            pictures.append(Picture(title, PHASES_TOLD, timeline_chart(last, run.settings.budget.deadline_s)))
+            some = (
+                f" {MAX_CLIENTS} of {len(last):,} clients, at even steps." if len(last) > MAX_CLIENTS else ""
+            )
+            chart = timeline_chart(last, run.settings.budget.deadline_s)
+            pictures.append(Picture(title, f"{PHASES_TOLD}{some}", chart))
     return Section(
         "timeline",
         "Time line of a round",

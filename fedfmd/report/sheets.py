@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from statistics import fmean
 from types import MappingProxyType
 from typing import Any
 
@@ -194,6 +195,41 @@ def rows_sheet(
     columns.sort(key=lambda name: name != first)
     return Sheet(
         title, caption, tuple(columns), tuple(tuple(_raw(line[name]) for name in columns) for line in lines)
+    )
+
+
+def devices_sheet(caption: str, rows: Sequence[ClientRow]) -> Sheet:
+    """Return a line for each kind of device: its clients, by status, and the means of their rows' numbers."""
+    kinds: dict[str, list[ClientRow]] = {}
+    for row in rows:
+        kinds.setdefault(row.device, []).append(row)
+    statuses = [
+        status for status in ("ok", "late", "failed", "unfit") if any(r.status == status for r in rows)
+    ]
+
+    def mean(own: Sequence[ClientRow], name: str) -> float | None:
+        values = [value for row in own if (value := getattr(row, name)) is not None]
+        return fmean(values) if values else None
+
+    means = [
+        field.name
+        for field in fields(ClientRow)
+        if field.name not in ("round", "client", "node")
+        and any(isinstance(getattr(row, field.name), int | float) for row in rows)
+    ]
+    return Sheet(
+        "Clients by device",
+        caption,
+        ("device", "clients", *statuses, *means),
+        tuple(
+            (
+                device,
+                _raw(len(own)),
+                *(_raw(sum(row.status == status for row in own)) for status in statuses),
+                *(_raw(mean(own, name)) for name in means),
+            )
+            for device, own in sorted(kinds.items())
+        ),
     )
 
 

@@ -1,6 +1,7 @@
 import subprocess
 import sys
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -56,6 +57,28 @@ def test_a_draw_that_leaves_a_client_one_image_short_does_not_count():
     ]
     with pytest.raises(ValueError, match=r"partition\.min-images = 3"):
         make_partition(labels, "pathological", 2, classes_per_client=1, min_images=3)
+
+
+@pytest.mark.parametrize("scheme", PARTITIONS)
+def test_a_thousand_clients_make_no_tables(scheme, monkeypatch):
+    """A part of a table is a table, and takes half a millisecond."""
+    labels = np.arange(50_000) % 10
+    made, init = [], datasets.Dataset.__init__
+    monkeypatch.setattr(
+        datasets.Dataset, "__init__", lambda *args, **kwargs: made.append(1) or init(*args, **kwargs)
+    )
+    assert len(make_partition(labels, scheme, 1000, alpha=10.0).indices) == 1000
+    assert len(made) < 5
+
+
+def test_draws_end_where_none_can_do(monkeypatch):
+    draws, draw = [], partition_module._draw
+    monkeypatch.setattr(partition_module, "_draw", lambda *args: draws.append(1) or draw(*args))
+    with pytest.raises(
+        ValueError, match="a draw over 2000 images left some client with too few images: raise"
+    ):
+        make_partition(np.arange(2000) % 10, "dirichlet", 1000, alpha=0.1)
+    assert len(draws) == 1
 
 
 @pytest.mark.parametrize("scheme", PARTITIONS)

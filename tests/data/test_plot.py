@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from fedfmd.data import plot_partition
+from fedfmd.data.plot import clients_by_images
 
 
 def counts(clients, classes):
@@ -15,7 +16,7 @@ def draw(figure):
     return figure
 
 
-@pytest.mark.parametrize(("clients", "classes"), [(1, 2), (5, 20), (60, 21), (61, 20), (500, 100)])
+@pytest.mark.parametrize(("clients", "classes"), [(1, 2), (5, 20), (60, 21), (61, 20), (101, 3), (500, 100)])
 def test_any_size_can_be_drawn(clients, classes):
     figure = draw(plot_partition(counts(clients, classes), [f"c{c}" for c in range(classes)], "dirichlet"))
     total = counts(clients, classes).sum()
@@ -49,3 +50,24 @@ def test_beyond_sixty_clients_a_heat_map_shows_classes_by_clients():
     assert np.array_equal(heat.images[0].get_array().filled(0), label_counts.T)
     assert [tick.get_text() for tick in heat.get_yticklabels()] == ["cat", "dog", "cow"]
     assert sizes.get_ylim()[1] >= label_counts.sum(1).max()
+
+
+def test_many_clients_are_counted_by_their_images_of_each_class():
+    label_counts = np.array([[0, 2], [1, 2], [0, 0]])
+    clients, step = clients_by_images(label_counts)
+    assert (clients.tolist(), step) == ([[2, 1], [1, 0], [0, 2]], 1)
+    clients, step = clients_by_images(np.array([[0, 100], [7, 41], [40, 3]]))
+    assert step == 3
+    assert clients.sum(0).tolist() == [3, 3]
+    assert [np.flatnonzero(own).tolist() for own in clients.T] == [[0, 2, 13], [1, 13, 33]]
+
+
+@pytest.mark.parametrize("clients", [101, 10_000])
+def test_beyond_a_hundred_clients_a_picture_has_as_many_points_as_of_fewer(clients):
+    label_counts = counts(clients, 3)
+    sizes, heat, _ = plot_partition(label_counts, ["cat", "dog", "cow"]).axes
+    assert len(sizes.patches) <= 40
+    assert sum(bar.get_height() for bar in sizes.patches) == clients
+    picture = heat.images[0].get_array().filled(0)
+    assert picture.shape == (3, 30)
+    assert picture[0, 7] == (label_counts[:, 0] == 7).sum()

@@ -115,6 +115,21 @@ def test_the_split_has_counts_and_leaves_absent_classes_empty():
     np.testing.assert_array_equal(image.data_source.data["counts"][0], [[4, 0], [1, 9]])
 
 
+def test_of_many_clients_the_split_shows_how_many_have_so_many_images():
+    label_counts = np.repeat([[0, 2], [1, 2]], [150, 50], axis=0)
+    (image,) = drawn(split_chart(label_counts), "Image")
+    np.testing.assert_array_equal(image.data_source.data["counts"][0], [[150, 0], [50, 0], [0, 200]])
+    assert (image.glyph.dw, image.glyph.dh) == (2, 3)
+
+
+def test_of_many_clients_a_time_line_shows_some_from_the_fastest_to_the_slowest(make_run):
+    (row,) = make_run([0.5], clients=(0.5,)).clients
+    rows = [replace(row, client=client, total_s=float(client)) for client in range(10_000)]
+    (down, *_) = drawn(timeline_chart(rows[::-1], deadline_s=0), "HBar")
+    clients = column(down, "client")
+    assert (len(clients), clients[0], clients[1], clients[-1]) == (100, 0, 101, 9999)
+
+
 def test_a_time_line_shows_phases_deadline_and_who_was_late(make_run):
     ok, late = make_run([0.5], clients=(0.5, 0.5)).clients
     late = replace(late, status="late", compute_s=97.0, total_s=100.0)

@@ -5,6 +5,7 @@ from dataclasses import replace
 from html import escape
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 
 from fedfmd.report.comparison import read_comparison
@@ -193,6 +194,30 @@ def test_the_page_of_a_run_has_its_settings_rows_clients_split_and_time_line(run
         *(["round", "virtual_s"], ["1", "10"], ["2", "20"]),
         *(["client", "round"], ["0", "2"], ["1", "2"]),
     ]
+
+
+def test_the_page_of_a_run_stays_as_large_with_many_clients(finished_runs):
+    (run, *_) = read_comparison([finished_runs]).runs
+    (row, *_) = run.clients
+
+    def page(clients):
+        rows = [
+            replace(row, client=client, round=2, device=f"device-{client % 3}", total_s=7.5 + client % 90)
+            for client in range(clients)
+        ]
+        return render_run(replace(run, clients=tuple(rows), label_counts=np.full((clients, 2), 3)))
+
+    few, many = page(150), page(10_000)
+    assert len(many) < 1.02 * len(few)
+    assert Page(many).headings == ["Rounds", "Clients by device"]
+    header, *lines = [line for line in Page(many).tables[""] if len(line) > 10][-4:]
+    assert header[:3] == ["device", "clients", "ok"]
+    assert [line[:2] for line in lines] == [
+        ["device-0", "3,334"],
+        ["device-1", "3,333"],
+        ["device-2", "3,333"],
+    ]
+    assert "100 of 10,000 clients, at even steps" in many
 
 
 def test_the_page_of_an_unfinished_run_says_so(write_run):
