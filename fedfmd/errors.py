@@ -12,6 +12,7 @@ EXTRAS = {
     "scipy": "report",
     "pandas": "report",
     "flwr_datasets": "server",
+    "pyarrow": "server",
     "sklearn": "server",
     "onnx": "export",
     "onnxscript": "export",

@@ -41,7 +41,7 @@ def open_run_folder(settings: Settings) -> Iterator[RunFolder]:
     """
     with ExitStack() as stack:
         try:
-            folder = RunFolder(run_path(settings))
+            folder = RunFolder(run_path(settings), settings.clients_in_columns)
             stack.enter_context(folder.held())
             _check(settings, folder.path)  # again: a run may have begun and ended here meanwhile
         except ValueError as error:

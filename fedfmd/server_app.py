@@ -10,7 +10,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedfmd.build import Federation, build_federation
 from fedfmd.data import save_partition
-from fedfmd.errors import SettingsError
+from fedfmd.errors import SettingsError, need
 from fedfmd.run_folder import open_run_folder, run_path
 from fedfmd.settings import Settings
 from fedfmd.tracking import find_callbacks
@@ -53,5 +53,7 @@ def prepare(settings: Settings) -> Federation:
         raise SettingsError(f"kind = {settings.kind!r} is not for Flower: use `fedfmd run FILE.yaml`")
     find_strategy(settings)
     find_callbacks(settings)
+    if settings.clients_in_columns:
+        need(f"server.csv-rows = {settings.server.csv_rows}, as this run has more,", "pyarrow")
     run_path(settings)
     return build_federation(settings)

@@ -415,6 +415,10 @@ class ServerSettings(_Section):
     """What ends the run early, the first that is met: accuracy=0.95 (on validation images, on test images without
     any), seconds=600 (virtual ones; of training if centralised), mb=100 (up and down), joules=5000; one or several.
     """
+    csv_rows: Annotated[int, Field(ge=0)] = 100_000
+    """Rows of clients (rounds × clients of a round) up to which a run writes them to clients.csv; more go to
+    clients.parquet, a folder with a file for each round.
+    """
 
 
 class FleetSettings(_Section):
@@ -510,7 +514,7 @@ class Settings(_Section):
     NEUTRAL: ClassVar = frozenset(
         {
             *("run-dir", "resume", "threads", "server.node-timeout-s", "server.round-timeout-s"),
-            *("tracking.loggers", "tracking.project", "data.workers", "train.checkpoint-s"),
+            *("tracking.loggers", "tracking.project", "data.workers", "train.checkpoint-s", "server.csv-rows"),
         }
     )
     """Settings that a run's results don't depend on."""
@@ -519,6 +523,7 @@ class Settings(_Section):
         {
             *("model.options", "model.init", "model.pretrained"),
             *("server.max-update-norm", "server.max-update-ratio", "server.stop-at", "partition.test-share"),
+            "server.csv-rows",
             *("train.optimiser", "train.loss", "train.label-smoothing", "train.clip-norm", "train.lr-warmup"),
             *("privacy.clip-norm", "privacy.noise-multiplier", "privacy.mode", "privacy.delta"),
             *("data.streaming", "data.memory-gb", "data.workers", "train.checkpoint-s"),
@@ -583,6 +588,12 @@ class Settings(_Section):
     def clients_per_round(self) -> int:
         """How many clients a round is to have: ``server.clients-per-round``, or all."""
         return self.server.clients_per_round or self.partition.clients
+
+    @property
+    def clients_in_columns(self) -> bool:
+        """Whether there will be more rows of clients than ``server.csv-rows``."""
+        asked = self.server.rounds * self.clients_per_round * self.budget.over_select
+        return asked > self.server.csv_rows
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Settings:

@@ -1,9 +1,8 @@
 """Whole runs on tiny digits, in this process: what they leave in their folders."""
 
-import csv
 import math
 import shutil
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ from fedfmd.engines.inline import InlineGrid, run_inline
 from fedfmd.errors import RunError
 from fedfmd.protocol.messages import ClientResult, from_record
 from fedfmd.protocol.state import pack
-from fedfmd.runs import WALL_COLUMNS, RunFolder, latest_checkpoint, read_clients, read_rounds
+from fedfmd.runs import WALL_COLUMNS, RunFolder, clients_of, latest_checkpoint, read_clients, read_rounds
 from fedfmd.server_app import app as server_app
 from strategies import STRATEGIES, make_strategy
 
@@ -54,14 +53,12 @@ def run(tiny_settings, tmp_path):
 
 
 def rows_of(folder):
-    """The rows of both files but for the time that real machines needed."""
-    tables = []
-    for name in ("rounds.csv", "clients.csv"):
-        with (folder / name).open(encoding="utf-8", newline="") as file:
-            tables.append(
-                [{key: row[key] for key in row.keys() - WALL_COLUMNS} for row in csv.DictReader(file)]
-            )
-    return tables
+    """The rows of rounds and clients but for the time that real machines needed."""
+    tables = read_rounds(folder / "rounds.csv"), clients_of(folder)
+    return [
+        [{key: value for key, value in asdict(row).items() if key not in WALL_COLUMNS} for row in rows]
+        for rows in tables
+    ]
 
 
 def same_arrays(folder, other):
@@ -106,8 +103,9 @@ def test_a_run_leaves_its_results_and_they_are_the_same_each_time(run):
             "server.clients-per-round": 3,
             "data.validation": 0.1,
         },
+        {"server.csv-rows": 7},
     ],
-    ids=["all kernels", "unreliable fleet", "fedadam", "fedbuff"],
+    ids=["all kernels", "unreliable fleet", "fedadam", "fedbuff", "columns"],
 )
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(run, monkeypatch, changes):
     save = strategies.tracked.save_checkpoint
@@ -125,6 +123,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(run, monkeypatch, changes):
     assert "going on after round 1" in (stopped / "log.txt").read_text(encoding="utf-8")
     assert rows_of(stopped) == rows_of(whole)
     assert same_arrays(stopped, whole)
+    assert (stopped / "clients.parquet").exists() == ("server.csv-rows" in changes)
 
 
 @pytest.mark.parametrize(

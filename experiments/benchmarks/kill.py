@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pyarrow.parquet
 import yaml
 from rich.console import Console
 from rich.table import Table
@@ -55,6 +56,7 @@ class Case:
 CASES = {
     "fedadam+kernels": Case({"server.strategy": "fedadam", "budget.policy": "kernels", "budget.kernels": 1}),
     "int8": Case({"transport.upload": "int8"}),
+    "columns": Case({"server.csv-rows": 0}),
     "fedbuff": Case({"server.strategy": "fedbuff", "server.buffer": 2, "server.clients-per-round": 3}),
     "fedbn": Case({"server.strategy": "fedbn", "model.norm": "batch"}),
     "matrix": Case(matrix={"model.conv": ["static", "fmdconv"], "seed": [0, 1]}),
@@ -171,6 +173,9 @@ def _content(path: Path) -> object:
                 {name: cell for name, cell in row.items() if name not in WALL_COLUMNS}
                 for row in csv.DictReader(file)
             ]
+    if path.suffix == ".parquet":
+        table = pyarrow.parquet.read_table(path)
+        return table.drop_columns([name for name in table.column_names if name in WALL_COLUMNS]).to_pylist()
     if (
         path.suffix == ".json" and path.parent.name == "checkpoints"
     ):  # with digests of rows that tell the time

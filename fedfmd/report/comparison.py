@@ -18,7 +18,7 @@ from fedfmd.own_code import is_own
 from fedfmd.report.packed import MANIFEST, read_packed
 from fedfmd.report.record import Run
 from fedfmd.report.selection import Choice, Selection, choose, stored_selection
-from fedfmd.runs import EpochRow, RoundRow, read_clients, read_environment, read_epochs, read_rounds
+from fedfmd.runs import EpochRow, RoundRow, clients_of, read_environment, read_epochs, read_rounds
 from fedfmd.settings import DataSettings, Settings, read_yaml
 
 TASK = ("data.", "partition.")
@@ -110,7 +110,7 @@ def _read(folder: Path) -> Run:
         rounds = _rows(read_rounds, folder / "rounds.csv")
     else:
         rounds = _rows(read_epochs, folder / "epochs.csv")
-    clients = _rows(read_clients, folder / "clients.csv")
+    clients = _rows(clients_of, folder)
     split = folder / "partition.npz"
     try:
         counts = read_npz(split, "label_counts")[0] if split.exists() else None

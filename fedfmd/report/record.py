@@ -28,8 +28,8 @@ class Run:
         folder: where it lies; of a packed run, where it would lie below the folder that it is packed in.
         settings: all of them.
         rounds: rows of rounds.csv, or of epochs.csv.
-        clients: rows of clients.csv, of these rounds; none if there is no such file. Of a packed run, those of
-            the last round and the last one of each client with an accuracy, of each of `CLIENT_ACCURACIES`.
+        clients: rows of clients.csv or clients.parquet, of these rounds; none if there are neither. Of a packed run,
+            those of the last round and the last one of each client with an accuracy, of each of `CLIENT_ACCURACIES`.
         label_counts: images, clients x classes; None if there is no partition.npz.
         environment: environment.json; empty if there is none.
         cost: what the network costs for one image; None if its data set is not on this machine (or wasn't where it was

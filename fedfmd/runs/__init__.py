@@ -15,7 +15,7 @@ from fedfmd.runs.checkpoint import (
 )
 from fedfmd.runs.digests import Digest
 from fedfmd.runs.files import atomic_write, save_tensors
-from fedfmd.runs.folder import CHECKPOINTS, RunFolder, environment, read_environment
+from fedfmd.runs.folder import CHECKPOINTS, RunFolder, clients_of, environment, read_environment
 from fedfmd.runs.provenance import code_digest
 from fedfmd.runs.rows import (
     CLIENT_COLUMNS,
@@ -54,6 +54,7 @@ __all__ = [
     "RunFolder",
     "atomic_write",
     "check_format",
+    "clients_of",
     "code_digest",
     "csv_text",
     "environment",

@@ -19,6 +19,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from fedfmd.conv.native import is_compiled
+from fedfmd.runs import columns
 from fedfmd.runs.files import append, atomic_write
 from fedfmd.runs.provenance import code_digest
 from fedfmd.runs.rows import (
@@ -30,11 +31,13 @@ from fedfmd.runs.rows import (
     RoundRow,
     Row,
     csv_text,
+    read_clients,
     whole_lines,
 )
 from fedfmd.version import __version__
 
 CHECKPOINTS = "checkpoints"
+CLIENTS, CLIENT_PARTS = "clients.csv", "clients.parquet"
 _LIBRARIES = ("flwr", "numpy", "torch", "torchvision")
 
 Listener = Callable[[RoundRow | EpochRow, Sequence[ClientRow]], None]
@@ -48,16 +51,20 @@ class RunFolder:
     leaves at most a tail that `truncate_after` removes. Centralised training has `epochs.csv` instead, and may have
     checkpoints of an `unfinished` epoch, which are numbered by the steps so far.
 
+    The rows of clients are added to `clients.csv`, or where `in_columns` to `clients.parquet` (`fedfmd.runs.columns`).
+
     Raises:
         ValueError: the folder can't be made; the text names `run-dir`.
     """
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(self, path: Path | str, in_columns: bool = False) -> None:
+        self.in_columns = in_columns
         self.path = Path(path).expanduser().absolute()
         self.settings = self.path / "settings.yaml"
         self.environment = self.path / "environment.json"
         self.rounds = self.path / "rounds.csv"
-        self.clients = self.path / "clients.csv"
+        self.clients = self.path / CLIENTS
+        self.client_parts = self.path / CLIENT_PARTS
         self.epochs = self.path / "epochs.csv"
         self.checkpoints = self.path / CHECKPOINTS
         self.unfinished = self.checkpoints / "unfinished"
@@ -74,6 +81,10 @@ class RunFolder:
     @property
     def records(self) -> list[Path]:
         """The files that tell of the rounds or epochs so far; they only grow."""
+        return [*self._tables, *columns.parts(self.client_parts).values()]
+
+    @property
+    def _tables(self) -> list[Path]:
         return [path for path in (self.rounds, self.clients, self.epochs) if path.exists()]
 
     @contextmanager
@@ -117,7 +128,10 @@ class RunFolder:
             OSError: the disk is full, say; earlier rounds are intact.
         """
         clients = tuple(clients)
-        _append(self.clients, CLIENT_COLUMNS, clients)
+        if self.in_columns:
+            columns.write_part(self.client_parts, row.round, clients)
+        else:
+            _append(self.clients, CLIENT_COLUMNS, clients)
         _append(self.rounds, ROUND_COLUMNS, [row])
         self._tell(row, clients)
 
@@ -132,7 +146,10 @@ class RunFolder:
 
     def truncate_after(self, round: int) -> None:
         """Drop all rows after this round or epoch, and lines that are none, before a run goes on from there."""
-        for path in self.records:
+        for number, path in columns.parts(self.client_parts).items():
+            if number > round:
+                path.unlink()
+        for path in self._tables:
             header, *rows = whole_lines(path) or [""]
             atomic_write(path, "".join([header, *(row for row in rows if _is_until(round, row))]))
 
@@ -147,16 +164,27 @@ class RunFolder:
             listener(row, clients)
 
 
+def clients_of(folder: Path) -> list[ClientRow]:
+    """Read the rows of the clients in a run's folder, round after round; none where there are no files of them.
+
+    Raises:
+        ValueError: as `read_clients` and `columns.read_parts`.
+    """
+    table = folder / CLIENTS
+    rows = read_clients(table) if table.exists() else []
+    return sorted([*rows, *columns.read_parts(folder / CLIENT_PARTS)], key=lambda row: row.round)
+
+
 def _is_until(round: int, line: str) -> bool:
     """Whether a line is a row of this round or epoch, or of an earlier one."""
     number = line.partition(",")[0]
     return number.isdecimal() and int(number) <= round
 
 
-def _append(path: Path, columns: Iterable[str], rows: Iterable[Row]) -> None:
+def _append(path: Path, names: Iterable[str], rows: Iterable[Row]) -> None:
     empty = not path.exists() or path.stat().st_size == 0
     table: list[Iterable[float | str | None]] = [astuple(row) for row in rows]
-    append(path, csv_text([columns, *table] if empty else table))
+    append(path, csv_text([names, *table] if empty else table))
 
 
 def read_environment(folder: Path) -> dict[str, Any]:

@@ -75,7 +75,7 @@ class RoundRow:
     epsilon: float | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ClientRow:
     """One client in one round. Energy in joules; accuracy in [0, 1]; seconds are virtual but for `WALL_COLUMNS`.
 
@@ -224,7 +224,12 @@ def _cell(value: float | str | None) -> str:
         return ""
     if isinstance(value, float):
         return f"{value:.10g}"
-    return " ".join(str(value).split())  # one row, one line: a file can be cut at any line
+    return cell_text(str(value))
+
+
+def cell_text(text: str) -> str:
+    """Return a text in one line: one row, one line, so that a file can be cut at any line."""
+    return " ".join(text.split())
 
 
 def whole_lines(path: Path) -> list[str]:

@@ -19,8 +19,8 @@ from fedfmd.runs import (
     RoundRow,
     RunFolder,
     atomic_write,
+    clients_of,
     latest_model,
-    read_clients,
     read_epochs,
     read_rounds,
 )
@@ -156,7 +156,7 @@ def _rows(
     """Read the rows after `told` up to `last`, each with its clients."""
     if folder.epochs.exists():
         return [(row, ()) for row in read_epochs(folder.epochs) if told < row.round <= last]
-    clients = read_clients(folder.clients)
+    clients = clients_of(folder.path)
     return [
         (row, [client for client in clients if client.round == row.round])
         for row in read_rounds(folder.rounds)

@@ -1,6 +1,6 @@
 """What holds for rows of any values: they come back from their files, and rounds from a log as well."""
 
-from dataclasses import fields, replace
+from dataclasses import asdict, astuple, fields, replace
 from typing import get_type_hints
 
 import pytest
@@ -44,7 +44,7 @@ def filled(row):
 
 def one_line(row):
     """The row as a file keeps it, each text in one line."""
-    texts = {name: " ".join(value.split()) for name, value in vars(row).items() if isinstance(value, str)}
+    texts = {name: " ".join(value.split()) for name, value in asdict(row).items() if isinstance(value, str)}
     return replace(row, **texts)
 
 
@@ -54,9 +54,7 @@ def one_line(row):
 def test_rows_come_back_as_they_were_written(row_type, data, tmp_path_factory):
     written = [filled(row) for row in data.draw(st.lists(rows(row_type), max_size=3))]
     path = tmp_path_factory.getbasetemp() / "rows.csv"
-    path.write_bytes(
-        csv_text([[f.name for f in fields(row_type)], *(vars(row).values() for row in written)]).encode()
-    )
+    path.write_bytes(csv_text([[f.name for f in fields(row_type)], *map(astuple, written)]).encode())
     assert repr(READERS[row_type](path)) == repr(
         [one_line(row) for row in written]
     )  # as text, for the sake of NaN

@@ -2,6 +2,7 @@
 
 import io
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,7 @@ def heard_rows(listener):
 
 
 def without_wall(rows):
-    return [{name: value for name, value in vars(row).items() if name not in WALL_COLUMNS} for row in rows]
+    return [{name: value for name, value in asdict(row).items() if name not in WALL_COLUMNS} for row in rows]
 
 
 @pytest.mark.parametrize("strategy", ["fedavg", "fedbuff"])
