@@ -159,7 +159,7 @@ class _Pack:
             part.double() / unit.to(part.device) for part, unit in zip(self._sums, self._units, strict=True)
         ]
         # what nobody added is 0, whatever it is divided by
-        mean = sum(parts[1:], parts[0]) / self._weights(weights, missing=1).to(parts[0].device)
+        mean: Tensor = sum(parts[1:], parts[0]) / self._weights(weights, missing=1).to(parts[0].device)
         return (mean if self._dtype.is_floating_point else mean.round()).to(self._dtype)
 
     def _in_units(self, values: Tensor, weights: Mapping[str, float]) -> Tensor:

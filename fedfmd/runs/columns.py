@@ -82,7 +82,8 @@ def _read(path: Path) -> list[ClientRow]:
 
 def _values(column: pyarrow.ChunkedArray) -> list[object]:
     """Return Python's values; equal texts are one object, as there may be a million."""
-    return [sys.intern(value) if isinstance(value, str) else value for value in column.to_pylist()]
+    values = column.to_pylist()
+    return [value and sys.intern(value) for value in values] if column.type == "string" else values
 
 
 def _value(value: object) -> object:
