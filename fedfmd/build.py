@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -95,7 +95,7 @@ class Federation:
             states=self.optimiser_states,
         )
 
-    @property
+    @cached_property
     def mean_latency_s(self) -> float:
         """Modelled seconds of inference for one image, mean over the fleet's clients."""
         return fmean(self.cost.flops / (c.device.infer_gflops * 1e9) for c in self.fleet.clients)

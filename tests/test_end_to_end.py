@@ -1,7 +1,9 @@
 """Whole runs on tiny digits, in this process: what they leave in their folders."""
 
+import gc
 import math
 import shutil
+from collections import Counter
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -10,16 +12,25 @@ import pytest
 import torch
 
 import fedfmd.client.round
+import fedfmd.edge.fleet
 import strategies.tracked
 from fedfmd.build import build_federation, build_model
 from fedfmd.client_app import app as client_app
 from fedfmd.data import ImageSet, load_dataset, load_partition, own_test_size
-from fedfmd.edge import DEVICES, device_text
+from fedfmd.edge import DEVICES, WorkPlan, device_text
 from fedfmd.engines.inline import InlineGrid, run_inline
 from fedfmd.errors import RunError
-from fedfmd.protocol.messages import ClientResult, from_record
+from fedfmd.protocol.messages import Assignment, ClientResult, from_record
 from fedfmd.protocol.state import pack
-from fedfmd.runs import WALL_COLUMNS, RunFolder, clients_of, latest_checkpoint, read_clients, read_rounds
+from fedfmd.runs import (
+    WALL_COLUMNS,
+    ClientRow,
+    RunFolder,
+    clients_of,
+    latest_checkpoint,
+    read_clients,
+    read_rounds,
+)
 from fedfmd.server_app import app as server_app
 from strategies import STRATEGIES, make_strategy
 
@@ -124,6 +135,51 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(run, monkeypatch, changes):
     assert rows_of(stopped) == rows_of(whole)
     assert same_arrays(stopped, whole)
     assert (stopped / "clients.parquet").exists() == ("server.csv-rows" in changes)
+
+
+def test_rounds_of_a_few_clients_do_as_much_and_keep_as_much_out_of_a_thousand_as_out_of_twenty(
+    run, monkeypatch
+):
+    kept, made, save = [], Counter(), strategies.tracked.save_checkpoint
+
+    def count(module, name):
+        call = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda *args, **kwargs: made.update([name]) or call(*args, **kwargs)
+        )
+
+    for module, name in (
+        (strategies.tracked, "plan_work"),
+        (fedfmd.edge.fleet, "derive_seed"),
+        (fedfmd.client.round, "derive_seed"),
+        (fedfmd.client.round, "fault_of"),
+    ):
+        count(module, name)
+
+    def save_and_count(*args, **kwargs):
+        save(*args, **kwargs)
+        kinds = (ClientRow, ClientResult, WorkPlan, Assignment, torch.Tensor)
+        kept.append(sum(type(found) in kinds for found in gc.get_objects()))
+
+    monkeypatch.setattr(strategies.tracked, "save_checkpoint", save_and_count)
+    few = {
+        "server.clients-per-round": 3,
+        "server.rounds": 5,
+        "train.batch-size": 16,
+        "partition.scheme": "iid",
+    }
+    counts = []
+    for clients in (20, 1000):
+        folder = run(
+            str(clients), **few | {"partition.clients": clients, "fleet.devices": "pi-4:50%, pi-5:50%"}
+        )
+        assert len(read_clients(folder / "clients.csv")) == 15
+        counts.append(dict(made))
+        made.clear()
+        assert max(kept[2:]) <= kept[1]
+        kept.clear()
+    assert counts[0] == counts[1]
+    assert counts[0]["plan_work"] == 15
 
 
 @pytest.mark.parametrize(

@@ -49,8 +49,7 @@ class Fleet:
         return [
             client.id
             for client in self.clients
-            if self.trace.has(client.id, time_s)
-            and self._draw("availability", server_round, client).random() < client.device.availability
+            if self.trace.has(client.id, time_s) and self._is_up(server_round, client)
         ]
 
     def idle_seconds(self, time_s: float, retry_s: float) -> float:
@@ -62,6 +61,10 @@ class Fleet:
     def speed(self, server_round: int, client: Client) -> float:
         """Factor on the client's rates in a round: log-normal with median 1."""
         return math.exp(client.device.jitter * self._draw("jitter", server_round, client).standard_normal())
+
+    def _is_up(self, server_round: int, client: Client) -> bool:
+        share = client.device.availability
+        return share >= 1 or self._draw("availability", server_round, client).random() < share
 
     def _draw(self, purpose: str, server_round: int, client: Client) -> np.random.Generator:
         return np.random.default_rng(derive_seed(self.seed, purpose, server_round, client.id))

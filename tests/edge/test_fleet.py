@@ -158,6 +158,12 @@ def test_who_is_there_depends_on_seed_and_round_and_not_on_the_others():
     assert fleet_of(20, seed=1, availability=0.5).present(3, 0.0) != few
 
 
+def test_for_devices_that_are_always_up_nothing_is_drawn(monkeypatch):
+    """Ten thousand generators of random numbers take a third of a second in each round."""
+    monkeypatch.setattr(Fleet, "_draw", None)
+    assert fleet_of(50, availability=1.0).present(3, 0.0) == list(range(50))
+
+
 def test_the_trace_says_who_is_there_at_a_time():
     fleet = fleet_of(3, trace=Trace({0: ((0, 10),), 2: ((5, 20),)}, period_s=20))
     assert [fleet.present(1, time) for time in (0.0, 7.0, 12.0)] == [[0, 1], [0, 1, 2], [1, 2]]
