@@ -5,8 +5,9 @@
 For each number of clients a real `fedfmd run` trains ResNet-8 FMDConv (K = 1) on random images, as many for every
 client, on a fleet whose clients come and go by a trace. Set-up is what passes from the start of the process to its
 first round, with an empty cache; rounds are told by the times in log.txt, from one to the next, without the first
-ones, in which caches fill. Memory is looked at twice a second. `end_s` is from the last round to the process's end, in
-which it writes the run's page, `report_s` what `fedfmd report` takes after it.
+ones, in which caches fill; `round_cpu_s` is the processor's time, which other work on the machine changes less. Memory
+is looked at twice a second. `end_s` is from the last round to the process's end, in which it writes the run's page,
+`report_s` what `fedfmd report` takes after it.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ class Result:
     workers: int
     setup_s: float
     round_s: float
+    round_cpu_s: float
     first_ten_s: float
     last_ten_s: float
     peak_rss_mb: int
@@ -109,7 +111,7 @@ def measure(options: argparse.Namespace, folder: Path, clients: int) -> Result:
     file.write_text(yaml.safe_dump({"base": experiment(options, folder, clients)}))
     ours = os.environ | {"XDG_CACHE_HOME": str(folder / "cache")}
     began = time.time()
-    memory = watch(
+    memory, processor = watch(
         [FEDFMD, "run", str(file), "--out", str(out), "--workers", str(options.workers)], ours, out
     )
     ended = time.time()
@@ -131,6 +133,7 @@ def measure(options: argparse.Namespace, folder: Path, clients: int) -> Result:
         workers=options.workers,
         setup_s=round(first - began, 1),
         round_s=round(median(gaps[WARM_UP_ROUNDS:]), 3),
+        round_cpu_s=round((processor[options.rounds] - processor[1]) / (options.rounds - 1), 3),
         first_ten_s=round(fmean(gaps[WARM_UP_ROUNDS:][:10]), 3),
         last_ten_s=round(fmean(gaps[WARM_UP_ROUNDS:][-10:]), 3),
         peak_rss_mb=round(max(memory.values()) / 1e6),
@@ -145,9 +148,12 @@ def measure(options: argparse.Namespace, folder: Path, clients: int) -> Result:
     )
 
 
-def watch(command: list[str], ours: Mapping[str, str], out: Path) -> dict[int, int]:
-    """Run a command to its end; returns the most resident bytes of its processes together, by round."""
-    memory: dict[int, int] = {}
+def watch(
+    command: list[str], ours: Mapping[str, str], out: Path
+) -> tuple[dict[int, float], dict[int, float]]:
+    """Run a command to its end; by round, returns its most resident bytes, and the processor's seconds at its start."""
+    memory: dict[int, float] = {}
+    processor: dict[int, float] = {}
     with (out.parent / "output.txt").open("w") as output:
         run = subprocess.Popen(command, env=ours, stdout=output, stderr=subprocess.STDOUT)
         process = psutil.Process(run.pid)
@@ -155,21 +161,21 @@ def watch(command: list[str], ours: Mapping[str, str], out: Path) -> dict[int, i
             rows = out / "rounds.csv"
             current = max(1, rows.read_bytes().count(b"\n")) if rows.exists() else 0
             try:
-                total = sum(one.memory_info().rss for one in (process, *process.children(recursive=True)))
-                memory[current] = max(memory.get(current, 0), total)
+                memory[current] = max(memory.get(current, 0), process.memory_info().rss)
+                processor.setdefault(current, sum(process.cpu_times()[:2]))
             except psutil.NoSuchProcess:
                 pass
             time.sleep(LOOK_S)
     if run.returncode:
         sys.exit((out.parent / "output.txt").read_text())
-    return filled(memory)
+    return filled(memory), filled(processor)
 
 
-def filled(memory: Mapping[int, int]) -> dict[int, int]:
+def filled(looks: Mapping[int, float]) -> dict[int, float]:
     """Give rounds in which nobody looked what was seen before them."""
-    seen, known = dict[int, int](), 0
-    for current in range(max(memory) + 1):
-        known = seen[current] = memory.get(current, known)
+    seen, known = dict[int, float](), 0.0
+    for current in range(max(looks) + 1):
+        known = seen[current] = looks.get(current, known)
     return seen
 
 
