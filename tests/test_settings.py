@@ -315,3 +315,30 @@ def test_momentum_of_nesterovs_is_asked_of_sgd_alone():
     with pytest.raises(SettingsError, match=r"train\.nesterov = True needs train\.momentum > 0"):
         Settings.from_mapping({"train.momentum": 0})
     Settings.from_mapping({"train.momentum": 0, "train.optimiser": "adam"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "in_columns"),
+    [
+        ({}, False),
+        ({"server.csv-rows": 99}, True),
+        (
+            {
+                "partition.clients": 20,
+                "server.clients-per-round": 10,
+                "budget.over-select": 1.1,
+                "budget.policy": "drop",
+            },
+            True,
+        ),
+        ({"partition.clients": 1000}, True),
+        ({"partition.clients": 1000, "server.clients-per-round": 10}, False),
+    ],
+)
+def test_more_rows_of_clients_than_a_csv_file_may_have_go_to_columns(changes, in_columns):
+    base = {"server.rounds": 10, "partition.clients": 10, "server.csv-rows": 100}
+    settings = Settings.from_mapping(base | changes)
+    assert settings.clients_in_columns is in_columns
+    assert (
+        Settings.from_mapping(base | {"server.csv-rows": 0}).digest() == Settings.from_mapping(base).digest()
+    )
