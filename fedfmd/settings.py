@@ -514,7 +514,13 @@ class Settings(_Section):
     NEUTRAL: ClassVar = frozenset(
         {
             *("run-dir", "resume", "threads", "server.node-timeout-s", "server.round-timeout-s"),
-            *("tracking.loggers", "tracking.project", "data.workers", "train.checkpoint-s", "server.csv-rows"),
+            *(
+                "tracking.loggers",
+                "tracking.project",
+                "data.workers",
+                "train.checkpoint-s",
+                "server.csv-rows",
+            ),
         }
     )
     """Settings that a run's results don't depend on."""
