@@ -191,7 +191,7 @@ class ModelSettings(_Section):
     """Hidden channels of fmdconv's and odconv's attention, as a share of the layer's input channels."""
     mixing: Annotated[str, _one_of((AUTO, *MIXINGS, NATIVE), EARLIER_NAMES)] = "auto"
     """How each sample is convolved with its own mixture of kernels. All ways give the same numbers; auto
-    chooses a fast one per layer, native among them where `fedfmd compile` has compiled it for this machine.
+    chooses a fast one per layer, native among them once the command compile has made it.
     """
     conv_options: str = ""
     """Options that only some convolutions have, such as kernel-reduction of fmdconv: name:value, …"""
