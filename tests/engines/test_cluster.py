@@ -225,15 +225,15 @@ def test_a_run_on_a_cluster_is_that_of_one_machine(head, second, tmp_path, write
     """Its clients keep states, and train with a loss from beside the experiment file."""
     loss = "def loss(logits, labels):\n    return 2 * torch.nn.functional.cross_entropy(logits, labels)\n"
     (tmp_path / "mine.py").write_text(f"import torch\n\n\n{loss}")
-    file = write_yaml(**{"server.strategy": "fedbn", "server.rounds": 3, "train.loss": "mine:loss"})
-    run = ("run", file, "--engine", "flwr")
-    for place in (("--address", head), ("--workers", "2")):
-        done = fedfmd(*run, *place, "--out", tmp_path / place[0])
+    file = write_yaml(**{"server.strategy": "fedbn", "server.rounds": 2, "train.loss": "mine:loss"})
+    for place in (("--engine", "flwr", "--address", head), ("--workers", "2")):
+        done = fedfmd("run", file, *place, "--out", tmp_path / place[0])
         assert done.returncode == 0, done.stdout + done.stderr
-    assert rows_and_models(tmp_path / "--address") == rows_and_models(tmp_path / "--workers")
+    assert rows_and_models(tmp_path / "--engine", "node") == rows_and_models(tmp_path / "--workers", "node")
 
 
 @pytest.mark.slow
+@pytest.mark.faults
 def test_a_machine_that_dies_ends_the_run_and_the_same_command_goes_on(head, second, tmp_path, write_yaml):
     file = write_yaml(**{"server.rounds": 20, "partition.test-share": 0.2})
     words = ("run", file, "--engine", "flwr", "--address", head, "--out", tmp_path / "run")
