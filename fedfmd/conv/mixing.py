@@ -84,10 +84,10 @@ def choose_mixing(x: Tensor, bank: Tensor, geometry: Geometry) -> str:
     """
     if is_traced():
         return "outputs"  # leaves the batch size free
-    if torch.compiler.is_compiling():  # compilers see through the cache
-        return _rule.__wrapped__(x.device.type, tuple(x.shape), tuple(bank.shape[1:]), geometry, False)
-    native = takes(x, bank, geometry) and is_compiled()
-    return _rule(x.device.type, tuple(x.shape), tuple(bank.shape[1:]), geometry, native)
+    compiling = torch.compiler.is_compiling()  # compilers see through the cache
+    rule: Callable[..., str] = _rule.__wrapped__ if compiling else _rule
+    native = not compiling and takes(x, bank, geometry) and is_compiled()
+    return rule(x.device.type, tuple(x.shape), tuple(bank.shape[1:]), geometry, native)
 
 
 @lru_cache(maxsize=1024)  # small layers are done in the time that the arithmetic takes

@@ -29,7 +29,11 @@ from fedfmd.conv.native_source import SOURCE
 from fedfmd.conv.plain import Geometry
 from fedfmd.errors import FedfmdError
 
-PRECISIONS = {torch.float32: "float", torch.float64: "double"}
+MISSING = (
+    "mixing = 'native' needs code compiled for this machine: run `fedfmd compile`, or use mixing = 'auto'"
+)
+PRECISIONS = {torch.float64: "double", torch.float32: "float"}
+"""In the order in which they are compiled: `is_compiled` looks at the last one."""
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = (
     *("-std=gnu11", "-O3", "-ffp-contract=fast", "-w", "-shared", "-fPIC"),
@@ -130,9 +134,8 @@ class Native:
         mixture.of_pi.copy_(dpi.sum(0))
         mixture.of_scaled_rows.copy_(drows.sum(0))
         (top, left), (height, width) = self.geometry.padding, x.shape[2:]
-        return dimage[
-            :, :, top : top + height, left : left + width
-        ], None if dspatial is None else dspatial.sum(0)
+        dx = dimage[:, :, top : top + height, left : left + width]
+        return dx, None if dspatial is None else dspatial.sum(0)
 
     def _prepared(self, x: Tensor, mixture: Mixture) -> tuple[ctypes.CDLL, _Shape, Tensor]:
         """Return the library, the sizes and the padded images."""
@@ -146,11 +149,6 @@ class Native:
             *self.geometry.output_size(tuple(x.shape[2:]), taps),
         )  # fmt: skip
         return library, shape, image
-
-
-MISSING = (
-    "mixing = 'native' needs code compiled for this machine: run `fedfmd compile`, or use mixing = 'auto'"
-)
 
 
 def _compile(compiler: str, precision: str, path: Path) -> Path:

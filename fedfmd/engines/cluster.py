@@ -26,6 +26,7 @@ from fedfmd.algorithms.algorithm import Algorithm
 from fedfmd.build import build_dataset, own_sources, torch_device
 from fedfmd.cache import cache_dir
 from fedfmd.conv import is_dynamic
+from fedfmd.conv.mixing import AUTO, NATIVE
 from fedfmd.conv.native import is_compiled
 from fedfmd.engines.probe import versions
 from fedfmd.errors import SettingsError, need, one_line
@@ -239,7 +240,7 @@ def facts_of(settings: Settings) -> Facts:
     Raises:
         SettingsError: code or images can't be read.
     """
-    mixes = is_dynamic(settings.model.conv) and settings.model.mixing in ("auto", "native")
+    mixes = is_dynamic(settings.model.conv) and settings.model.mixing in (AUTO, NATIVE)
     code, images = code_digest(*own_sources(settings)), build_dataset(settings).fingerprint
     return Facts(code, images, compiled=mixes and is_compiled())
 
