@@ -55,7 +55,7 @@ from fedfmd.protocol.state import (
 from fedfmd.seeds import derive_seed
 from fedfmd.settings import DataSettings, Settings
 from fedfmd.start import load_start
-from fedfmd.training import LOSSES, OPTIMISERS, LocalSGD, Loss, scheduled_rate
+from fedfmd.training import LOSSES, MEMORY_FORMATS, OPTIMISERS, LocalSGD, Loss, scheduled_rate
 
 
 @dataclass(frozen=True)
@@ -399,6 +399,7 @@ def build_sgd(settings: Settings) -> LocalSGD:
         weight_decay=train.weight_decay,
         batch_size=train.batch_size,
         precision=train.precision,
+        memory_format=MEMORY_FORMATS[train.memory_format],
         clip_norm=train.clip_norm,
         loss=loss,
         make=partial(_own_optimiser, train.optimiser)

@@ -322,6 +322,10 @@ class TrainSettings(_Section):
     """
     precision: Literal["float32", "bf16"] = "float32"
     """Numbers that forward and backward passes compute with; weights stay float32."""
+    memory_format: Literal["contiguous", "channels-last"] = "contiguous"
+    """How a batch of images to train on lies in memory. Pooling, and static convolutions in large batches, are often
+    faster with channels-last; dynamic ones are slower.
+    """
     proximal_mu: NonNegative = 0.0
     """Weight μ of FedProx's term, which holds a client near the global model; 0 is none."""
     optimiser: Annotated[str, _one_of_or_own(OPTIMISERS, "module:Class")] = "sgd"
@@ -531,6 +535,7 @@ class Settings(_Section):
             *("server.max-update-norm", "server.max-update-ratio", "server.stop-at", "partition.test-share"),
             "server.csv-rows",
             *("train.optimiser", "train.loss", "train.label-smoothing", "train.clip-norm", "train.lr-warmup"),
+            "train.memory-format",
             *("privacy.clip-norm", "privacy.noise-multiplier", "privacy.mode", "privacy.delta"),
             *("data.streaming", "data.memory-gb", "data.workers", "train.checkpoint-s"),
         }

@@ -63,6 +63,9 @@ MODELS = {"cnn": Work("femnist_cnn:network", "static", 1, 28, images=50, batch=1
     for arch, images in (("resnet8", 50), ("resnet18", 10))
     for name, (conv, kernels) in CONVS.items()
 }
+MODELS |= {
+    name: replace(MODELS[name], memory_format="channels-last") for name in ("cnn", "resnet8-static")
+}  # pooling and small static networks are faster so, the others slower
 SYSTEMS = ("bare", "bare-kept", "flower", "fedfmd", "fedfmd-quiet", "fedfmd-ray", "pfl", "pfl-metrics")
 
 
@@ -181,6 +184,7 @@ def experiment(work: Work, folder: Path, quiet: bool) -> dict[str, object]:
             "nesterov": SGD.keywords["nesterov"],
             "weight-decay": SGD.keywords["weight_decay"],
             "batch-size": work.batch,
+            "memory-format": work.memory_format,
             "local-epochs": 1,
             "schedule": "constant",
         },

@@ -231,4 +231,5 @@ def _duration(seconds: float) -> str:
 
 def _what_sets_the_speed(settings: Settings) -> tuple[Any, ...]:
     train = settings.train
-    return settings.model, settings.data, train.batch_size, train.precision, settings.device, settings.threads
+    of_training = train.batch_size, train.precision, train.memory_format
+    return settings.model, settings.data, of_training, settings.device, settings.threads

@@ -9,19 +9,18 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
-import signal
 import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from logging.handlers import QueueHandler
 from multiprocessing.connection import Connection, wait
 from types import ModuleType
 from typing import TypeVar
 
 from fedfmd.errors import FedfmdError, one_line
+from fedfmd.processes import Outlet, cause_of_death, ignoring_interrupts, log_to
 
 Job = TypeVar("Job")
 logger = logging.getLogger("fedfmd")
@@ -77,7 +76,7 @@ class _Worker:
         context = multiprocessing.get_context("spawn")
         self.connection, other = context.Pipe()
         self.process = context.Process(target=_serve, args=(work, other))
-        with _ignoring_interrupts(), _without_main():
+        with ignoring_interrupts(), _without_main():
             self.process.start()
         other.close()  # so that the pipe breaks when the process dies
 
@@ -87,28 +86,12 @@ class _Worker:
             return event
         except (EOFError, ConnectionResetError):
             self.process.join()
-            return Ended(_cause_of_death(self.process.exitcode or 0))
+            return Ended(cause_of_death(self.process.exitcode or 0))
 
     def end(self) -> None:
         """Kill the process: what it has written stays whole, as after any crash."""
         self.process.kill()
         self.process.join()
-
-
-@contextmanager
-def _ignoring_interrupts() -> Iterator[None]:
-    """Start processes that ignore Ctrl-C, which a terminal sends to all of them: this one handles it.
-
-    Only a main thread can; others don't get it either.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
 
 
 @contextmanager
@@ -122,21 +105,14 @@ def _without_main() -> Iterator[None]:
         sys.modules["__main__"] = main
 
 
-def _cause_of_death(exit_code: int) -> str:
-    if exit_code == -signal.SIGKILL:
-        return "its process was killed, by the system perhaps for lack of memory: use fewer --workers"
-    how = f"by {signal.Signals(-exit_code).name}" if exit_code < 0 else f"with exit status {exit_code}"
-    return f"its process ended {how}"
-
-
 def _serve(work: Callable[[Job], None], connection: Connection) -> None:
     """Do the jobs that come through the connection until the parent is gone."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    outlet = _Outlet(connection)
-    logger.addHandler(QueueHandler(outlet))
+    outlet = Outlet(connection)
+    log_to(outlet)
     logger.setLevel(logging.DEBUG)
     while True:
-        outlet.put_nowait(attempt(work, outlet.get()))
+        outlet.put_nowait(attempt(work, connection.recv()))
 
 
 def attempt(work: Callable[[Job], None], job: Job) -> Ended:
@@ -156,17 +132,3 @@ def _end_with_parent() -> None:
     assert parent is not None
     parent.join()
     os._exit(1)
-
-
-class _Outlet:
-    """A connection as the queue into which a `QueueHandler` puts records, formatted, without their arguments."""
-
-    def __init__(self, connection: Connection) -> None:
-        self._send, self.get = connection.send, connection.recv
-
-    def put_nowait(self, record: logging.LogRecord | Ended) -> None:
-        """Send a record; without a parent that could read it, end as `_end_with_parent` is about to."""
-        try:
-            self._send(record)
-        except OSError:
-            os._exit(1)

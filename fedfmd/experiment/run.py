@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from rich.console import Console
 
-from fedfmd.build import Federation
+from fedfmd.build import Federation, torch_device
 from fedfmd.engines.centralised import Training, prepare_centralised, run_centralised
 from fedfmd.errors import RunError, SettingsError, need, one_line
 from fedfmd.experiment.display import ExperimentDisplay, RunDisplay
@@ -311,12 +311,14 @@ def _train(settings: Settings, layout: Layout) -> None:
     threads = layout.threads(settings)
     if settings.kind == "federated":
         from fedfmd.client_app import app as client_app
+        from fedfmd.engines.forked import can_fork
         from fedfmd.engines.inline import run_inline
         from fedfmd.flower_compat import quiet_logs
         from fedfmd.server_app import app as server_app
 
         quiet_logs()
-        run_inline(server_app, client_app, settings.flat(), layout.nodes, threads)
+        forked = layout.nodes > 1 and can_fork(torch_device(settings), threads)
+        run_inline(server_app, client_app, settings.flat(), layout.nodes, threads, forked)
     else:
         run_centralised(settings, threads, available_cores() // layout.runs)
 

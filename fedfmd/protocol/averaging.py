@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 
@@ -18,8 +19,8 @@ MARGIN = 10
 LEAST = 2.0 ** (MARGIN + 1)
 """The limit of values in arrays of which none was beyond 1."""
 
-SUM_BITS = 55
-"""Bits of an exact sum. What rounding it to float32's 24 bits leaves over fits into 32."""
+SUM_BITS = 53
+"""Bits of an exact sum, which a float64 holds. What rounding it to float32's 24 bits leaves over fits into 32."""
 
 COARSE, FINE = 2.0**10, 2.0**50
 """Units of the two sums that an array of at most one dimension has: wide enough for any value, and fine enough.
@@ -32,6 +33,9 @@ LARGEST = 2.0**30
 
 SMALL = 2**16
 """Numbers in an array up to which it is looked at, and summed, together with others."""
+
+CHUNK = 2**18
+"""Numbers that are added up at a time: what they become on the way, 2 MB, stays in the processor's cache."""
 
 Values = Mapping[str, Tensor | np.ndarray]
 
@@ -77,14 +81,13 @@ class ExactMean:
     A value times its weight becomes a whole number of units, and whole numbers add up without error. The unit of an
     array follows from what all know who average parts of the same mean: the arrays that the clients started from, and
     how many images all clients have, which are the weights. Where all take part, that rounds values up to 1 by less
-    than 1e-13, and always by less than float32 does. Values must not exceed `value_limit`. Means of integers are
-    rounded.
+    than 3e-13 for each client. Values must not exceed `value_limit`. Means of integers are rounded.
     """
 
     def __init__(self, start: Values, images: int) -> None:
         self.weights: dict[str, float] = {}
         bits = SUM_BITS - images.bit_length()
-        self._packs = [_Pack(arrays, bits) for arrays in _packs_of(start)]
+        self._packs = [_pack(arrays, bits) for arrays in _packs_of(start)]
 
     def add(
         self, state: Values, weight: float | Mapping[str, float], rest: Values = MappingProxyType({})
@@ -114,20 +117,16 @@ class ExactMean:
         return {name: found[name].numpy(force=True) for name in self.weights}
 
 
-class _Pack:
-    """The sums of arrays of one dtype that have the same units, one after another in a vector.
+class _Pack(ABC):
+    """The sums of arrays of one dtype, one after another in a vector.
 
     A network has a hundred small arrays, for which the calls take longer than the numbers.
     """
 
-    def __init__(self, start: Mapping[str, Tensor], bits: int) -> None:
+    def __init__(self, start: Mapping[str, Tensor]) -> None:
         self._shapes = {name: array.shape for name, array in start.items()}
         self._sizes = [array.numel() for array in start.values()]
         self._dtype = next(iter(start.values())).dtype
-        self._units = [
-            self._spread(units) for units in zip(*(_units(a, bits) for a in start.values()), strict=True)
-        ]
-        self._sums: Tensor | None = None
 
     def add(self, state: Values, weights: Mapping[str, float], rest: Values) -> None:
         """Add those of the arrays that are there, each times its weight."""
@@ -136,41 +135,44 @@ class _Pack:
             return
         given = {name: torch.as_tensor(state[name]).detach() for name in self._shapes if name in there}
         device = next(iter(given.values())).device
-        units = self._in_units(self._joined(given, (), device), {name: weights[name] for name in there})
+        self._add(self._joined(given, (), device), self._weights({name: weights[name] for name in there}))
         if left := {name: torch.as_tensor(rest[name], device=device) for name in there & rest.keys()}:
-            units += self._joined(left, (len(self._units),), device)
-        self._sums = units if self._sums is None else self._sums.add_(units)
+            self._add_units(self._joined(left, next(iter(left.values())).shape[:1], device))
 
     def means(self, weights: Mapping[str, float]) -> dict[str, Tensor]:
         """Return the means of the arrays that were added, by the weight behind each."""
-        return {} if self._sums is None else self._split(self._mean(weights), weights)
+        if not self._is_used:
+            return {}
+        # what nobody added is 0, whatever it is divided by
+        return self._split(self._mean(self._weights(weights, missing=1)), weights)
 
     def rests(self, weights: Mapping[str, float]) -> dict[str, Tensor]:
         """Return what the means leave over of the sums."""
-        if self._sums is None:
+        if not self._is_used:
             return {}
-        left = self._sums - self._in_units(self._mean(weights), weights)
-        narrow = len(self._units) == 1 and self._dtype.itemsize >= 4
-        return self._split(left.int() if narrow else left, weights)
+        mean = self._mean(self._weights(weights, missing=1))
+        return self._split(self._rest(mean, self._weights(weights)), weights)
 
-    def _mean(self, weights: Mapping[str, float]) -> Tensor:
-        assert self._sums is not None
-        parts = [
-            part.double() / unit.to(part.device) for part, unit in zip(self._sums, self._units, strict=True)
-        ]
-        # what nobody added is 0, whatever it is divided by
-        mean: Tensor = sum(parts[1:], parts[0]) / self._weights(weights, missing=1).to(parts[0].device)
-        return (mean if self._dtype.is_floating_point else mean.round()).to(self._dtype)
+    @property
+    @abstractmethod
+    def _is_used(self) -> bool:
+        """Whether anything was added."""
 
-    def _in_units(self, values: Tensor, weights: Mapping[str, float]) -> Tensor:
-        """Return value × weight as whole numbers of each unit, the coarse ones first: units × values."""
-        left = values.double() * self._weights(weights).to(values.device)
-        *coarse, last = (unit.to(values.device) for unit in self._units)
-        whole = []
-        for unit in coarse:
-            whole.append((left * unit).floor())
-            left = left - whole[-1] / unit
-        return torch.stack([*whole, (left * last).round()]).long()
+    @abstractmethod
+    def _add(self, values: Tensor, weights: Tensor) -> None:
+        """Add values, each times its weight, or the one weight."""
+
+    @abstractmethod
+    def _add_units(self, units: Tensor) -> None:
+        """Add whole numbers of units."""
+
+    @abstractmethod
+    def _mean(self, weights: Tensor) -> Tensor:
+        """Return the sums by the weights, in the arrays' dtype."""
+
+    @abstractmethod
+    def _rest(self, mean: Tensor, weights: Tensor) -> Tensor:
+        """Return the sums less what gave the mean, in units: units × values."""
 
     def _weights(self, weights: Mapping[str, float], missing: float = 0) -> Tensor:
         return self._spread([weights.get(name, missing) for name in self._shapes])
@@ -201,6 +203,105 @@ class _Pack:
         }
 
 
+class _Sums(_Pack):
+    """Sums in one unit each, as float64: whole numbers, so far from its limit that adding them makes no error.
+
+    These are nearly all of a network's numbers. They are taken a chunk at a time, which memory is read once for.
+    """
+
+    def __init__(self, start: Mapping[str, Tensor], bits: int) -> None:
+        super().__init__(start)
+        self._unit = self._spread([2.0**bits / value_limit(array) for array in start.values()])
+        self._sums: Tensor | None = None
+
+    @property
+    def _is_used(self) -> bool:
+        return self._sums is not None
+
+    def _add(self, values: Tensor, weights: Tensor) -> None:
+        if self._sums is None:
+            self._sums = torch.zeros_like(values, dtype=torch.float64)
+        self._add_to(self._sums, values, weights)
+
+    def _add_units(self, units: Tensor) -> None:
+        assert self._sums is not None
+        self._sums += units[0]
+
+    def _mean(self, weights: Tensor) -> Tensor:
+        assert self._sums is not None
+        mean = torch.empty_like(self._sums, dtype=self._dtype)
+        factors = self._chunks((weights * self._unit).to(mean.device))
+        for part, sums, factor in zip(mean.split(CHUNK), self._sums.split(CHUNK), factors, strict=True):
+            part.copy_(sums / factor)  # the unit is a power of 2: as exact as one division
+        return mean
+
+    def _rest(self, mean: Tensor, weights: Tensor) -> Tensor:
+        assert self._sums is not None
+        left = self._sums.clone()
+        self._add_to(left, mean, -weights)
+        return (left.int() if self._dtype.itemsize >= 4 else left.long())[None]
+
+    def _add_to(self, sums: Tensor, values: Tensor, weights: Tensor) -> None:
+        """Add values, each times its weight, as whole numbers of units."""
+        chunk = torch.empty_like(sums[:CHUNK])
+        factors = self._chunks((weights * self._unit).to(sums.device))
+        for part, given, factor in zip(sums.split(CHUNK), values.split(CHUNK), factors, strict=True):
+            part += chunk[: len(part)].copy_(given).mul_(factor).round_()
+
+    def _chunks(self, numbers: Tensor) -> Sequence[Tensor]:
+        """Return the numbers that belong to each chunk of the vector, or the one number."""
+        return list(numbers.expand(sum(self._sizes)).split(CHUNK))
+
+
+class _WideSums(_Pack):
+    """Sums as int64, in as many units for each value as it takes: those of norms, biases and counters."""
+
+    def __init__(self, start: Mapping[str, Tensor], units: Sequence[float]) -> None:
+        super().__init__(start)
+        self._units = units
+        self._sums: Tensor | None = None
+
+    @property
+    def _is_used(self) -> bool:
+        return self._sums is not None
+
+    def _add(self, values: Tensor, weights: Tensor) -> None:
+        units = self._in_units(values, weights)
+        self._sums = units if self._sums is None else self._sums.add_(units)
+
+    def _add_units(self, units: Tensor) -> None:
+        assert self._sums is not None
+        self._sums += units
+
+    def _mean(self, weights: Tensor) -> Tensor:
+        assert self._sums is not None
+        parts = [part.double() / unit for part, unit in zip(self._sums, self._units, strict=True)]
+        mean: Tensor = sum(parts[1:], parts[0]) / weights.to(parts[0].device)
+        return (mean if self._dtype.is_floating_point else mean.round()).to(self._dtype)
+
+    def _rest(self, mean: Tensor, weights: Tensor) -> Tensor:
+        assert self._sums is not None
+        return self._sums - self._in_units(mean, weights)
+
+    def _in_units(self, values: Tensor, weights: Tensor) -> Tensor:
+        """Return value × weight as whole numbers of each unit, the coarse ones first: units × values."""
+        left = values.double() * weights.to(values.device)
+        *coarse, last = self._units
+        whole = []
+        for unit in coarse:
+            whole.append((left * unit).floor())
+            left = left - whole[-1] / unit
+        return torch.stack([*whole, (left * last).round()]).long()
+
+
+def _pack(start: Mapping[str, Tensor], bits: int) -> _Pack:
+    """Return what sums these arrays, which are of one kind, up; a sum may have so many bits, less those of weights."""
+    of_kind = next(iter(start.values()))
+    if not of_kind.is_floating_point():
+        return _WideSums(start, (1.0,))
+    return _WideSums(start, (COARSE, FINE)) if _is_wide(of_kind) else _Sums(start, bits)
+
+
 def _packs_of(start: Values) -> Iterable[dict[str, Tensor]]:
     """Return arrays that have one dtype and equally many units, and large ones alone: joined, they are copied."""
     packs: dict[object, dict[str, Tensor]] = {}
@@ -220,7 +321,8 @@ def fault_of(state: Values, start: Values) -> str:
     """Return what keeps a state out of a mean: values that are no numbers, or beyond `value_limit`; "" if nothing."""
     suspects: dict[str, Tensor] = {}
     for arrays in _packs_of(state):
-        if not _largest(torch.cat([array.reshape(-1) for array in arrays.values()])) <= LEAST:  # NaN isn't
+        values = [array.reshape(-1) for array in arrays.values()]
+        if not _largest(values[0] if len(values) == 1 else torch.cat(values)) <= LEAST:  # NaN isn't
             suspects |= arrays
     if broken := first_non_finite(suspects):
         return f"NaN or infinite values in {broken}"
@@ -247,14 +349,10 @@ def value_limit(start: Tensor | np.ndarray) -> float:
 
 
 def _largest(values: Tensor) -> float:
-    return float(values.abs().max()) if values.numel() else 0.0
-
-
-def _units(start: Tensor, bits: int) -> tuple[float, ...]:
-    """Return how many units make 1; a sum may have so many bits, apart from those of the weights."""
-    if not start.is_floating_point():
-        return (1.0,)
-    return (COARSE, FINE) if _is_wide(start) else (2.0**bits / value_limit(start),)
+    if not values.numel():
+        return 0.0
+    least, most = values.aminmax()  # NaN is both
+    return float(torch.maximum(-least, most))
 
 
 def _is_wide(array: Tensor | np.ndarray) -> bool:

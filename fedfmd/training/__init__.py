@@ -2,6 +2,7 @@
 
 from fedfmd.training.local import (
     LOSSES,
+    MEMORY_FORMATS,
     OPTIMISERS,
     PRECISIONS,
     SCHEDULES,
@@ -20,6 +21,7 @@ from fedfmd.training.local import (
 
 __all__ = [
     "LOSSES",
+    "MEMORY_FORMATS",
     "OPTIMISERS",
     "PRECISIONS",
     "SCHEDULES",

@@ -22,6 +22,7 @@ from fedfmd.data import Dataset, Images, batches
 
 SCHEDULES = ("constant", "cosine", "step")
 PRECISIONS = ("float32", "bf16")
+MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
 TOP = 5
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -50,7 +51,8 @@ def _adam(kind: type[torch.optim.Adam], parameters: Iterable[Any], how: LocalSGD
 class LocalSGD:
     """How a model is trained: by SGD with (Nesterov's) momentum and weight decay, unless `make` is another optimiser.
 
-    With "bf16" precision the forward pass runs under autocast; weights and updates stay float32. `proximal`
+    With "bf16" precision the forward pass runs under autocast; weights and updates stay float32. Batches lie in memory
+    as `memory_format` says (https://docs.pytorch.org/tutorials/intermediate/memory_format_tutorial.html). `proximal`
     is FedProx's μ (Li et al., MLSys 2020): the loss gets μ/2 ‖w − w₀‖², w₀ being the weights at the start.
     `clip_norm` is the L2 norm to which longer gradients of a step, that of this term included, are scaled down; 0
     is none. `make` gets the parameters and this; `OPTIMISERS` has some.
@@ -62,6 +64,7 @@ class LocalSGD:
     weight_decay: float = 5e-4
     batch_size: int = 32
     precision: str = "float32"
+    memory_format: torch.memory_format = torch.contiguous_format
     proximal: float = 0.0
     clip_norm: float = 0.0
     loss: Loss = F.cross_entropy
@@ -209,7 +212,7 @@ def train(
     with closing(_endless(images, dataset, sgd.batch_size, generator, device, skip=done)) as passes:
         for inputs, labels in islice(passes, steps - done):
             with torch.autocast(inputs.device.type, torch.bfloat16, enabled=sgd.precision == "bf16"):
-                logits = model(inputs)
+                logits = model(inputs.contiguous(memory_format=sgd.memory_format))
                 loss = sgd.loss(logits, labels)
             optimiser.zero_grad()
             loss.backward()

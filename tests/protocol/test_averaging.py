@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from fedfmd.protocol.averaging import SMALL, ExactMean, WeightedMean, fault_of, value_limit
+from fedfmd.protocol.averaging import CHUNK, SMALL, SUM_BITS, ExactMean, WeightedMean, fault_of, value_limit
 
 
 def mean_of(*states_and_weights):
@@ -166,7 +166,8 @@ def test_an_exact_mean_is_the_same_bit_for_bit_in_whatever_order_and_parts(updat
         if name == "n":
             assert abs(array - expected) <= 0.5
         else:
-            np.testing.assert_allclose(array, expected, rtol=2**-23, atol=2**-28)
+            units = 2.0 ** (SUM_BITS - (80_000).bit_length()) / value_limit(START[name])
+            np.testing.assert_allclose(array, expected, rtol=2**-24, atol=len(weights) / sum(weights) / units)
 
 
 def test_the_exact_mean_of_equal_states_is_the_state():
@@ -180,6 +181,20 @@ def test_the_exact_mean_of_equal_states_is_the_state():
     for weight in (3, 7, 11):
         mean.add(state, weight)
     assert all(np.array_equal(array, state[name].numpy()) for name, array in mean.arrays().items())
+
+
+def test_a_large_array_is_summed_in_chunks_that_fit_together():
+    values = torch.randn(3, CHUNK)[:, 5:].reshape(1, -1)  # 2 chunks and most of a third
+    start = {"w": torch.zeros_like(values)}
+    mean = ExactMean(start, 100)
+    for weight, factor in ((30, 1.0), (70, -0.5)):
+        mean.add({"w": factor * values}, weight)
+    expected = (30 * values.double() - 35 * values.double()) / 100
+    np.testing.assert_allclose(mean.arrays()["w"], expected, rtol=2**-23, atol=1e-12)
+    alone = ExactMean(start, 100)
+    alone.add(mean.arrays(), mean.weights, mean.rest())
+    assert np.array_equal(alone.arrays()["w"], mean.arrays()["w"])
+    assert np.array_equal(alone.rest()["w"], mean.rest()["w"])
 
 
 @pytest.mark.parametrize(("largest", "limit"), [(0, 2048), (1, 2048), (-5, 8192), (1000, 2.0**20)])

@@ -12,6 +12,7 @@ from fedfmd.data import Dataset, ImageSet, load_dataset
 from fedfmd.edge import Workload
 from fedfmd.models import make_model
 from fedfmd.training import (
+    MEMORY_FORMATS,
     OPTIMISERS,
     PRECISIONS,
     Best,
@@ -301,6 +302,15 @@ def test_the_best_is_chosen_by_validation_and_without_it_by_the_test_images():
     assert second == third == Best(accuracy=0.7, chosen_by=0.9)
     assert third.or_later(evaluation(0.6), evaluation(0.9)) == third  # the earlier one of two
     assert Best(0.7, 0.7).or_later(evaluation(0.8), None) == Best(0.8, 0.8)
+
+
+@pytest.mark.parametrize("name", MEMORY_FORMATS)
+def test_batches_lie_in_memory_as_the_format_says(name):
+    digits, seen = load_dataset("digits", image_size=8), []
+    model = make_model("resnet8", "static", 10, width=0.25, norm="group")
+    model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    run(model, digits, steps=1, sgd=LocalSGD(0.01, memory_format=MEMORY_FORMATS[name]))
+    assert [batch.is_contiguous(memory_format=MEMORY_FORMATS[name]) for batch in seen] == [True]
 
 
 @pytest.mark.parametrize("conv", CONVS)

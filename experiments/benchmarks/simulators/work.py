@@ -16,6 +16,7 @@ from femnist_cnn import network as femnist_cnn
 from torch import Tensor, nn
 
 CLASSES = 10
+MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
 SGD = partial(torch.optim.SGD, lr=0.001, momentum=0.9, nesterov=True, weight_decay=0.0005, fused=True)
 """As fedfmd trains by default; labels are random, so that only the time counts."""
 
@@ -31,6 +32,7 @@ class Work:
         size: height and width of the images in pixels.
         images: of each client.
         batch: images of a step.
+        memory_format: of the images, as ``train.memory-format``: the one with which the network is faster.
         data: npz file with the images of all clients.
     """
 
@@ -40,6 +42,7 @@ class Work:
     size: int
     images: int
     batch: int
+    memory_format: str = "contiguous"
     clients: int = 0
     rounds: int = 0
     workers: int = 1
@@ -82,6 +85,7 @@ def load_shards(work: Work) -> list[tuple[Tensor, Tensor]]:
     """Images B x 3 x H x W, normalised in advance, and labels of each client; once per process."""
     with np.load(work.data) as file:
         images = torch.from_numpy(file["images"]).permute(0, 3, 1, 2).float().div_(255).sub_(0.5).div_(0.25)
+        images = images.contiguous(memory_format=MEMORY_FORMATS[work.memory_format])
         labels = torch.from_numpy(file["labels"]).long()
     return list(zip(images.split(work.images), labels.split(work.images), strict=True))
 
