@@ -10,12 +10,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 from flwr.app import Message
 from torch import Tensor
-from torch.linalg import vector_norm
 
 from fedfmd.edge import examples_of
 from fedfmd.errors import one_line
 from fedfmd.flower_compat import answered_id, error_text
-from fedfmd.protocol.averaging import is_beyond, rest_shape, value_limit
+from fedfmd.protocol.averaging import is_beyond, largest, rest_shape, value_limit
 from fedfmd.protocol.compression import ROUNDINGS, Upload
 from fedfmd.protocol.messages import (
     BY_ATTENTION,
@@ -239,10 +238,10 @@ def _check_values(restored: Mapping[str, Tensor], received: Arrays, steps: int, 
                     f"the counter {name} went from {start} to {int(values.max())} in {steps} steps"
                 )
             continue
-        if not (largest := float(vector_norm(values, math.inf))) <= MAX_NUMBER:
-            what = "NaN or infinite values" if not math.isfinite(largest) else f"values beyond {MAX_NUMBER:g}"
+        if not (most := largest(values)) <= MAX_NUMBER:
+            what = "NaN or infinite values" if not math.isfinite(most) else f"values beyond {MAX_NUMBER:g}"
             raise ValueError(f"{what} in {name}")
-        if is_beyond(largest, received[name]):
+        if is_beyond(most, received[name]):
             raise ValueError(f"values beyond {value_limit(received[name]):g} in {name}")
         if name in terms.variances and float(values.min()) < 0:
             raise ValueError(f"the running variance {name} is negative")

@@ -59,7 +59,8 @@ def run_assignments(host: Host, instruction: Instruction, arrays: Arrays) -> Rep
         results.append(result)
         if result.ok:
             mean.add(upload.restored(arrays) if rounded else upload.arrays, result.images)
-    return Reply(mean.arrays(), tuple(results), mean.weights, rest=mean.rest())
+    averaged = mean.arrays()
+    return Reply(averaged, tuple(results), mean.weights, rest=mean.rest(averaged))
 
 
 def score_clients(host: Host, instruction: Instruction, arrays: Arrays) -> tuple[ClientScore, ...]:

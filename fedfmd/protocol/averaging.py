@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 
 import numpy as np
@@ -104,17 +104,15 @@ class ExactMean:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Return the mean of everything that was added."""
-        return self._by_name(_Pack.means)
+        return self._by_name(pack.means(self.weights) for pack in self._packs)
 
-    def rest(self) -> dict[str, np.ndarray]:
-        """Return what rounding the mean to its dtype leaves over of the sums, in units."""
-        return self._by_name(_Pack.rests)
+    def rest(self, arrays: Values) -> dict[str, np.ndarray]:
+        """Return what rounding leaves over of the sums in units, `arrays` being the mean."""
+        return self._by_name(pack.rests(arrays, self.weights) for pack in self._packs)
 
-    def _by_name(
-        self, of: Callable[[_Pack, Mapping[str, float]], Mapping[str, Tensor]]
-    ) -> dict[str, np.ndarray]:
-        found = {name: tensor for pack in self._packs for name, tensor in of(pack, self.weights).items()}
-        return {name: found[name].numpy(force=True) for name in self.weights}
+    def _by_name(self, found: Iterable[Mapping[str, Tensor]]) -> dict[str, np.ndarray]:
+        tensors = {name: tensor for part in found for name, tensor in part.items()}
+        return {name: tensors[name].numpy(force=True) for name in self.weights}
 
 
 class _Pack(ABC):
@@ -133,11 +131,10 @@ class _Pack(ABC):
         there = self._shapes.keys() & state.keys()
         if not there:
             return
-        given = {name: torch.as_tensor(state[name]).detach() for name in self._shapes if name in there}
-        device = next(iter(given.values())).device
-        self._add(self._joined(given, (), device), self._weights({name: weights[name] for name in there}))
-        if left := {name: torch.as_tensor(rest[name], device=device) for name in there & rest.keys()}:
-            self._add_units(self._joined(left, next(iter(left.values())).shape[:1], device))
+        values = self._values(state)
+        self._add(values, self._weights({name: weights[name] for name in there}))
+        if left := {name: torch.as_tensor(rest[name], device=values.device) for name in there & rest.keys()}:
+            self._add_units(self._joined(left, next(iter(left.values())).shape[:1]))
 
     def means(self, weights: Mapping[str, float]) -> dict[str, Tensor]:
         """Return the means of the arrays that were added, by the weight behind each."""
@@ -146,12 +143,11 @@ class _Pack(ABC):
         # what nobody added is 0, whatever it is divided by
         return self._split(self._mean(self._weights(weights, missing=1)), weights)
 
-    def rests(self, weights: Mapping[str, float]) -> dict[str, Tensor]:
+    def rests(self, means: Values, weights: Mapping[str, float]) -> dict[str, Tensor]:
         """Return what the means leave over of the sums."""
         if not self._is_used:
             return {}
-        mean = self._mean(self._weights(weights, missing=1))
-        return self._split(self._rest(mean, self._weights(weights)), weights)
+        return self._split(self._rest(self._values(means), self._weights(weights)), weights)
 
     @property
     @abstractmethod
@@ -183,13 +179,19 @@ class _Pack(ABC):
         alike = len(set(numbers)) == 1
         return values[0] if alike else values.repeat_interleave(torch.tensor(self._sizes))
 
-    def _joined(self, arrays: Mapping[str, Tensor], leading: tuple[int, ...], device: torch.device) -> Tensor:
+    def _values(self, arrays: Values) -> Tensor:
+        """Return those of the arrays that are there, at least one, one after another."""
+        return self._joined(
+            {name: torch.as_tensor(arrays[name]).detach() for name in self._shapes if name in arrays}
+        )
+
+    def _joined(self, arrays: Mapping[str, Tensor], leading: tuple[int, ...] = ()) -> Tensor:
         """Return the arrays one after another, zeros where there is none; they have these dimensions more."""
-        dtype = next(iter(arrays.values())).dtype
+        one = next(iter(arrays.values()))
         parts = [
             arrays[name].reshape((*leading, -1))
             if name in arrays
-            else torch.zeros(*leading, size, dtype=dtype, device=device)
+            else torch.zeros(*leading, size, dtype=one.dtype, device=one.device)
             for name, size in zip(self._shapes, self._sizes, strict=True)
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
@@ -225,7 +227,8 @@ class _Sums(_Pack):
 
     def _add_units(self, units: Tensor) -> None:
         assert self._sums is not None
-        self._sums += units[0]
+        for part, given in zip(self._sums.split(CHUNK), units[0].split(CHUNK), strict=True):
+            part += given.double()
 
     def _mean(self, weights: Tensor) -> Tensor:
         assert self._sums is not None
@@ -322,19 +325,19 @@ def fault_of(state: Values, start: Values) -> str:
     suspects: dict[str, Tensor] = {}
     for arrays in _packs_of(state):
         values = [array.reshape(-1) for array in arrays.values()]
-        if not _largest(values[0] if len(values) == 1 else torch.cat(values)) <= LEAST:  # NaN isn't
+        if not largest(values[0] if len(values) == 1 else torch.cat(values)) <= LEAST:  # NaN isn't
             suspects |= arrays
     if broken := first_non_finite(suspects):
         return f"NaN or infinite values in {broken}"
     for name, array in suspects.items():
-        if is_beyond(_largest(array), start[name]):
+        if is_beyond(largest(array), start[name]):
             return f"values beyond {value_limit(start[name]):g} in {name}"
     return ""
 
 
-def is_beyond(largest: float, start: Tensor | np.ndarray) -> bool:
+def is_beyond(value: float, start: Tensor | np.ndarray) -> bool:
     """Tell whether a value is beyond `value_limit`, which takes a look at all of `start` and is at least `LEAST`."""
-    return largest > LEAST and largest > value_limit(start)
+    return value > LEAST and value > value_limit(start)
 
 
 def value_limit(start: Tensor | np.ndarray) -> float:
@@ -345,10 +348,11 @@ def value_limit(start: Tensor | np.ndarray) -> float:
     values = torch.as_tensor(start)
     if _is_wide(values):
         return LARGEST
-    return math.ldexp(1.0, math.frexp(max(1.0, _largest(values)))[1] + MARGIN)
+    return math.ldexp(1.0, math.frexp(max(1.0, largest(values)))[1] + MARGIN)
 
 
-def _largest(values: Tensor) -> float:
+def largest(values: Tensor) -> float:
+    """Return the largest absolute value, 0 if there is none; NaN if there is one."""
     if not values.numel():
         return 0.0
     least, most = values.aminmax()  # NaN is both

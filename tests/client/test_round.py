@@ -104,7 +104,7 @@ def test_the_reply_is_the_mean_of_the_clients_by_images(make_host):
         assert alone.rest == {}
         mean.add(alone.arrays, alone.weight)
     assert equal(reply.arrays, mean.arrays())
-    assert equal(reply.rest, mean.rest())
+    assert equal(reply.rest, mean.rest(mean.arrays()))
     assert [result.images for result in reply.results] == [11, 12, 13]
     assert reply.weight == 36
     assert reply.weights == dict.fromkeys(arrays, 36)
