@@ -55,9 +55,9 @@ UNRELIABLE = {
 def run(tiny_settings, tmp_path):
     """Runs four clients with skewed labels in a folder of this name, which it gives back."""
 
-    def run(name="run", workers=1, **changes):
+    def run(name="run", workers=1, forked=False, **changes):
         settings = tiny_settings(**SKEWED | changes).in_folder(tmp_path / name)
-        run_inline(server_app, client_app, settings.flat(), workers)
+        run_inline(server_app, client_app, settings.flat(), workers, forked=forked)
         return tmp_path / name
 
     return run
@@ -193,8 +193,8 @@ def test_rounds_of_a_few_clients_do_as_much_and_keep_as_much_out_of_a_thousand_a
     ids=["all kernels", "unreliable fleet", "fednova", "fedbuff in int8"],
 )
 def test_the_number_of_workers_changes_no_bit(run, changes):
-    one, *others = (run(f"{workers} workers", workers, **changes) for workers in (1, 2, 3))
-    for other in others:
+    one = run("one", **changes)
+    for other in (run("two threads", 2, **changes), run("three processes", 3, forked=True, **changes)):
         assert without_nodes(other) == without_nodes(one)
         assert models_of(other) == models_of(one)
 

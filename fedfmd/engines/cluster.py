@@ -294,10 +294,21 @@ def _ask(request: Mapping[str, Any]) -> dict[str, Any]:
                 f"--address = {address}: no Ray cluster answers there within {ANSWER_S:g} s"
             ) from None
         if not told.exists():
-            *_, last = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-            raise SettingsError(f"--address = {address}: no Ray cluster answers there ({last})")
+            raise SettingsError(
+                f"--address = {address}: no Ray cluster answers there ({_reason(done.stderr, done.returncode)})"
+            )
         answer: dict[str, Any] = json.loads(told.read_text())
         return answer
+
+
+def _reason(stderr: str, status: int) -> str:
+    """Return the last line that is no frame of the stack that Ray prints where it ends its process."""
+    lines = [
+        line
+        for line in stderr.splitlines()
+        if line.strip() and not re.search(r"\[0x[0-9a-f]+\]|^\*\*\*", line)
+    ]
+    return " ".join(lines[-1].split()) if lines else f"exit status {status}"
 
 
 def _knock(address: str) -> None:

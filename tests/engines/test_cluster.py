@@ -23,6 +23,7 @@ from fedfmd.engines.cluster import (
     Cluster,
     Facts,
     Machine,
+    _reason,
     cluster_address,
     facts_of,
     faults_of,
@@ -252,6 +253,21 @@ def test_a_machine_that_dies_ends_the_run_and_the_same_command_goes_on(head, sec
     whole = fedfmd("run", file, "--workers", "2", "--out", tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
     assert rows_and_models(tmp_path / "run", "node") == rows_and_models(tmp_path / "whole", "node")
+
+
+@pytest.mark.parametrize(
+    ("stderr", "reason"),
+    [
+        (
+            "[2026-11-27 C 12 12] worker.cc:837:  Check failed: connected\n*** StackTrace Information ***\n"
+            "/lib/ray.so(+0x1b2f) [0x7f1d2] ray::Worker()\npython3(_start+0x21) [0x559d9] _start\n",
+            "[2026-11-27 C 12 12] worker.cc:837: Check failed: connected",
+        ),
+        ("", "exit status -6"),
+    ],
+)
+def test_the_reason_of_a_crash_is_no_frame_of_its_stack(stderr, reason):
+    assert _reason(stderr, -6) == reason
 
 
 @pytest.mark.slow

@@ -78,10 +78,10 @@ def test_a_worker_whose_parent_is_gone_says_nothing():
     """It may log before it notices."""
     code = (
         "import logging.handlers, multiprocessing\n"
-        "from fedfmd.experiment.pool import _Outlet\n"
+        "from fedfmd.processes import Outlet\n"
         "ours, theirs = multiprocessing.Pipe()\n"
         "ours.close()\n"
-        "handler = logging.handlers.QueueHandler(_Outlet(theirs))\n"
+        "handler = logging.handlers.QueueHandler(Outlet(theirs))\n"
         "handler.handle(logging.makeLogRecord({'msg': 'round 1'}))\n"
         "print('still here')\n"
     )

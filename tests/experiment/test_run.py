@@ -230,7 +230,7 @@ def started(monkeypatch):
     monkeypatch.setattr("fedfmd.experiment.run._check_end", lambda task: None)  # nothing is trained
     monkeypatch.setattr(
         "fedfmd.engines.inline.run_inline",
-        lambda server, client, config, workers, threads: runs.append(("inline", config["run-dir"])),
+        lambda server, client, config, workers, threads, forked: runs.append(("inline", config["run-dir"])),
     )
     monkeypatch.setattr(
         "fedfmd.engines.flower.run_flower",
@@ -324,7 +324,7 @@ def test_trials_come_first_and_then_the_runs_of_the_values_that_they_choose(
 
 
 def test_a_trial_that_fails_leaves_the_choice_open(run, pools, no_plots, started, write_yaml, monkeypatch):
-    def fail_slow(server, client, config, workers, threads):
+    def fail_slow(server, client, config, workers, threads, forked):
         if config["train.lr"] < 1e-3:
             raise RunError("round 1: all clients failed")
 
