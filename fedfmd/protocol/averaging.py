@@ -125,6 +125,7 @@ class _Pack(ABC):
         self._shapes = {name: array.shape for name, array in start.items()}
         self._sizes = [array.numel() for array in start.values()]
         self._dtype = next(iter(start.values())).dtype
+        self._sums: Tensor | None = None
 
     def add(self, state: Values, weights: Mapping[str, float], rest: Values) -> None:
         """Add those of the arrays that are there, each times its weight."""
@@ -132,42 +133,43 @@ class _Pack(ABC):
         if not there:
             return
         values = self._values(state)
-        self._add(values, self._weights({name: weights[name] for name in there}))
+        if self._sums is None:
+            self._sums = self._nothing(values)
+        self._add(self._sums, values, self._weights({name: weights[name] for name in there}))
         if left := {name: torch.as_tensor(rest[name], device=values.device) for name in there & rest.keys()}:
-            self._add_units(self._joined(left, next(iter(left.values())).shape[:1]))
+            self._add_units(self._sums, self._joined(left, next(iter(left.values())).shape[:1]))
 
     def means(self, weights: Mapping[str, float]) -> dict[str, Tensor]:
         """Return the means of the arrays that were added, by the weight behind each."""
-        if not self._is_used:
+        if self._sums is None:
             return {}
         # what nobody added is 0, whatever it is divided by
-        return self._split(self._mean(self._weights(weights, missing=1)), weights)
+        return self._split(self._mean(self._sums, self._weights(weights, missing=1)), weights)
 
     def rests(self, means: Values, weights: Mapping[str, float]) -> dict[str, Tensor]:
         """Return what the means leave over of the sums."""
-        if not self._is_used:
+        if self._sums is None:
             return {}
-        return self._split(self._rest(self._values(means), self._weights(weights)), weights)
-
-    @property
-    @abstractmethod
-    def _is_used(self) -> bool:
-        """Whether anything was added."""
+        return self._split(self._rest(self._sums, self._values(means), self._weights(weights)), weights)
 
     @abstractmethod
-    def _add(self, values: Tensor, weights: Tensor) -> None:
+    def _nothing(self, values: Tensor) -> Tensor:
+        """Return the sums of so many values before any is added."""
+
+    @abstractmethod
+    def _add(self, sums: Tensor, values: Tensor, weights: Tensor) -> None:
         """Add values, each times its weight, or the one weight."""
 
     @abstractmethod
-    def _add_units(self, units: Tensor) -> None:
-        """Add whole numbers of units."""
+    def _add_units(self, sums: Tensor, units: Tensor) -> None:
+        """Add whole numbers of units: units × values."""
 
     @abstractmethod
-    def _mean(self, weights: Tensor) -> Tensor:
+    def _mean(self, sums: Tensor, weights: Tensor) -> Tensor:
         """Return the sums by the weights, in the arrays' dtype."""
 
     @abstractmethod
-    def _rest(self, mean: Tensor, weights: Tensor) -> Tensor:
+    def _rest(self, sums: Tensor, mean: Tensor, weights: Tensor) -> Tensor:
         """Return the sums less what gave the mean, in units: units × values."""
 
     def _weights(self, weights: Mapping[str, float], missing: float = 0) -> Tensor:
@@ -214,42 +216,31 @@ class _Sums(_Pack):
     def __init__(self, start: Mapping[str, Tensor], bits: int) -> None:
         super().__init__(start)
         self._unit = self._spread([2.0**bits / value_limit(array) for array in start.values()])
-        self._sums: Tensor | None = None
 
-    @property
-    def _is_used(self) -> bool:
-        return self._sums is not None
+    def _nothing(self, values: Tensor) -> Tensor:
+        return torch.zeros_like(values, dtype=torch.float64)
 
-    def _add(self, values: Tensor, weights: Tensor) -> None:
-        if self._sums is None:
-            self._sums = torch.zeros_like(values, dtype=torch.float64)
-        self._add_to(self._sums, values, weights)
-
-    def _add_units(self, units: Tensor) -> None:
-        assert self._sums is not None
-        for part, given in zip(self._sums.split(CHUNK), units[0].split(CHUNK), strict=True):
-            part += given.double()
-
-    def _mean(self, weights: Tensor) -> Tensor:
-        assert self._sums is not None
-        mean = torch.empty_like(self._sums, dtype=self._dtype)
-        factors = self._chunks((weights * self._unit).to(mean.device))
-        for part, sums, factor in zip(mean.split(CHUNK), self._sums.split(CHUNK), factors, strict=True):
-            part.copy_(sums / factor)  # the unit is a power of 2: as exact as one division
-        return mean
-
-    def _rest(self, mean: Tensor, weights: Tensor) -> Tensor:
-        assert self._sums is not None
-        left = self._sums.clone()
-        self._add_to(left, mean, -weights)
-        return (left.int() if self._dtype.itemsize >= 4 else left.long())[None]
-
-    def _add_to(self, sums: Tensor, values: Tensor, weights: Tensor) -> None:
-        """Add values, each times its weight, as whole numbers of units."""
+    def _add(self, sums: Tensor, values: Tensor, weights: Tensor) -> None:
         chunk = torch.empty_like(sums[:CHUNK])
         factors = self._chunks((weights * self._unit).to(sums.device))
         for part, given, factor in zip(sums.split(CHUNK), values.split(CHUNK), factors, strict=True):
             part += chunk[: len(part)].copy_(given).mul_(factor).round_()
+
+    def _add_units(self, sums: Tensor, units: Tensor) -> None:
+        for part, given in zip(sums.split(CHUNK), units[0].split(CHUNK), strict=True):
+            part += given.double()
+
+    def _mean(self, sums: Tensor, weights: Tensor) -> Tensor:
+        mean = torch.empty_like(sums, dtype=self._dtype)
+        factors = self._chunks((weights * self._unit).to(sums.device))
+        for part, summed, factor in zip(mean.split(CHUNK), sums.split(CHUNK), factors, strict=True):
+            part.copy_(summed / factor)  # the unit is a power of 2: as exact as one division
+        return mean
+
+    def _rest(self, sums: Tensor, mean: Tensor, weights: Tensor) -> Tensor:
+        left = sums.clone()
+        self._add(left, mean, -weights)
+        return (left.int() if self._dtype.itemsize >= 4 else left.long())[None]
 
     def _chunks(self, numbers: Tensor) -> Sequence[Tensor]:
         """Return the numbers that belong to each chunk of the vector, or the one number."""
@@ -262,29 +253,23 @@ class _WideSums(_Pack):
     def __init__(self, start: Mapping[str, Tensor], units: Sequence[float]) -> None:
         super().__init__(start)
         self._units = units
-        self._sums: Tensor | None = None
 
-    @property
-    def _is_used(self) -> bool:
-        return self._sums is not None
+    def _nothing(self, values: Tensor) -> Tensor:
+        return torch.zeros(len(self._units), *values.shape, dtype=torch.long, device=values.device)
 
-    def _add(self, values: Tensor, weights: Tensor) -> None:
-        units = self._in_units(values, weights)
-        self._sums = units if self._sums is None else self._sums.add_(units)
+    def _add(self, sums: Tensor, values: Tensor, weights: Tensor) -> None:
+        sums += self._in_units(values, weights)
 
-    def _add_units(self, units: Tensor) -> None:
-        assert self._sums is not None
-        self._sums += units
+    def _add_units(self, sums: Tensor, units: Tensor) -> None:
+        sums += units
 
-    def _mean(self, weights: Tensor) -> Tensor:
-        assert self._sums is not None
-        parts = [part.double() / unit for part, unit in zip(self._sums, self._units, strict=True)]
+    def _mean(self, sums: Tensor, weights: Tensor) -> Tensor:
+        parts = [part.double() / unit for part, unit in zip(sums, self._units, strict=True)]
         mean: Tensor = sum(parts[1:], parts[0]) / weights.to(parts[0].device)
         return (mean if self._dtype.is_floating_point else mean.round()).to(self._dtype)
 
-    def _rest(self, mean: Tensor, weights: Tensor) -> Tensor:
-        assert self._sums is not None
-        return self._sums - self._in_units(mean, weights)
+    def _rest(self, sums: Tensor, mean: Tensor, weights: Tensor) -> Tensor:
+        return sums - self._in_units(mean, weights)
 
     def _in_units(self, values: Tensor, weights: Tensor) -> Tensor:
         """Return value × weight as whole numbers of each unit, the coarse ones first: units × values."""
