@@ -125,10 +125,11 @@ class RunDisplay(logging.Handler):
             self._round_done(row.round)
 
     def close(self) -> None:
-        """Take the run's bar away and count the run."""
+        """Take the run's bar away and count the run, once: `logging` closes what is left at the end of the process."""
         super().close()
-        self._progress.remove_task(self._task)
-        self._display.run_ended()
+        if self._task in self._progress.task_ids:
+            self._progress.remove_task(self._task)
+            self._display.run_ended()
 
     def _round_done(self, server_round: int) -> None:
         self._display.advance(server_round - self._done)

@@ -111,6 +111,8 @@ def test_several_runs_have_a_bar_each_while_they_run_and_one_for_all_rounds(term
             run.line(round_line(ROW))
             assert bars(display) == [("0/2 runs", 2, 6, ""), ("seed=0", 2, 3, "")]
         assert bars(display) == [("1/2 runs", 2, 6, "")]
+        run.close()  # as `logging` does with every handler at the end of the process
+        assert bars(display) == [("1/2 runs", 2, 6, "")]
 
 
 def test_the_logger_is_left_as_it_was(terminal, logger):

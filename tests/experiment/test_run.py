@@ -445,3 +445,18 @@ def test_a_run_that_met_its_limit_is_finished_for_runs_matrices_and_reports(matr
     comparison = read_comparison(folders)
     assert all(run.finished for run in comparison.runs)
     assert not any("Unfinished" in note for note in comparison.notes)
+
+
+@pytest.mark.slow
+def test_a_run_whose_node_is_killed_ends_with_one_line_and_goes_on(write_yaml, tmp_path):
+    file = write_yaml(**{"server.rounds": 6, "fleet.devices": "pi-4:100%"})
+    run, folder = start(file, tmp_path / "killed", 2), tmp_path / "killed"
+    next(line for line in run.stdout if line.startswith("round "))
+    psutil.Process(run.pid).children()[-1].kill()
+    _, error = run.communicate(timeout=120)
+    assert run.returncode == 1
+    assert error.startswith("fedfmd: a node is gone, its process was killed")
+    assert error.count("\n") == 1
+    for place in (folder, tmp_path / "whole"):
+        assert start(file, place, 2).wait(timeout=300) == 0
+    assert rows(folder) == rows(tmp_path / "whole")
