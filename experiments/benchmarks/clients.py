@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import date, datetime
 from pathlib import Path
@@ -47,7 +48,7 @@ FEDFMD = str(Path(sys.executable).with_name("fedfmd"))
 
 @dataclass(frozen=True)
 class Result:
-    """What a run took: seconds, MB of resident memory, and KB of files."""
+    """What a run took: seconds, MB of memory in all its processes (what they share counts once), and KB of files."""
 
     date: str
     machine: str
@@ -62,9 +63,9 @@ class Result:
     round_cpu_s: float
     first_ten_s: float
     last_ten_s: float
-    peak_rss_mb: int
-    rss_third_round_mb: int
-    rss_last_round_mb: int
+    peak_mb: int
+    third_round_mb: int
+    last_round_mb: int
     clients_form: str
     clients_kb: int
     page_kb: int
@@ -136,9 +137,9 @@ def measure(options: argparse.Namespace, folder: Path, clients: int) -> Result:
         round_cpu_s=round((processor[options.rounds] - processor[1]) / (options.rounds - 1), 3),
         first_ten_s=round(fmean(gaps[WARM_UP_ROUNDS:][:10]), 3),
         last_ten_s=round(fmean(gaps[WARM_UP_ROUNDS:][-10:]), 3),
-        peak_rss_mb=round(max(memory.values()) / 1e6),
-        rss_third_round_mb=round(memory[min(3, options.rounds)] / 1e6),
-        rss_last_round_mb=round(memory[options.rounds] / 1e6),
+        peak_mb=round(max(memory.values()) / 1e6),
+        third_round_mb=round(memory[min(3, options.rounds)] / 1e6),
+        last_round_mb=round(memory[options.rounds] / 1e6),
         clients_form=table.suffix[1:],
         clients_kb=kilobytes(table),
         page_kb=kilobytes(out / "report.html"),
@@ -151,7 +152,7 @@ def measure(options: argparse.Namespace, folder: Path, clients: int) -> Result:
 def watch(
     command: list[str], ours: Mapping[str, str], out: Path
 ) -> tuple[dict[int, float], dict[int, float]]:
-    """Run a command to its end; by round, returns its most resident bytes, and the processor's seconds at its start."""
+    """Run a command to its end; by round, returns its most bytes, and the processor's seconds at its start."""
     memory: dict[int, float] = {}
     processor: dict[int, float] = {}
     with (out.parent / "output.txt").open("w") as output:
@@ -160,11 +161,11 @@ def watch(
         while run.poll() is None:
             rows = out / "rounds.csv"
             current = max(1, rows.read_bytes().count(b"\n")) if rows.exists() else 0
-            try:
-                memory[current] = max(memory.get(current, 0), process.memory_info().rss)
-                processor.setdefault(current, sum(process.cpu_times()[:2]))
-            except psutil.NoSuchProcess:
-                pass
+            with suppress(psutil.NoSuchProcess):
+                all_of_it = [process, *process.children(recursive=True)]
+                held = sum(part.memory_full_info().pss for part in all_of_it)
+                memory[current] = max(memory.get(current, 0), held)
+                processor.setdefault(current, sum(sum(part.cpu_times()[:2]) for part in all_of_it))
             time.sleep(LOOK_S)
     if run.returncode:
         sys.exit((out.parent / "output.txt").read_text())
