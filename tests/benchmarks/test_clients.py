@@ -60,4 +60,4 @@ def test_a_small_run_is_measured(clients, tmp_path, monkeypatch):
     assert (row["clients"], row["clients_form"]) == ("30", "parquet")
     assert float(row["setup_s"]) > 0
     assert 0 < float(row["round_s"]) < 60
-    assert float(row["peak_rss_mb"]) >= float(row["rss_last_round_mb"]) > 100
+    assert float(row["peak_mb"]) >= float(row["last_round_mb"]) > 100
