@@ -1,7 +1,7 @@
 """Jobs in processes of their own, several at a time, whose log records come back.
 
 Processes, because Flower's task identity and PyTorch's number of threads belong to a process; spawned ones,
-because a fork would copy PyTorch's threads and locks in whatever state they are.
+because they may compute on several threads of PyTorch, which don't survive a fork.
 """
 
 from __future__ import annotations
