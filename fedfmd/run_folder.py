@@ -20,6 +20,7 @@ from fedfmd.runs import (
     code_digest,
     environment,
     kept_settings,
+    latest_round,
     read_environment,
     round_line,
 )
@@ -46,9 +47,15 @@ def open_run_folder(settings: Settings) -> Iterator[RunFolder]:
             _check(settings, folder.path)  # again: a run may have begun and ended here meanwhile
         except ValueError as error:
             raise SettingsError(str(error)) from error
+        earlier = read_environment(folder.path) if latest_round(folder.checkpoints) else {}
         folder.write_environment(*own_sources(settings), weights=_weights(settings))
         folder.write_settings(settings.kept())  # last: where it stands, the other does too
         stack.enter_context(_logging_to(folder))
+        if changed := _changed(earlier, read_environment(folder.path)):
+            logger.warning(
+                "this machine is not as it was (%s): the last digits may not be those of a run in one go",
+                changed,
+            )
         stack.enter_context(tracked(settings, folder))
         yield folder
 
@@ -115,6 +122,17 @@ def _check_origin(settings: Settings, path: Path) -> None:
             f"run-dir = {path} holds a run that started from other weights than {start_file(settings)} has now: name "
             "another folder, or delete this one to start again"
         )
+
+
+def _changed(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Tell what differs between two environments that last digits depend on; "" where nothing is known to."""
+    named = (("versions", "torch", "torch"), ("machine", "processor", "processor"))
+    told = [
+        f"{name} was {earlier[part][key]}, is {now[part].get(key)}"
+        for part, key, name in (*named, ("machine", "native_mixing", "compiled mixing"))
+        if key in earlier.get(part, {}) and earlier[part][key] != now[part].get(key)
+    ]
+    return ", ".join(told)
 
 
 def _weights(settings: Settings) -> str | None:

@@ -71,6 +71,28 @@ def test_a_checkpoint_knows_its_settings_where_their_file_is_gone(check, tiny_se
     assert folder.settings.exists()
 
 
+@pytest.mark.parametrize("done", [0, 1])
+def test_a_run_that_goes_on_on_another_machine_is_told_so(done, tiny_settings, tmp_path, caplog):
+    settings = tiny_settings().in_folder(tmp_path)
+    folder = opened(settings)
+    if done:
+        save_checkpoint(folder.checkpoints, done, {}, {}, settings.kept())
+    opened(settings)
+    assert caplog.messages == []
+    here = json.loads(folder.environment.read_text())
+    there = here | {"versions": here["versions"] | {"torch": "2.0"}}
+    there["machine"] = here["machine"] | {"native_mixing": not here["machine"]["native_mixing"]}
+    folder.environment.write_text(json.dumps(there))
+    opened(settings)
+    told = [
+        message
+        for message in caplog.messages
+        if message.startswith("this machine is not as it was (torch was 2.0")
+    ]
+    assert len(told) == len(caplog.messages) == done
+    assert all("compiled mixing was" in message for message in told)
+
+
 @pytest.mark.parametrize("check", [prepare, opened])
 @pytest.mark.parametrize(
     ("environment", "known"),
