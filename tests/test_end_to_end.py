@@ -194,7 +194,8 @@ def test_rounds_of_a_few_clients_do_as_much_and_keep_as_much_out_of_a_thousand_a
 )
 def test_the_number_of_workers_changes_no_bit(run, changes):
     one = run("one", **changes)
-    for other in (run("two threads", 2, **changes), run("three processes", 3, forked=True, **changes)):
+    others = [run(f"{workers} threads", workers, **changes) for workers in (2, 3)]
+    for other in (*others, run("3 processes", 3, forked=True, **changes)):
         assert without_nodes(other) == without_nodes(one)
         assert models_of(other) == models_of(one)
 
