@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import signal
@@ -12,6 +13,8 @@ from logging.handlers import QueueHandler
 from multiprocessing.connection import Connection
 
 logger = logging.getLogger("fedfmd")
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class Outlet:
@@ -50,6 +53,11 @@ def ignoring_interrupts() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, handler)
+
+
+def end_with_parent() -> None:
+    """Have this process killed when the one that forked it ends, in whatever way (Linux)."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def cause_of_death(exit_code: int) -> str:

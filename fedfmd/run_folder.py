@@ -30,6 +30,13 @@ from fedfmd.tracking import tracked
 
 logger = logging.getLogger("fedfmd")
 
+DIGITS_DEPEND_ON = {
+    "torch": ("versions", "torch"),
+    "processor": ("machine", "processor"),
+    "compiled mixing": ("machine", "native_mixing"),
+}
+"""What last digits follow beside settings and code, and where environment.json has it."""
+
 
 @contextmanager
 def open_run_folder(settings: Settings) -> Iterator[RunFolder]:
@@ -126,13 +133,11 @@ def _check_origin(settings: Settings, path: Path) -> None:
 
 def _changed(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """Tell what differs between two environments that last digits depend on; "" where nothing is known to."""
-    named = (("versions", "torch", "torch"), ("machine", "processor", "processor"))
-    told = [
+    return ", ".join(
         f"{name} was {earlier[part][key]}, is {now[part].get(key)}"
-        for part, key, name in (*named, ("machine", "native_mixing", "compiled mixing"))
+        for name, (part, key) in DIGITS_DEPEND_ON.items()
         if key in earlier.get(part, {}) and earlier[part][key] != now[part].get(key)
-    ]
-    return ", ".join(told)
+    )
 
 
 def _weights(settings: Settings) -> str | None:

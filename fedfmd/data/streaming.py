@@ -6,9 +6,7 @@ on how many processes decode.
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
-import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +22,7 @@ from torch.utils import data
 from fedfmd.data.augmentation import Fitted, Variation
 from fedfmd.data.images import Dataset, Images, ImageSet, histograms
 from fedfmd.errors import ImageError, RunError, one_line
+from fedfmd.processes import end_with_parent
 
 STREAMING = ("auto", "always", "never")
 MEMORY_GB = 4.0
@@ -36,8 +35,6 @@ PREFETCHED = 2
 
 BATCH = 256
 """Images decoded together where the caller names no batches."""
-
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class Pictures(Protocol):
@@ -244,4 +241,4 @@ def _unchanged(batch: Any) -> Any:
 
 def _end_with_parent(_worker: int) -> None:
     """Have this process killed when its parent is: it would hold the run's folder for some seconds more."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    end_with_parent()

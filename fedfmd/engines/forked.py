@@ -1,13 +1,12 @@
 """Nodes in processes of their own, forked from this one.
 
 Threads of one process wait for each other's Python, which takes a good part of a small network's step. A fork starts at
-once and shares all that is loaded already, images above all. As PyTorch's data loaders do, it relies on this process
-having one thread at most of what the child uses: nodes compute on one thread of the CPU.
+once and shares all that is loaded already, images above all. It is safe for the reason that it is in PyTorch's data
+loaders: a node computes on one thread, and so needs none of the others, which a fork loses.
 """
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import mmap
 import multiprocessing
@@ -27,9 +26,8 @@ import torch
 from flwr.app import Message
 
 from fedfmd.errors import RunError
-from fedfmd.processes import Outlet, cause_of_death, ignoring_interrupts, log_to
+from fedfmd.processes import Outlet, cause_of_death, end_with_parent, ignoring_interrupts, log_to
 
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 ALIGNMENT = 64
 """Bytes at whose multiples arrays begin, as NumPy and PyTorch have them."""
 
@@ -83,7 +81,7 @@ class ForkedNode:
 def _serve(answer: Answer, connection: Connection, parent: int) -> None:
     """Answer what comes through the connection until the parent is gone."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    end_with_parent()
     if os.getppid() != parent:  # it died before
         os._exit(1)
     torch.set_num_threads(1)

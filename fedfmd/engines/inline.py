@@ -58,7 +58,7 @@ class InlineGrid(Grid):
             )
             for node_id, config in enumerate(node_configs, FIRST_NODE_ID)
         }
-        self._to_fork, self._forked = forked, list[ForkedNode]()
+        self._forks, self._forked = forked, list[ForkedNode]()
         self._replies: dict[str, Message] = {}
         self._pushed = 0
         # One pool per node: a node's messages always meet the same thread, and so the same cached model.
@@ -110,7 +110,7 @@ class InlineGrid(Grid):
         Raises:
             RunError: a node's process died.
         """
-        if self._to_fork:
+        if self._forks and not self._forked:
             self._fork()
         pending = {}
         for message in messages:
@@ -132,7 +132,6 @@ class InlineGrid(Grid):
         return self.pull_messages(self.push_messages(messages))
 
     def _fork(self) -> None:
-        self._to_fork = False
         self._forked = [ForkedNode(node) for node in self._nodes.values()]
         self._nodes = dict(zip(self._nodes, self._forked, strict=True))
 
