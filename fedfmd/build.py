@@ -20,6 +20,7 @@ from fedfmd.conv import TemperatureSchedule, dynamic_layers, is_dynamic, make_co
 from fedfmd.cost import Cost, count
 from fedfmd.data import (
     Dataset,
+    ImageSet,
     Partition,
     StreamedImages,
     Streaming,
@@ -55,7 +56,20 @@ from fedfmd.protocol.state import (
 from fedfmd.seeds import derive_seed
 from fedfmd.settings import DataSettings, Settings
 from fedfmd.start import load_start
-from fedfmd.training import LOSSES, MEMORY_FORMATS, OPTIMISERS, LocalSGD, Loss, scheduled_rate
+from fedfmd.training import (
+    LOSSES,
+    MEMORY_FORMATS,
+    OPTIMISERS,
+    Compute,
+    LocalSGD,
+    Loss,
+    compute_gradients,
+    scheduled_rate,
+)
+from fedfmd.training.graphs import Graphs, capture_on_gpu
+
+GPU_SHARE = 0.25
+"""Share of a GPU's free memory that images may take."""
 
 
 @dataclass(frozen=True)
@@ -408,6 +422,13 @@ def build_sgd(settings: Settings) -> LocalSGD:
     )
 
 
+def build_compute(settings: Settings, device: torch.device) -> Compute:
+    """Return what computes gradients on the device, of one model that stays where it is."""
+    if settings.train.cuda_graphs and device.type == "cuda":
+        return Graphs(capture_on_gpu(device))
+    return compute_gradients
+
+
 def build_rate(settings: Settings, done: int) -> float:
     """Return the learning rate after so many rounds or epochs."""
     train = settings.train
@@ -480,6 +501,25 @@ def torch_device(settings: Settings, backend: str = "") -> torch.device:
             f"{key} = {name!r} but PyTorch sees {torch.cuda.device_count()} GPUs here: use {key}=cpu or auto"
         )
     return device
+
+
+def placed(dataset: Dataset, device: torch.device) -> Dataset:
+    """Return the dataset with its images on the GPU, if they are in memory and the GPU has room for them."""
+    if device.type == "cpu":
+        return dataset
+    train, test, validation = dataset.train, dataset.test, dataset.validation
+    if not (isinstance(train, ImageSet) and isinstance(test, ImageSet)):  # streamed
+        return dataset
+    held_out = validation.in_memory() if validation else None
+    free, _ = torch.cuda.mem_get_info(device)
+    if sum(images.nbytes for images in (train, test, held_out) if images) > GPU_SHARE * free:
+        return dataset
+    return replace(
+        dataset,
+        train=train.to(device),
+        test=test.to(device),
+        validation=held_out.to(device) if held_out else None,
+    )
 
 
 def _path(value: str) -> Path | None:

@@ -4,12 +4,14 @@ import pytest
 import torch
 
 from fedfmd.build import (
+    build_compute,
     build_dataset,
     build_federation,
     build_fleet,
     build_model,
     build_partition,
     describe_network,
+    placed,
     torch_device,
 )
 from fedfmd.conv import CONVS
@@ -18,6 +20,8 @@ from fedfmd.edge import Budget
 from fedfmd.errors import SettingsError
 from fedfmd.protocol.state import bank_of, pack, parameter_names
 from fedfmd.settings import Settings
+from fedfmd.training import compute_gradients
+from fedfmd.training.graphs import Graphs
 
 
 def test_a_federation_fits_its_settings(tiny_settings):
@@ -201,3 +205,31 @@ def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path, tiny_settings):
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(SettingsError, match=f"data.dir = {tmp_path}/images"):
         build_dataset(tiny_settings(**{"data.dataset": "cifar10", "data.dir": "~/images"}))
+
+
+@pytest.mark.parametrize(("free", "moved"), [(4.1, True), (3.9, False)])
+def test_images_lie_on_a_gpu_that_has_room_for_them(tiny_settings, monkeypatch, free, moved):
+    dataset = build_dataset(tiny_settings(**{"data.validation": 100}))
+    needed = sum(images.nbytes for images in (dataset.train, dataset.test, dataset.validation))
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda _device: (free * needed, 80e9))
+    here = placed(dataset, torch.device("meta"))  # a device like any other, whose memory nobody sees
+    assert {part.device.type == "meta" for part in (here.train, here.test, here.validation)} == {moved}
+    assert len(here.validation) == 100
+    assert placed(dataset, torch.device("cpu")) is dataset
+
+
+def test_streamed_images_stay_where_they_are(image_folder):
+    options = {"data.dataset": "imagefolder", "data.dir": str(image_folder), "data.streaming": "always"}
+    dataset = build_dataset(Settings.from_mapping(options))
+    assert placed(dataset, torch.device("meta")) is dataset
+
+
+@pytest.mark.parametrize(
+    ("graphs", "device", "replayed"), [(True, "cuda", True), (False, "cuda", False), (True, "cpu", False)]
+)
+def test_only_a_gpu_replays_graphs_and_only_if_asked_to(monkeypatch, graphs, device, replayed):
+    monkeypatch.setattr("fedfmd.build.capture_on_gpu", lambda _device: None)
+    settings = Settings.from_mapping({"train.cuda-graphs": graphs, "device": "auto"})
+    compute = build_compute(settings, torch.device(device))
+    assert isinstance(compute, Graphs) == replayed
+    assert (compute is compute_gradients) != replayed

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from fedfmd.conv import DynamicConv2d
-from fedfmd.data import Dataset, ImageSet, load_dataset
+from fedfmd.data import Dataset, load_dataset
 
 OUT_OF_TIME = "not run: out of time"
 
@@ -167,10 +167,7 @@ def free(device: str) -> None:
 
 def placed(dataset: Dataset, device: str) -> Dataset:
     """Return the dataset with its images, still uint8, and labels on the device."""
-    train, test = (
-        ImageSet(part.images.to(device), part.labels.to(device)) for part in (dataset.train, dataset.test)
-    )
-    return replace(dataset, train=train, test=test)
+    return replace(dataset, train=dataset.train.to(device), test=dataset.test.to(device))
 
 
 def synthetic(train: int, test: int, size: int = 32, classes: int = 10) -> Dataset:

@@ -6,7 +6,7 @@
 # OUT (default runs/gpu) gets a table per part, written row by row, log.txt and summary.txt. A part that fails does
 # not stop the next; the status is then 1. --toy: toy sizes on the CPU, in about a minute, to try the script.
 #
-#   PARTS    what to run (default "check layers networks train")
+#   PARTS    what to run (default "check layers networks graphs train")
 #   DATA     for train: the folder with the parts that images.py packed, or with cifar10_{train,test}.npz
 #   LIMIT_S  seconds for everything (default 530; of toys, 3000); what takes less than its share leaves the rest to the next
 #   TRAIN    more options of train.py, such as "--networks odconv-4 --channels-last"
@@ -16,15 +16,15 @@ set -uo pipefail
 usage() { sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0" >&2; exit 2; }
 fail() { echo "run.sh: $*" >&2; exit 2; }
 
-toy=() shares=(100 60 150) limit=${LIMIT_S:-530}
-if [ "${1:-}" = --toy ]; then toy=(--toy) shares=(900 900 900) limit=${LIMIT_S:-3000}; shift; fi
+toy=() shares=(100 60 150 40) limit=${LIMIT_S:-530}
+if [ "${1:-}" = --toy ]; then toy=(--toy) shares=(900 900 900 900) limit=${LIMIT_S:-3000}; shift; fi
 [ $# -le 1 ] && [[ ${1:-} != -* ]] || usage
-out=${1:-runs/gpu} parts=${PARTS:-check layers networks train} python=${PYTHON:-python3}
+out=${1:-runs/gpu} parts=${PARTS:-check layers networks graphs train} python=${PYTHON:-python3}
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 export PYTHONPATH="$here/../..${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 
 for part in $parts; do
-  [[ " check layers networks train " == *" $part "* ]] || fail "PARTS = '$parts': '$part' is none of check, layers, networks, train"
+  [[ " check layers networks graphs train " == *" $part "* ]] || fail "PARTS = '$parts': '$part' is none of check, layers, networks, graphs, train"
 done
 [[ $limit =~ ^[0-9]+$ ]] || fail "LIMIT_S = '$limit': must be a whole number of seconds"
 if [ ${#toy[@]} -eq 0 ]; then
@@ -66,6 +66,7 @@ everything() {
       check) run_part check "$(least "${shares[0]}" "$(left)")" ;;
       layers) run_part layers "$(least "${shares[1]}" "$(left)")" ;;
       networks) run_part networks "$(least "${shares[2]}" "$(left)")" ;;
+      graphs) run_part graphs "$(least "${shares[3]}" "$(left)")" ;;
       train) data && run_part train "$(left)" --data "$folder" ${TRAIN:-} ;;
     esac || { status=$?; failed+=("$part"); }
     echo "run.sh: $part took $((SECONDS - started)) s, status $status"

@@ -50,6 +50,14 @@ def networks(rows: Rows) -> Iterator[str]:
             yield f"  {variant:<26}{row['ms']:>9} ms  ×{row['to_static']:<8}{row['peak_mb']:>9} MB  {row['status']}"
 
 
+def graphs(rows: Rows) -> Iterator[str]:
+    """How much faster a step is when it is replayed, and whether it is the same."""
+    for row in rows:
+        network = f"{row['arch']} {row['conv']} K={row['kernels']}, batch {row['batch']}, {row['precision']}"
+        times = f"{row['step_ms']:>8} ms, replayed {row['replayed_ms']} (×{row['speed_up']})"
+        yield f"{network:<46}{times}  {row['status']}"
+
+
 def train(rows: Rows) -> Iterator[str]:
     """The last epoch of each network, or why there is none."""
     for (conv, kernels), some in groupby(rows, lambda row: (row["conv"], row["kernels"])):
@@ -72,7 +80,7 @@ def statuses(rows: Rows) -> Iterator[str]:
     return (f"{count} times {status}" for status, count in counts.items() if status != "ok")
 
 
-PARTS = {"check": check, "layers": layers, "networks": networks, "train": train}
+PARTS = {"check": check, "layers": layers, "networks": networks, "graphs": graphs, "train": train}
 
 
 def main(folder: Path) -> None:

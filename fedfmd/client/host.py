@@ -13,7 +13,15 @@ import torch
 from flwr.app import Context
 from torch import Tensor, nn
 
-from fedfmd.build import build_dataset, build_model, build_partition, build_streaming, torch_device
+from fedfmd.build import (
+    build_compute,
+    build_dataset,
+    build_model,
+    build_partition,
+    build_streaming,
+    placed,
+    torch_device,
+)
 from fedfmd.cache import cache_dir
 from fedfmd.client.node_config import NodeConfig, own_dataset
 from fedfmd.client.state import discard_old
@@ -22,6 +30,7 @@ from fedfmd.memory import keep_freed
 from fedfmd.protocol.state import WireState
 from fedfmd.seeds import derive_seed
 from fedfmd.settings import Settings
+from fedfmd.training import Compute
 
 
 class _Thread(threading.local):
@@ -29,6 +38,7 @@ class _Thread(threading.local):
 
     host: Host | None = None
     state: WireState
+    compute: Compute
 
 
 _thread = _Thread()
@@ -70,11 +80,20 @@ class Host:
         return self._state.views()
 
     @property
+    def compute(self) -> Compute:
+        """What computes gradients of `model`, all of whose kernels are trained."""
+        return self._of_thread().compute
+
+    @property
     def _state(self) -> WireState:
+        return self._of_thread().state
+
+    def _of_thread(self) -> _Thread:
         if _thread.host is not self:
             model = build_model(self.settings, self.dataset.classes, self.dataset.image_size)
             _thread.host, _thread.state = self, WireState(model.to(self.device))
-        return _thread.state
+            _thread.compute = build_compute(self.settings, self.device)
+        return _thread
 
 
 def host_of(context: Context, images: ImageFormat | None) -> Host:
@@ -100,12 +119,14 @@ def _load_host(
         torch.set_num_threads(settings.threads or 1)  # as in process: their number changes the last digits
         dataset = build_dataset(settings)
         partition = build_partition(settings, dataset)
+        dataset = placed(dataset, device)
         shard_of = lambda client: dataset.train.subset(partition.indices[client])  # noqa: E731
     else:
         if settings.threads:
             torch.set_num_threads(settings.threads)
         assert images is not None  # the server tells every edge device what its images must be like
         dataset = own_dataset(data, images, settings.data.image_size, build_streaming(settings))
+        dataset = placed(dataset, device)
         shard_of = lambda _client: dataset.train  # noqa: E731
     return Host(settings, dataset, shard_of, device)
 

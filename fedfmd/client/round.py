@@ -31,7 +31,7 @@ from fedfmd.protocol.messages import (
 from fedfmd.protocol.privacy import noise_generator, noised_update
 from fedfmd.protocol.state import Arrays, fill, parameter_names, trained_views
 from fedfmd.seeds import derive_seed
-from fedfmd.training import TrainResult, evaluate, train
+from fedfmd.training import TrainResult, compute_gradients, evaluate, train
 from fedfmd.training.partial import Kernels, most_attended, rotated, trained_parameters
 
 logger = logging.getLogger("fedfmd.client")
@@ -181,7 +181,15 @@ def _train(
     ):
         optimiser = sgd.optimiser(parameters)
         trained = train(
-            host.model, shard, host.dataset, sgd, assignment.steps, generator, host.device, optimiser
+            host.model,
+            shard,
+            host.dataset,
+            sgd,
+            assignment.steps,
+            generator,
+            host.device,
+            optimiser,
+            compute=host.compute if assignment.kernels == host.settings.model.kernels else compute_gradients,
         )
     host.model.zero_grad()  # gradients are as large as the model, and a reply needs that room
     return trained, attention, kernels

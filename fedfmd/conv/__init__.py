@@ -1,9 +1,14 @@
 """Dynamic convolutions: operators, factory, conversion of static networks, temperature, diagnostics, ablation."""
 
 from fedfmd.conv.ablation import only_attentions, recorded_attentions
-from fedfmd.conv.attention import ATTENTION_INITS
+from fedfmd.conv.attention import ATTENTION_INITS, AttentionValues
 from fedfmd.conv.convert import load_static_state_dict, make_dynamic
-from fedfmd.conv.diagnostics import AttentionRecord, record_attention
+from fedfmd.conv.diagnostics import (
+    AttentionRecord,
+    record_attention,
+    tell_attention,
+    unrecorded_attention,
+)
 from fedfmd.conv.factory import CONVS, OPTIONS, has_kernel_attention, is_dynamic, make_conv, options_of
 from fedfmd.conv.layers import DynamicConv2d, dynamic_layers, has_temperature, set_temperature
 from fedfmd.conv.mixing import MIXINGS
@@ -21,6 +26,7 @@ __all__ = [
     "MIXINGS",
     "OPTIONS",
     "AttentionRecord",
+    "AttentionValues",
     "CondConv2d",
     "DyConv2d",
     "DynamicConv2d",
@@ -40,4 +46,6 @@ __all__ = [
     "record_attention",
     "recorded_attentions",
     "set_temperature",
+    "tell_attention",
+    "unrecorded_attention",
 ]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 
 from fedfmd.conv.attention import AttentionValues
 from fedfmd.conv.layers import dynamic_layers
+
+_paused: ContextVar[bool] = ContextVar("recording of attentions is paused", default=False)
 
 
 @dataclass
@@ -64,6 +67,8 @@ def record_attention(model: nn.Module, last: int | None = None) -> Iterator[Atte
     record = AttentionRecord()
 
     def keep(name: str, _module: nn.Module, _inputs: object, out: AttentionValues) -> None:
+        if _paused.get():
+            return
         kept = (value if value is None else value.detach() for value in out)
         record.values.setdefault(name, deque(maxlen=last)).append(AttentionValues(*kept))
 
@@ -71,6 +76,37 @@ def record_attention(model: nn.Module, last: int | None = None) -> Iterator[Atte
         for name, layer in dynamic_layers(model).items():
             hooks.enter_context(layer.attention.register_forward_hook(partial(keep, name)))
         yield record
+
+
+@contextmanager
+def unrecorded_attention(model: nn.Module) -> Iterator[dict[str, AttentionValues]]:
+    """Yield what gets the attention values of a forward pass inside the `with` block, which nobody else records.
+
+    `tell_attention` tells them afterwards, as often as the pass is repeated without Python's taking part.
+    """
+    seen: dict[str, AttentionValues] = {}
+
+    def see(name: str, _module: nn.Module, _inputs: object, out: AttentionValues) -> None:
+        seen[name] = AttentionValues(*(value if value is None else value.detach() for value in out))
+
+    before = _paused.set(True)
+    try:
+        with ExitStack() as hooks:
+            for name, layer in dynamic_layers(model).items():
+                hooks.enter_context(layer.attention.register_forward_hook(partial(see, name)))
+            yield seen
+    finally:
+        _paused.reset(before)
+
+
+def tell_attention(model: nn.Module, values: Mapping[str, AttentionValues]) -> None:
+    """Have those who record a model's attentions record copies of these values, by layer name."""
+    for name, told in values.items():
+        attention = model.get_submodule(f"{name}.attention".removeprefix("."))
+        if hooks := list(attention._forward_hooks.values()):
+            copies = AttentionValues(*(value if value is None else value.clone() for value in told))
+            for hook in hooks:
+                hook(attention, (), copies)
 
 
 def _entropy(share: Tensor) -> Tensor:

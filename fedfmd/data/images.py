@@ -99,7 +99,16 @@ class ImageSet:
         """Yield shapes and values of images and labels."""
         for tensor in (self.images, self.labels):
             yield repr(tuple(tensor.shape)).encode()
-            yield tensor.contiguous().numpy().data
+            yield tensor.cpu().contiguous().numpy().data
+
+    def to(self, device: torch.device | str) -> ImageSet:
+        """Return these images on the device."""
+        return ImageSet(self.images.to(device), self.labels.to(device))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of images and labels."""
+        return self.images.nbytes + self.labels.nbytes
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fedfmd.build import (
+    build_compute,
     build_dataset,
     build_model,
     build_rate,
@@ -22,6 +23,7 @@ from fedfmd.build import (
     build_temperature,
     check_training,
     describe_network,
+    placed,
     torch_device,
 )
 from fedfmd.conv import TemperatureSchedule, has_temperature, set_temperature
@@ -43,7 +45,7 @@ from fedfmd.seeds import derive_seed
 from fedfmd.settings import Settings
 from fedfmd.start import load_start
 from fedfmd.tracking import find_callbacks
-from fedfmd.training import Best, LocalSGD, Tally, TrainResult, evaluate_on_both, train
+from fedfmd.training import Best, Compute, LocalSGD, Tally, TrainResult, evaluate_on_both, train
 from fedfmd.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -66,6 +68,7 @@ class Training:
     sgd: LocalSGD
     temperature: TemperatureSchedule
     device: torch.device
+    compute: Compute
     start: str = ""
 
     @property
@@ -145,7 +148,15 @@ def prepare_centralised(settings: Settings) -> Training:
     cost = count(model, dataset.image_size)
     check_training(settings, dataset.classes)
     return Training(
-        settings, dataset, model, cost, build_sgd(settings), build_temperature(settings), device, start
+        settings,
+        placed(dataset, device),
+        model,
+        cost,
+        build_sgd(settings),
+        build_temperature(settings),
+        device,
+        build_compute(settings, device),
+        start,
     )
 
 
@@ -237,6 +248,7 @@ def _train_epoch(
         optimiser,
         since=progress.begun,
         after_step=save_now_and_then if settings.train.checkpoint_s else None,
+        compute=training.compute,
     )
     return trained, time.perf_counter() - started
 

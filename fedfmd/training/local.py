@@ -106,6 +106,9 @@ class Tally:
 
 START = Tally()
 
+Compute = Callable[[nn.Module, LocalSGD, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""From a model, how it is trained, inputs and labels to loss and logits, detached; parameters get their gradients."""
+
 
 @dataclass(frozen=True)
 class TrainResult:
@@ -178,6 +181,17 @@ def scheduled_rate(lr: float, schedule: str, done: int, length: int, warmup: int
     return learning_rate(lr, schedule, (done - warmup) / (length - warmup))
 
 
+def compute_gradients(
+    model: nn.Module, sgd: LocalSGD, inputs: Tensor, labels: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Compute a batch's loss and logits, and add its gradients to those of the parameters."""
+    with torch.autocast(inputs.device.type, torch.bfloat16, enabled=sgd.precision == "bf16"):
+        logits = model(inputs.contiguous(memory_format=sgd.memory_format))
+        loss = sgd.loss(logits, labels)
+    loss.backward()
+    return loss.detach(), logits.detach()
+
+
 def train(
     model: nn.Module,
     images: Images,
@@ -189,6 +203,7 @@ def train(
     optimiser: torch.optim.Optimizer | None = None,
     since: Tally = START,
     after_step: Callable[[Callable[[], Tally]], None] | None = None,
+    compute: Compute = compute_gradients,
 ) -> TrainResult:
     """Take `steps` steps on batches of `images`, passing over them as often as needed.
 
@@ -198,7 +213,7 @@ def train(
 
     `after_step` is called with what tells the tally so far; a GPU is waited for only when that is called. With model
     and optimiser as they were then, and with the same generator as at the start, the steps `since` a tally are those
-    that were to follow.
+    that were to follow. `compute` is what computes gradients, on a GPU perhaps `fedfmd.training.graphs.Graphs`.
     """
     model.train()
     optimiser = optimiser or sgd.optimiser(model.parameters())
@@ -211,18 +226,15 @@ def train(
 
     with closing(_endless(images, dataset, sgd.batch_size, generator, device, skip=done)) as passes:
         for inputs, labels in islice(passes, steps - done):
-            with torch.autocast(inputs.device.type, torch.bfloat16, enabled=sgd.precision == "bf16"):
-                logits = model(inputs.contiguous(memory_format=sgd.memory_format))
-                loss = sgd.loss(logits, labels)
             optimiser.zero_grad()
-            loss.backward()
+            loss, logits = compute(model, sgd, inputs, labels)
             if sgd.proximal:
                 _pull(_parameters(optimiser), start, sgd.proximal)
             if sgd.clip_norm:
                 nn.utils.clip_grad_norm_(_parameters(optimiser), sgd.clip_norm)
             optimiser.step()
             done, examples = done + 1, examples + len(labels)
-            totals += _loss_and_hits(loss.detach() * len(labels), logits.detach(), labels)
+            totals += _loss_and_hits(loss * len(labels), logits, labels)
             if after_step:
                 after_step(tally)
     met = tally()

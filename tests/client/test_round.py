@@ -34,7 +34,7 @@ from fedfmd.protocol.messages import (
 )
 from fedfmd.protocol.state import bank_of, load, pack, parameter_names, payload_bytes
 from fedfmd.settings import Settings
-from fedfmd.training import evaluate
+from fedfmd.training import compute_gradients, evaluate
 
 BROKEN, POISONED = 8, 9
 
@@ -619,3 +619,18 @@ def test_an_edge_device_tests_on_its_own_images(tiny_settings, own_data):
     (score,) = read_scores(ask(settings, {"client": 1, "data": own_data}, work, MessageType.EVALUATE))
     assert (score.client, score.reason) == (1, "")
     assert score.test_accuracy in (0, 0.5, 1)
+
+
+def test_gradients_of_all_kernels_are_computed_as_the_host_says(make_host, monkeypatch):
+    computed = []
+
+    def compute(*given):
+        computed.append(1)
+        return compute_gradients(*given)
+
+    monkeypatch.setattr("fedfmd.client.host.build_compute", lambda _settings, _device: compute)
+    host = make_host()
+    run_assignments(host, instruction(1, 2, steps=3), global_arrays(host))
+    assert len(computed) == 6
+    run_assignments(host, instruction(1, 2, kernels=2), global_arrays(host))  # some kernels need hooks
+    assert len(computed) == 6
