@@ -222,6 +222,7 @@ CENTRALISED = {
     "model.kernels": 2,
     "train.batch-size": 128,
     "train.epochs": 2,
+    "threads": 1,  # tests run side by side
 }
 
 
