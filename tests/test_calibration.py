@@ -171,7 +171,7 @@ def test_an_edge_device_is_measured_by_training_on_it(monkeypatch):
 
 
 def test_a_network_that_cannot_be_trained_is_named(monkeypatch):
-    def fail(*_):
+    def fail(*_, **__):
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr("fedfmd.client.round.train", fail)
