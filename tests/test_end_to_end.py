@@ -286,8 +286,8 @@ def test_a_run_with_a_broken_client_finishes(run, tiny_settings, monkeypatch, fa
     sizes = build_federation(tiny_settings(**SKEWED)).sizes
     train = fedfmd.client.round.train
 
-    def train_or_fail(model, images, *args):
-        return train(model, fault(images) if len(images) == sizes[1] else images, *args)
+    def train_or_fail(model, images, *args, **how):
+        return train(model, fault(images) if len(images) == sizes[1] else images, *args, **how)
 
     monkeypatch.setattr(fedfmd.client.round, "train", train_or_fail)
     folder = run(workers=2)
@@ -300,7 +300,7 @@ def test_a_run_with_a_broken_client_finishes(run, tiny_settings, monkeypatch, fa
 
 
 def test_the_log_tells_why_a_run_ended(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(fedfmd.client.round, "train", lambda model, images, *args: fail(images))
+    monkeypatch.setattr(fedfmd.client.round, "train", lambda model, images, *_, **__: fail(images))
     with pytest.raises(RunError, match="4 of 4 clients failed"):
         run()
     *_, last = (tmp_path / "run" / "log.txt").read_text(encoding="utf-8").splitlines()
