@@ -10,9 +10,7 @@ seconds are `compute_s` of clients.csv, the measured ones the median of its `wal
 from __future__ import annotations
 
 import argparse
-import csv
 import logging
-from datetime import date
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -20,8 +18,8 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
+from common import about, table_of, write_rows
 from rich.console import Console
-from rich.table import Table
 
 from fedfmd import calibration
 from fedfmd.client_app import app as client_app
@@ -29,7 +27,6 @@ from fedfmd.conv import CONVS
 from fedfmd.engines.inline import run_inline
 from fedfmd.models import MODELS
 from fedfmd.runs import RunFolder, read_clients
-from fedfmd.runs.folder import environment
 from fedfmd.server_app import app as server_app
 from fedfmd.settings import Settings
 
@@ -47,12 +44,6 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     logging.getLogger("flwr").setLevel(logging.WARNING)
     logging.getLogger("fedfmd").addHandler(logging.NullHandler())  # so that the runs don't log to the console
-    about = {
-        "date": date.today().isoformat(),
-        "machine": environment()["machine"]["processor"],
-        "threads": options.threads,
-        "torch": torch.__version__,
-    }
     with TemporaryDirectory() as name:
         folder = Path(name)
         write_profile(folder / "box.yaml", options.arch, options.conv)
@@ -62,14 +53,8 @@ def main() -> None:
             check(folder, arch, conv, batch, options.threads)
             for arch, conv, batch in product(options.arch, options.conv, options.batch)
         ]
-    with options.out.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow([*about, *rows[0]])
-        writer.writerows([*about.values(), *row.values()] for row in rows)
-    table = Table(*rows[0])
-    for row in rows:
-        table.add_row(*map(str, row.values()))
-    Console().print(table)
+    write_rows(options.out, [about() | row for row in rows])
+    Console().print(table_of(rows))
 
 
 def write_profile(path: Path, archs: list[str], convs: list[str]) -> None:
@@ -103,6 +88,7 @@ def check(folder: Path, arch: str, conv: str, batch: int, threads: int) -> dict[
     clients = read_clients(run.clients)
     predicted_s, measured_s = clients[0].compute_s, median(row.wall_s for row in clients)
     return {
+        "threads": threads,
         "arch": arch,
         "conv": conv,
         "batch": batch,

@@ -13,7 +13,6 @@ is looked at twice a second. `end_s` is from the last round to the process's end
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import subprocess
 import sys
@@ -22,18 +21,16 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from datetime import date, datetime
+from datetime import datetime
 from pathlib import Path
 from statistics import fmean, median
 
 import numpy as np
 import psutil
-import torch
 import yaml
+from common import about, family, pss_of, write_rows
 from rich.console import Console
 from rich.table import Table
-
-from fedfmd.runs.folder import environment
 
 CLASSES = 10
 DAY_S = 86_400
@@ -50,9 +47,6 @@ FEDFMD = str(Path(sys.executable).with_name("fedfmd"))
 class Result:
     """What a run took: seconds, MB of memory in all its processes (what they share counts once), and KB of files."""
 
-    date: str
-    machine: str
-    torch: str
     clients: int
     clients_per_round: int
     images_per_client: int
@@ -124,9 +118,6 @@ def measure(options: argparse.Namespace, folder: Path, clients: int) -> Result:
     report_s = time.perf_counter() - started
     table = next(path for path in (out / "clients.csv", out / "clients.parquet") if path.exists())
     return Result(
-        date=date.today().isoformat(),
-        machine=environment()["machine"]["processor"],
-        torch=torch.__version__,
         clients=clients,
         clients_per_round=options.per_round,
         images_per_client=options.images,
@@ -162,9 +153,8 @@ def watch(
             rows = out / "rounds.csv"
             current = max(1, rows.read_bytes().count(b"\n")) if rows.exists() else 0
             with suppress(psutil.NoSuchProcess):
-                all_of_it = [process, *process.children(recursive=True)]
-                held = sum(part.memory_full_info().pss for part in all_of_it)
-                memory[current] = max(memory.get(current, 0), held)
+                all_of_it = family(process)
+                memory[current] = max(memory.get(current, 0), pss_of(all_of_it))
                 processor.setdefault(current, sum(sum(part.cpu_times()[:2]) for part in all_of_it))
             time.sleep(LOOK_S)
     if run.returncode:
@@ -205,14 +195,10 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="fedfmd-clients-") as scratch:
             results.append(asdict(measure(options, Path(scratch), clients)))
     table = Table("", *(f"{result['clients']:,} clients" for result in results))
-    for name in list(results[0])[4:]:
+    for name in list(results[0])[1:]:
         table.add_row(name, *(str(result[name]) for result in results))
     Console(width=120).print(table)
-    with options.out.open("a", newline="") as file:
-        writer = csv.DictWriter(file, results[0], lineterminator="\n")
-        if file.tell() == 0:
-            writer.writeheader()
-        writer.writerows(results)
+    write_rows(options.out, [about() | result for result in results], extend=True)
 
 
 def parse_options() -> argparse.Namespace:

@@ -21,13 +21,14 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pyarrow.parquet
 import yaml
+from common import write_rows
 from rich.console import Console
 from rich.table import Table
 
@@ -227,10 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in options.cases:
             trials += try_case(name, options, Path(scratch), random.Random(f"{options.seed} {name}"))
             if options.out:
-                with options.out.open("w", encoding="utf-8", newline="") as file:
-                    writer = csv.DictWriter(file, [f.name for f in fields(Trial)], lineterminator="\n")
-                    writer.writeheader()
-                    writer.writerows(map(asdict, trials))
+                write_rows(options.out, [asdict(trial) for trial in trials])
     Console().print(table_of(trials))
     return int(any(trial.differing for trial in trials))
 

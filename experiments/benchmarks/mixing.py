@@ -12,16 +12,15 @@ static convolution and to one grouped convolution over the folded batch, the usu
 from __future__ import annotations
 
 import argparse
-import csv
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from datetime import date
 from pathlib import Path
 from statistics import median
 
 import torch
+from common import about, write_rows
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -31,7 +30,6 @@ from fedfmd.conv import mixing as ways
 from fedfmd.conv.native import compile_native
 from fedfmd.conv.plain import Geometry, fold_batch
 from fedfmd.models import make_model
-from fedfmd.runs.folder import environment
 
 ARCHS = ("resnet8", "resnet20", "resnet18")
 CONVS = ("fmdconv", "odconv")
@@ -165,20 +163,12 @@ def main() -> None:
     torch.set_num_threads(1)
     ways.PLAIN["multiplied"] = multiplied
     compile_native()
-    about = {
-        "date": date.today().isoformat(),
-        "machine": environment()["machine"]["processor"],
-        "torch": torch.__version__,
-    }
     layers = dict.fromkeys(layer for arch in ARCHS for layer in layers_of(arch))
     table: list[dict[str, object]] = []
     for batch in options.batch:
         for layer in layers:
             table += rows(layer, batch, measure(layer, batch, options.repeats))
-    with options.out.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow([*about, *table[0]])
-        writer.writerows([*about.values(), *row.values()] for row in table)
+    write_rows(options.out, [about() | row for row in table])
     summary = Table(
         *("network", "batch", "phase", "conv", "static ms", "auto", *MIXINGS, ways.NATIVE, "multiplied"),
         title="Time of the dynamic layers, static = 1",

@@ -18,21 +18,19 @@ out all B×K kernels ("multiplied"). "auto" chooses among all ways, with the cod
 from __future__ import annotations
 
 import argparse
-import csv
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
-from datetime import date
 from itertools import product
 from pathlib import Path
 from statistics import median
 
 import torch
+from common import about, table_of, write_rows
 from mixing import multiplied
 from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from fedfmd.conv import CONVS, MIXINGS, DynamicConv2d
@@ -40,7 +38,6 @@ from fedfmd.conv import mixing as ways
 from fedfmd.conv.native import compile_native, is_compiled
 from fedfmd.memory import keep_freed
 from fedfmd.models import MODELS, make_model
-from fedfmd.runs.folder import environment
 
 IMAGE_SIZE = 32
 CLASSES = 10
@@ -173,11 +170,9 @@ def ratio(seconds: list[float], others: list[float]) -> float:
 
 
 def print_table(place: Place, table_rows: list[dict[str, object]]) -> None:
-    columns = [column for column in table_rows[0] if column not in asdict(place)]
-    table = Table(*columns, title=f"{place.arch}, batch {place.batch}, {place.device}, {place.precision}")
-    for row in table_rows:
-        table.add_row(*(str(row[column]) for column in columns))
-    Console().print(table)
+    title = f"{place.arch}, batch {place.batch}, {place.device}, {place.precision}"
+    own = [{name: row[name] for name in row if name not in asdict(place)} for row in table_rows]
+    Console().print(table_of(own, title))
 
 
 def main() -> None:
@@ -187,25 +182,15 @@ def main() -> None:
     precisions = [("cpu", "float32")]
     if torch.cuda.is_available():
         precisions += [("cuda", "float32"), ("cuda", "bf16")]
-    machine = environment()["machine"]
     ways.PLAIN["multiplied"] = multiplied
     compile_native()
     chosen = list(variants(options.conv, options.kernels, options.mixing))
-    with options.out.open("w", newline="") as file:
-        writer = csv.writer(file)
-        for (device, precision), arch, batch in product(precisions, options.arch, options.batch):
-            place = Place(device, precision, arch, batch)
-            timed = list(rows(place, measure(place, chosen, options.repeats)))
-            print_table(place, timed)
-            about = {
-                "date": date.today().isoformat(),
-                "machine": machine["gpu" if device == "cuda" else "processor"],
-                "torch": torch.__version__,
-            }
-            if file.tell() == 0:
-                writer.writerow([*about, *timed[0]])
-            writer.writerows([*about.values(), *row.values()] for row in timed)
-            file.flush()
+    options.out.unlink(missing_ok=True)
+    for (device, precision), arch, batch in product(precisions, options.arch, options.batch):
+        place = Place(device, precision, arch, batch)
+        timed = list(rows(place, measure(place, chosen, options.repeats)))
+        print_table(place, timed)
+        write_rows(options.out, [about(device) | row for row in timed], extend=True)
 
 
 def parse_options() -> argparse.Namespace:

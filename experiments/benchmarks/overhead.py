@@ -27,7 +27,6 @@ from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import date
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean, median
@@ -36,13 +35,12 @@ import numpy as np
 import psutil
 import torch
 import yaml
+from common import about, family, table_of, write_rows
 from rich.console import Console
-from rich.table import Table
 
 from fedfmd.data import load_dataset
 from fedfmd.memory import keep_freed
 from fedfmd.models import MODELS, make_model
-from fedfmd.runs.folder import environment
 from fedfmd.training import LocalSGD, train
 
 CLASSES = 10
@@ -109,7 +107,7 @@ def watch_run(options: argparse.Namespace, folder: Path) -> tuple[list[Sample], 
 def look(root: psutil.Process, current: int) -> list[Sample]:
     """Each process's memory in the current round."""
     samples = []
-    for process in [root, *root.children(recursive=True)]:
+    for process in family(root):
         with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
             memory = process.memory_full_info()
             samples.append(Sample(current, process.pid, program(process), memory.rss, memory.pss))
@@ -208,14 +206,8 @@ def main() -> None:
     clients = options.per_round or options.clients
     working = [sample for sample in samples if sample.name in WORKING[options.engine]]
     processes = memory_rows(samples)
-    table = Table(*processes[0])
-    for row in processes:
-        table.add_row(*map(str, row.values()))
-    console.print(table)
-    result = {
-        "date": date.today().isoformat(),
-        "machine": environment()["machine"]["processor"],
-        "torch": torch.__version__,
+    console.print(table_of(processes))
+    result = about() | {
         **{name: getattr(options, name) for name in ("engine", "workers", "arch", "conv", "clients")},
         "clients_per_round": clients,
         "images_per_client": options.images,
@@ -232,11 +224,7 @@ def main() -> None:
         "largest_drift_percent": max(row["± %"] for row in processes),
     }
     console.print(result)
-    with options.out.open("a", newline="") as file:
-        writer = csv.DictWriter(file, result)
-        if file.tell() == 0:
-            writer.writeheader()
-        writer.writerow(result)
+    write_rows(options.out, [result], extend=True)
 
 
 def parse_options() -> argparse.Namespace:

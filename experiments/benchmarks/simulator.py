@@ -24,26 +24,24 @@ before to its own end, tests and files included; the first one is left out.
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from datetime import date, datetime
+from datetime import datetime
 from itertools import pairwise, product
 from pathlib import Path
 from statistics import median, quantiles
 
 import psutil
-import torch
 import yaml
+from common import about, table_of, write_rows
 from rich.console import Console
-from rich.table import Table
 
 SIDES = Path(__file__).with_name("simulators")
 sys.path.insert(0, str(SIDES))
@@ -51,7 +49,6 @@ sys.path.insert(0, str(SIDES))
 from work import SGD, Work, times  # noqa: E402
 
 import fedfmd  # noqa: E402
-from fedfmd.runs.folder import environment  # noqa: E402
 
 WARM_UP_ROUNDS = 1
 SAMPLE_S = 0.5
@@ -284,9 +281,6 @@ def rows(results: dict[tuple[str, int, str], Result]) -> Iterable[dict[str, obje
     """A row for each model, cohort and system."""
     for (model, cohort, system), result in results.items():
         yield {
-            "date": date.today().isoformat(),
-            "machine": environment()["machine"]["processor"],
-            "torch": torch.__version__,
             "model": model,
             "model_mb": round(sum(4 * p.numel() for p in result.work.network().parameters()) / 1e6, 1),
             "clients": cohort,
@@ -303,14 +297,6 @@ def rows(results: dict[tuple[str, int, str], Result]) -> Iterable[dict[str, obje
             "peak_rss_mb": round(result.peak_mb),
             "first_update_s": round(result.first_update_s, 1),
         }
-
-
-def show(table_rows: Sequence[dict[str, object]]) -> Table:
-    shown = list(table_rows[0])[3:]
-    table = Table(*(name.replace("_", " ") for name in shown))
-    for row in table_rows:
-        table.add_row(*(str(row[name]) for name in shown))
-    return table
 
 
 def main() -> None:
@@ -336,12 +322,8 @@ def main() -> None:
                         console.print(f"{repeat + 1}: {model}, {cohort} clients, {system}: {told}")
     order = product(options.models, options.cohorts, systems)
     measured = list(rows({key: Result(works[key[:2]], tuple(runs[key])) for key in order}))
-    console.print(show(measured))
-    with options.out.open("a", newline="") as file:
-        writer = csv.DictWriter(file, measured[0])
-        if file.tell() == 0:
-            writer.writeheader()
-        writer.writerows(measured)
+    console.print(table_of(measured))
+    write_rows(options.out, [about() | row for row in measured], extend=True)
 
 
 def parse_options() -> argparse.Namespace:

@@ -9,23 +9,20 @@ more, each in a process of its own; seconds are the median of the process's time
 from __future__ import annotations
 
 import argparse
-import csv
 import time
 from concurrent.futures import ProcessPoolExecutor
-from datetime import date
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 
 import torch
+from common import about, table_of, write_rows
 from rich.console import Console
-from rich.table import Table
 from torch.nn.functional import cross_entropy
 
 from fedfmd.memory import keep_freed
 from fedfmd.models import MODELS, make_model
-from fedfmd.runs.folder import environment
 
 CLASSES = 10
 WARM_UP_STEPS = 2
@@ -38,19 +35,8 @@ def main() -> None:
         compare(arch, conv, batch, options.steps)
         for arch, conv, batch in product(options.arch, options.conv, options.batch)
     ]
-    table = Table(*rows[0])
-    for row in rows:
-        table.add_row(*map(str, row.values()))
-    Console(width=120).print(table)
-    about = {
-        "date": date.today().isoformat(),
-        "machine": environment()["machine"]["processor"],
-        "torch": torch.__version__,
-    }
-    with options.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*about, *rows[0]])
-        writer.writeheader()
-        writer.writerows(about | row for row in rows)
+    Console(width=120).print(table_of(rows))
+    write_rows(options.out, [about() | row for row in rows])
 
 
 def compare(arch: str, conv: str, batch: int, steps: int) -> dict[str, object]:

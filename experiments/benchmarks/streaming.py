@@ -24,7 +24,6 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
-from datetime import date
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -33,9 +32,9 @@ import numpy as np
 import psutil
 import torch
 import yaml
+from common import about, family, pss_of, table_of, write_rows
 from PIL import Image
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.datasets import ImageFolder
@@ -155,13 +154,9 @@ def measure_memory(name: str, folder: Path, out: Path, limit_gb: float, streamin
 
 def look(root: psutil.Process) -> tuple[float, float]:
     """Resident memory of a process, and PSS of it and all below."""
-    rss = pss = 0
     with suppress(psutil.NoSuchProcess):
-        rss = root.memory_info().rss
-        for process in [root, *root.children(recursive=True)]:
-            with suppress(psutil.NoSuchProcess):
-                pss += process.memory_full_info().pss
-    return rss, pss
+        return root.memory_info().rss, pss_of(family(root))
+    return 0, 0
 
 
 def lines(path: Path) -> int:
@@ -169,20 +164,9 @@ def lines(path: Path) -> int:
 
 
 def write(path: Path, rows: list[dict[str, object]], console: Console) -> None:
-    about = {
-        "date": date.today().isoformat(),
-        "machine": environment()["machine"]["processor"],
-        "cores": environment()["machine"]["cores"],
-        "torch": torch.__version__,
-    }
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*about, *rows[0]])
-        writer.writeheader()
-        writer.writerows(about | row for row in rows)
-    table = Table(*rows[0])
-    for row in rows:
-        table.add_row(*map(str, row.values()))
-    console.print(table)
+    cores = {"cores": environment()["machine"]["cores"]}
+    write_rows(path, [about() | cores | row for row in rows])
+    console.print(table_of(rows))
 
 
 def main() -> None:

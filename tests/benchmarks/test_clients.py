@@ -1,25 +1,16 @@
 """The benchmark of many clients: what it writes and reads, and a small real run."""
 
 import csv
-import importlib.util
 import sys
-from pathlib import Path
 
 import pytest
 
 from fedfmd.edge import load_trace
 
-FILE = Path(__file__).parents[2] / "experiments" / "benchmarks" / "clients.py"
-
 
 @pytest.fixture(scope="module")
-def clients():
-    spec = importlib.util.spec_from_file_location("clients", FILE)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["clients"] = module  # where its dataclasses look for themselves
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["clients"]
+def clients(script):
+    return script("clients")
 
 
 def test_its_clients_come_and_go_each_day(clients, tmp_path):

@@ -1,24 +1,15 @@
 """The benchmark that kills runs: what it compares, and a real kill or two."""
 
 import csv
-import importlib.util
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 
-FILE = Path(__file__).parents[2] / "experiments" / "benchmarks" / "kill.py"
-
 
 @pytest.fixture(scope="module")
-def kill():
-    spec = importlib.util.spec_from_file_location("kill", FILE)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["kill"] = module  # where its dataclasses look for themselves
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["kill"]
+def kill(script):
+    return script("kill")
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """The benchmark of simulators: what it makes of times, and that all systems do the same work."""
 
 import csv
-import importlib.util
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,16 +13,8 @@ BENCHMARKS = Path(__file__).parents[2] / "experiments" / "benchmarks"
 
 
 @pytest.fixture(scope="module")
-def simulator():
-    before = list(sys.path), set(sys.modules)
-    spec = importlib.util.spec_from_file_location("simulator", BENCHMARKS / "simulator.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["simulator"] = module  # where its dataclasses look for themselves
-    spec.loader.exec_module(module)
-    yield module
-    sys.path[:] = before[0]
-    for name in ("simulator", "work", "femnist_cnn"):
-        sys.modules.pop(name, None)
+def simulator(script):
+    return script("simulator")
 
 
 def test_speeds_are_told_relative_to_the_bare_loop_around_each_start(simulator):
