@@ -20,10 +20,8 @@ from fedfmd.protocol.messages import (
     BY_ATTENTION,
     Assignment,
     ClientResult,
-    ClientScore,
     Reply,
     read_reply,
-    read_scores,
 )
 from fedfmd.protocol.parsing import MAX_NUMBER, clean_text
 from fedfmd.protocol.state import Arrays, bank_of, check_layout
@@ -100,52 +98,6 @@ def client_results(replies: Iterable[NodeReply], asked: Asked) -> dict[int, Clie
         if node_reply.reply is not None:
             results |= {result.client: result for result in node_reply.reply.results}
     return results
-
-
-def client_scores(messages: Iterable[Message], asked: Mapping[str, Sequence[int]]) -> dict[int, ClientScore]:
-    """Check the replies to the messages that had clients test the model, and return a score of each client.
-
-    `asked` holds the clients of each message, by its id. A reply that is missing or broken, or claims what can't be,
-    costs all clients of its node their scores: they get one with the reason.
-    """
-    answers = {answered_id(message): message for message in messages}
-    scores: dict[int, ClientScore] = {}
-    for request, clients in asked.items():
-        reason = "no reply within server.round-timeout-s"
-        if request in answers:
-            try:
-                scores |= _scores(answers[request], clients)
-                continue
-            except Exception as error:  # whatever a client sends, it must not end the run
-                known = isinstance(error, ValueError)
-                reason = clean_text(f"unusable reply: {error if known else one_line(error)}")
-        scores |= {client: ClientScore(client, reason=reason) for client in clients}
-    return scores
-
-
-def _scores(message: Message, clients: Sequence[int]) -> dict[int, ClientScore]:
-    """Return the scores of a node's clients.
-
-    Raises:
-        ValueError: the node failed, or they are not those of these clients, or no such models' can be.
-    """
-    if message.has_error():
-        raise ValueError(error_text(message) or "its node failed")
-    scores = read_scores(message.content)
-    if (answered := sorted(score.client for score in scores)) != sorted(clients):
-        raise ValueError(f"it speaks of clients {answered}, asked were {sorted(clients)}")
-    for score in scores:
-        _check_score("", score.client, score.test_loss, score.test_accuracy)
-        _check_score("personal ", score.client, score.personal_test_loss, score.personal_test_accuracy)
-    return {score.client: score for score in scores}
-
-
-def _check_score(which: str, client: int, loss: float, accuracy: float) -> None:
-    """Refuse what no model has: both are NaN, or the loss is not negative and the accuracy in [0, 1]."""
-    if math.isnan(loss) and math.isnan(accuracy):
-        return
-    if not (0 <= loss < math.inf and 0 <= accuracy <= 1):
-        raise ValueError(f"client {client} has {which}test loss {loss} and accuracy {accuracy}")
 
 
 def _read(

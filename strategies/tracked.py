@@ -32,6 +32,7 @@ from fedfmd.protocol.messages import (
     ClientScore,
     Instruction,
     Reply,
+    Scores,
     from_record,
     to_record,
     write_instruction,
@@ -57,7 +58,7 @@ from fedfmd.runs import (
     stopped_by,
 )
 from fedfmd.seeds import derive_seed
-from fedfmd.training import Best, Evaluation, evaluate_on_both
+from fedfmd.training import Best, Evaluation, evaluate_on_both, evaluation_of
 from strategies.aggregation import aggregate, limit_updates
 from strategies.lines import header_lines, round_text
 from strategies.nodes import (
@@ -73,8 +74,9 @@ from strategies.nodes import (
     reachable,
 )
 from strategies.privacy import private_mean, spent
-from strategies.replies import Terms, client_results, client_scores, read_replies
+from strategies.replies import Terms, client_results, read_replies
 from strategies.rows import client_rows, round_row, with_scores
+from strategies.scores import NodeTest, model_scores, plan_tests
 
 logger = logging.getLogger("fedfmd")
 
@@ -140,9 +142,9 @@ class TrackedStrategy(Strategy):
         strategy.start(grid, strategy.initial_arrays, num_rounds=settings.server.rounds)
 
     The clients are those of `fedfmd.client_app`, which reads the same settings from the app's run config.
-    Flower's hooks are the two halves of a round. The server evaluates the model itself; the round's clients do so too,
-    in a message of their own before the round ends, where they hold images out (``partition.test-share``). That costs
-    neither virtual time nor energy nor counted bytes.
+    Flower's hooks are the two halves of a round. Before it ends, a second message has several workers share the test
+    of the model out among them, and the round's clients test it on what they hold out (``partition.test-share``). That
+    costs neither virtual time nor energy nor counted bytes. A single node is not asked: the server tests.
     """
 
     def __init__(self, algorithm: Algorithm, federation: Federation, folder: RunFolder) -> None:
@@ -289,9 +291,9 @@ class TrackedStrategy(Strategy):
         server = self.federation.settings.server
         last = server_round == server.rounds or bool(stop_reason(self._limits, [*before, row]))
         if last or server_round % server.evaluate_every == 0:
-            evaluations = self._evaluate(server_round)
+            evaluations, scores = self._test(server_round)
             best = best.or_later(*evaluations)
-            clients = with_scores(clients, self._score_clients(server_round))
+            clients = with_scores(clients, scores)
             row = self._round_row(server_round, clients, evaluations, best, discarded=not learnt)
         self._stopped = stop_reason(self._limits, [*before, row])
         flops = dict(enumerate(self.progress.client_flops)) | {c.client: c.cum_train_flops for c in clients}
@@ -468,24 +470,24 @@ class TrackedStrategy(Strategy):
     def _request(
         self, node: int, hand: Iterable[WorkPlan], server_round: int, done: int, arrays: ArrayRecord
     ) -> Request:
-        """Return the message for a node: its clients start from `arrays`, with the rates after `done` rounds.
+        """Return the message for a node; its clients start from `arrays`, with the rates after `done` rounds.
 
         `server_round` is what the clients' randomness and their rotation of kernels follow.
         """
         assignments = tuple(self._assignment(server_round, plan) for plan in hand)
-        return self._asking(MessageType.TRAIN, node, assignments, server_round, done, arrays)
+        instruction = self._instruction(assignments, server_round, done)
+        return Request(Message(write_instruction(instruction, arrays), node, MessageType.TRAIN), assignments)
 
-    def _asking(
-        self,
-        kind: str,
-        node: int,
-        assignments: tuple[Assignment, ...],
-        number: int,
-        done: int,
-        arrays: ArrayRecord,
-    ) -> Request:
-        """Return the message of a kind for a node; what its clients kept is that of before the round `number`."""
-        instruction = Instruction(
+    def _asking_to_test(self, work: NodeTest, server_round: int, arrays: ArrayRecord) -> Request:
+        """Return the message that has a node test `arrays`, which the round brought."""
+        instruction = self._instruction(work.clients, server_round + 1, server_round)
+        instruction = replace(instruction, part=work.part, parts=work.parts)
+        content = write_instruction(instruction, arrays)
+        return Request(Message(content, work.node, MessageType.EVALUATE), work.clients)
+
+    def _instruction(self, assignments: tuple[Assignment, ...], number: int, done: int) -> Instruction:
+        """Return a node's part of the round `number`, before which is what clients kept, after `done` rounds."""
+        return Instruction(
             number,
             build_rate(self.federation.settings, done),
             self.federation.temperature.at(done),
@@ -493,7 +495,6 @@ class TrackedStrategy(Strategy):
             run=self.progress.run,
             images=self.federation.dataset.format if are_edge_devices(self.nodes) else None,
         )
-        return Request(Message(write_instruction(instruction, arrays), node, kind), assignments)
 
     def _origin(self, work: Sequence[Assignment], current: Arrays) -> Origin:
         """Return what these clients were sent."""
@@ -508,40 +509,51 @@ class TrackedStrategy(Strategy):
             first = BY_ATTENTION
         return Assignment(client, plan.steps, plan.batch_size, plan.kernels, first)
 
-    def _evaluate(self, server_round: int) -> tuple[Evaluation, Evaluation | None]:
-        """Return the model's evaluations on test and validation images, None where there are none of these."""
+    def _test(self, server_round: int) -> tuple[tuple[Evaluation, Evaluation | None], dict[int, ClientScore]]:
+        """Test the model on test and validation images; have clients do so on what they hold out, if they do.
+
+        Workers of a simulation share the run's images out, since they wait meanwhile; else the server tests.
+        """
         federation = self.federation
-        both = evaluate_on_both(federation.model, federation.dataset, federation.device)
+        shared, scores = self._ask_for_scores(server_round)
+        if shared.test:
+            both = evaluation_of(shared.test), evaluation_of(shared.validation) if shared.validation else None
+        else:
+            both = evaluate_on_both(federation.model, federation.dataset, federation.device)
         for evaluation in both:
             if evaluation and not math.isfinite(evaluation.loss):
                 raise self._diverged(server_round, f"a loss of {evaluation.loss}")
-        return both
+        return both, scores
 
-    def _score_clients(self, server_round: int) -> dict[int, ClientScore]:
-        """Have the clients whose update came test the model on what they hold out; nobody where nobody does."""
-        server, hands = self.federation.settings.server, dict[int, list[Assignment]]()
-        if not self.federation.settings.partition.test_share or self._grid is None:
-            return {}
-        for request in self._round.requests:
-            came = [a for a in request.assignments if self.results[a.client].ok]
-            hands.setdefault(request.message.metadata.dst_node_id, []).extend(came)
+    def _ask_for_scores(self, server_round: int) -> tuple[Scores, dict[int, ClientScore]]:
+        """Return what the workers say of the run's images, nothing if they weren't asked, and the clients' scores.
+
+        Clients are asked whose update came.
+        """
+        settings, came = self.federation.settings, dict[int, list[Assignment]]()
+        if settings.partition.test_share:
+            for request in self._round.requests:
+                node = request.message.metadata.dst_node_id
+                came.setdefault(node, []).extend(a for a in request.assignments if self.results[a.client].ok)
+        planned = plan_tests(self.nodes, came, self.federation.dataset)
+        if not planned or self._grid is None:
+            return Scores(), {}
         arrays = self.initial_arrays
-        requests = [
-            self._asking(MessageType.EVALUATE, node, tuple(hand), server_round + 1, server_round, arrays)
-            for node, hand in hands.items()
-            if hand
-        ]
+        requests = [self._asking_to_test(work, server_round, arrays) for work in planned]
         messages = [request.message for request in requests]
-        replies, _ = exchange(self._grid, messages, server.round_timeout_s)
+        replies, _ = exchange(self._grid, messages, settings.server.round_timeout_s)
         self._refuse_dead_worker(server_round, replies)
-        asked = {request.id: [a.client for a in request.assignments] for request in requests}
-        scores = client_scores(replies, asked)
+        asked = {request.id: work for request, work in zip(requests, planned, strict=True)}
+        shared, scores, missing = model_scores(replies, asked)
         answered = {answered_id(reply) for reply in replies}
         empty([*replies, *(request.message for request in requests if request.id in answered)])
         for score in scores.values():
             if score.reason:
                 logger.warning("round %d: no test of client %d: %s", server_round, score.client, score.reason)
-        return scores
+        if missing and planned[0].parts:
+            logger.warning("round %d: the server tests the model alone: %s", server_round, missing)
+            return Scores(), scores
+        return shared, scores
 
     def _refuse_dead_worker(self, server_round: int, replies: Iterable[Message]) -> None:
         """End the run where a worker of Flower's simulation, or its machine, died: from then on it fails all clients.

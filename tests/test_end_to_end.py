@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import fedfmd.client.app
 import fedfmd.client.round
 import fedfmd.edge.fleet
 import strategies.tracked
@@ -198,6 +199,18 @@ def test_the_number_of_workers_changes_no_bit(run, changes):
     for other in (*others, run("3 processes", 3, forked=True, **changes)):
         assert without_nodes(other) == without_nodes(one)
         assert models_of(other) == models_of(one)
+
+
+def test_a_worker_that_cannot_test_leaves_it_to_the_server(run, monkeypatch, caplog):
+    expected = run("alone")
+    tested = fedfmd.client.app.test_model
+
+    def fail(host, instruction, arrays):
+        return tested(host, instruction, arrays) if instruction.part else {}["no"]
+
+    monkeypatch.setattr(fedfmd.client.app, "test_model", fail)
+    assert without_nodes(run("shared", workers=2)) == without_nodes(expected)
+    assert "round 1: the server tests the model alone: unusable reply:" in caplog.text
 
 
 def without_nodes(folder):

@@ -14,7 +14,7 @@ from flwr.clientapp import ClientApp
 
 from fedfmd.client.host import host_of
 from fedfmd.client.node_config import NodeConfig, check_version
-from fedfmd.client.round import run_assignments, score_clients
+from fedfmd.client.round import run_assignments, test_model
 from fedfmd.cost import latency
 from fedfmd.protocol.messages import (
     Hosted,
@@ -62,7 +62,7 @@ def train_clients(message: Message, context: Context) -> Message:
 
 @app.evaluate()
 def evaluate_clients(message: Message, context: Context) -> Message:
-    """Test the new model on the images that the round's clients hold out, each client's on its own."""
+    """Test the new model on the images that the round's clients hold out, and on a part of the run's own."""
     instruction, arrays = read_instruction(message.content)
-    scores = score_clients(host_of(context, instruction.images), instruction, arrays)
+    scores = test_model(host_of(context, instruction.images), instruction, arrays)
     return Message(write_scores(scores), reply_to=message)

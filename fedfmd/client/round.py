@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -27,11 +27,20 @@ from fedfmd.protocol.messages import (
     ClientScore,
     Instruction,
     Reply,
+    Scores,
 )
 from fedfmd.protocol.privacy import noise_generator, noised_update
 from fedfmd.protocol.state import Arrays, fill, parameter_names, trained_views
 from fedfmd.seeds import derive_seed
-from fedfmd.training import TrainResult, compute_gradients, evaluate, train
+from fedfmd.training import (
+    BatchTest,
+    TrainResult,
+    compute_gradients,
+    evaluate,
+    part_of,
+    run_tests,
+    train,
+)
 from fedfmd.training.partial import Kernels, most_attended, rotated, trained_parameters
 
 logger = logging.getLogger("fedfmd.client")
@@ -63,17 +72,35 @@ def run_assignments(host: Host, instruction: Instruction, arrays: Arrays) -> Rep
     return Reply(averaged, tuple(results), mean.weights, rest=mean.rest(averaged))
 
 
-def score_clients(host: Host, instruction: Instruction, arrays: Arrays) -> tuple[ClientScore, ...]:
-    """Test the global arrays on the images that each assigned client holds out.
+def test_model(host: Host, instruction: Instruction, arrays: Arrays) -> Scores:
+    """Test the global arrays on the images that each assigned client holds out, and on a part of the run's own.
 
     Where the algorithm leaves arrays with the client, its own model is tested too: the global arrays, with those that
     the client kept in the round before the instruction's.
     """
     algorithm = make_algorithm(host.settings)
-    return tuple(
+    clients = tuple(
         _score(host, algorithm, instruction, assignment.client, arrays)
         for assignment in instruction.assignments
     )
+    return Scores(clients, *_test_part(host, instruction, arrays))
+
+
+def _test_part(
+    host: Host, instruction: Instruction, arrays: Arrays
+) -> tuple[Sequence[BatchTest], Sequence[BatchTest]]:
+    """Test the global arrays on a part of the run's test images, and of its validation images."""
+    if not instruction.parts:
+        return (), ()
+    dataset, model = host.dataset, host.model
+    fill(host.views, arrays)
+    test, validation = (
+        run_tests(model, part_of(images, instruction.part, instruction.parts), dataset, device=host.device)
+        if images
+        else ()
+        for images in (dataset.test, dataset.validation)
+    )
+    return test, validation
 
 
 def _score(

@@ -134,14 +134,15 @@ def estimate_run(task: Task, assembled: Federation | Training, speed: Speed, lay
     images: float
     flops: float
     if isinstance(assembled, Training):
-        images, nodes = len(assembled.dataset.train), 1
+        images, nodes, testing = len(assembled.dataset.train), 1, 1
         flops = len(assembled.dataset.train) * cost.train_flops
     else:
         images, flops, nodes = _federated_round(assembled, layout)
+        testing = layout.nodes
     evaluated: float = len(assembled.dataset.test) + len(assembled.dataset.validation or ())
     if task.settings.kind == "federated":
         evaluated /= task.settings.server.evaluate_every
-    round_s = images * speed.train_s / nodes + evaluated * speed.test_s
+    round_s = images * speed.train_s / nodes + evaluated * speed.test_s / testing
     return RunEstimate(
         name=task.name,
         rounds=task.rounds,

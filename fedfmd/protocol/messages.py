@@ -2,7 +2,8 @@
 
 One message per node and round carries the plans of all clients that the node hosts; one reply brings back their
 weighted mean, each array with the number of images behind it, and, per client, one entry in every list of metrics.
-Where clients hold images out, a second message has them test the new model, and brings back their scores alone.
+A second message has nodes test the new model: clients on images that they hold out, workers of a simulation each on a
+part of the run's own. It brings back their scores alone.
 """
 
 from __future__ import annotations
@@ -32,9 +33,11 @@ from fedfmd.protocol.parsing import (
     rows_of,
 )
 from fedfmd.protocol.state import Arrays
+from fedfmd.training import BatchTest
 from fedfmd.version import __version__
 
 ARRAYS, CONFIG, METRICS, WEIGHTS, SCALES, REST = "arrays", "config", "metrics", "weights", "scales", "rest"
+TEST, VALIDATION = "test", "validation"
 IMAGES, VERSION, REASON = "images", "version", "reason"
 MAX_PROFILE = 64 * 1024
 """Characters of an edge device's profile: ten times what a calibration of all operators writes."""
@@ -74,6 +77,7 @@ class Instruction:
         assignments: its clients' work.
         run: a name of the run, under which clients keep what they need in later rounds; "" if nothing is kept.
         images: what an edge device's own images must be like; None for workers, which have the run's data set.
+        part, parts: which of so many parts of the run's test and validation images it tests the model on; none of 0.
     """
 
     round: int
@@ -82,6 +86,8 @@ class Instruction:
     assignments: tuple[Assignment, ...]
     run: str = ""
     images: ImageFormat | None = None
+    part: int = 0
+    parts: int = 0
 
 
 SCALARS = tuple(f.name for f in fields(Instruction) if f.name not in ("assignments", "images"))
@@ -179,7 +185,21 @@ class Reply:
         return sum(result.images for result in self.results if result.ok)
 
 
-Row = TypeVar("Row", Assignment, ClientResult, ClientScore)
+@dataclass(frozen=True)
+class Scores:
+    """A node's answer to the message that has it test the model.
+
+    Attributes:
+        clients: the scores of its clients.
+        test, validation: what became of its part of the run's test and validation images, by batch.
+    """
+
+    clients: Sequence[ClientScore] = ()
+    test: Sequence[BatchTest] = ()
+    validation: Sequence[BatchTest] = ()
+
+
+Row = TypeVar("Row", Assignment, BatchTest, ClientResult, ClientScore)
 
 
 def to_record(arrays: Mapping[str, np.ndarray]) -> ArrayRecord:
@@ -273,21 +293,26 @@ def read_reply(content: RecordDict) -> Reply:
     return Reply(arrays, results, weights, scales, rest)
 
 
-def write_scores(scores: Sequence[ClientScore]) -> RecordDict:
-    """Pack a node's answer to the message that has its clients test the model: one list per metric, and the reasons."""
-    columns = _columns(scores, ClientScore)
+def write_scores(scores: Scores) -> RecordDict:
+    """Pack a node's answer to the message that has it test the model: one list per metric, and the reasons."""
+    columns = _columns(scores.clients, ClientScore)
     reasons = ConfigRecord({REASON: columns.pop(REASON)})
-    return RecordDict({METRICS: MetricRecord(columns), CONFIG: reasons})
+    tests = {
+        name: MetricRecord(_columns(rows, BatchTest))
+        for name, rows in ((TEST, scores.test), (VALIDATION, scores.validation))
+    }
+    return RecordDict({METRICS: MetricRecord(columns), CONFIG: reasons, **tests})
 
 
-def read_scores(content: RecordDict) -> tuple[ClientScore, ...]:
-    """Unpack the scores of a node's clients.
+def read_scores(content: RecordDict) -> Scores:
+    """Unpack the scores of a node.
 
     Raises:
         ValueError: a record is missing or another one, or a value is not of its type.
     """
     metrics, config = record_of(content, METRICS, MetricRecord), record_of(content, CONFIG, ConfigRecord)
-    return tuple(rows_of({**metrics, **config}, ClientScore))
+    tests = (rows_of(dict(record_of(content, name, MetricRecord)), BatchTest) for name in (TEST, VALIDATION))
+    return Scores(tuple(rows_of({**metrics, **config}, ClientScore)), *map(tuple, tests))
 
 
 def _format_record(images: ImageFormat) -> ConfigRecord:

@@ -6,7 +6,7 @@ Training minimises any loss with any optimiser; evaluation always tells the cros
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +24,8 @@ SCHEDULES = ("constant", "cosine", "step")
 PRECISIONS = ("float32", "bf16")
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
 TOP = 5
+TEST_BATCH = 256
+"""Images of a batch that a model is tested on. Tests are shared out by whole batches: so their result is the same."""
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """From logits B × classes and labels B to their mean loss, a scalar."""
@@ -131,6 +133,17 @@ class Evaluation:
     accuracy: float
     kernel_entropy: float
     top5_accuracy: float = math.nan
+
+
+@dataclass(frozen=True)
+class BatchTest:
+    """What a model made of a batch of images: their number, and sums over them, from which an `Evaluation` follows."""
+
+    images: int
+    loss: float
+    hits: float
+    top_hits: float
+    kernel_entropy: float
 
 
 @dataclass(frozen=True)
@@ -251,17 +264,30 @@ def evaluate_on_both(
     return tested, evaluate(model, dataset.validation, dataset, device=device)
 
 
-@torch.inference_mode()
 def evaluate(
     model: nn.Module,
     images: Images,
     dataset: Dataset,
-    batch_size: int = 256,
+    batch_size: int = TEST_BATCH,
     device: torch.device | str = "cpu",
 ) -> Evaluation:
     """Loss, accuracies and kernel entropy of the model in evaluation mode."""
+    return evaluation_of(run_tests(model, images, dataset, batch_size, device))
+
+
+@torch.inference_mode()
+def run_tests(
+    model: nn.Module,
+    images: Images,
+    dataset: Dataset,
+    batch_size: int = TEST_BATCH,
+    device: torch.device | str = "cpu",
+) -> list[BatchTest]:
+    """Test the model in evaluation mode, batch by batch."""
     model.eval()
-    totals, entropy = torch.zeros(3, device=device), 0.0
+    sums: list[Tensor] = []
+    sizes: list[int] = []
+    entropies: list[float] = []
     with record_attention(model, last=1) as record:  # of all images, attentions would outgrow the model
         for inputs, labels in batches(
             images,
@@ -274,10 +300,36 @@ def evaluate(
         ):
             logits = model(inputs)
             loss_and_hits = _loss_and_hits(F.cross_entropy(logits, labels, reduction="sum"), logits, labels)
-            totals += torch.cat([loss_and_hits, _top_hits(logits, labels)])
-            entropy += record.kernel_entropy() * len(labels)
-    loss, accuracy, top, entropy = (total / len(images) for total in (*totals.tolist(), entropy))
-    return Evaluation(loss, accuracy, entropy, top)
+            sums.append(torch.cat([loss_and_hits, _top_hits(logits, labels)]))
+            sizes.append(len(labels))
+            entropies.append(record.kernel_entropy() * len(labels))
+    found = torch.stack(sums).tolist() if sums else []
+    return [
+        BatchTest(size, loss, hits, top_hits, entropy)
+        for size, (loss, hits, top_hits), entropy in zip(sizes, found, entropies, strict=True)
+    ]
+
+
+def evaluation_of(tests: Sequence[BatchTest]) -> Evaluation:
+    """Return the means over the images of all batches, whose order doesn't matter."""
+    images = sum(test.images for test in tests)
+    loss, hits, top_hits, entropy = (
+        math.fsum(getattr(test, name) for test in tests) / images
+        for name in ("loss", "hits", "top_hits", "kernel_entropy")
+    )
+    return Evaluation(loss, hits, entropy, top_hits)
+
+
+def batches_of_part(images: int, part: int, parts: int) -> list[range]:
+    """Return the places of the images in each batch of one of `parts` of a test, which have whole batches."""
+    batches = [range(first, min(first + TEST_BATCH, images)) for first in range(0, images, TEST_BATCH)]
+    return batches[part * len(batches) // parts : (part + 1) * len(batches) // parts]
+
+
+def part_of(images: Images, part: int, parts: int) -> Images:
+    """Return the images of one of `parts` of a test."""
+    batches = batches_of_part(len(images), part, parts)
+    return images.subset(torch.arange(batches[0].start, batches[-1].stop) if batches else torch.arange(0))
 
 
 def _parameters(optimiser: torch.optim.Optimizer) -> list[Tensor]:

@@ -1,6 +1,7 @@
 import math
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ from fedfmd.algorithms.fedbn import norm_views
 from fedfmd.build import build_model
 from fedfmd.client.app import app
 from fedfmd.client.host import Host
-from fedfmd.client.round import run_assignments, score_clients
+from fedfmd.client.round import run_assignments
+from fedfmd.client.round import test_model as run_test
 from fedfmd.client.state import ClientStates
 from fedfmd.conv import CONVS, AttentionRecord, record_attention
 from fedfmd.data import Dataset, ImageFormat, ImageSet
@@ -34,7 +36,7 @@ from fedfmd.protocol.messages import (
 )
 from fedfmd.protocol.state import bank_of, load, pack, parameter_names, payload_bytes
 from fedfmd.settings import Settings
-from fedfmd.training import compute_gradients, evaluate
+from fedfmd.training import compute_gradients, evaluate, evaluation_of, run_tests
 
 BROKEN, POISONED = 8, 9
 
@@ -573,7 +575,7 @@ def test_clients_test_the_global_model_on_what_they_hold_out(make_host):
     host = make_host(**HELD)
     arrays = global_arrays(host)
     run_assignments(host, instruction(3), arrays)  # what was trained before is gone
-    scores = score_clients(host, instruction(1, 3, 0, steps=0), arrays)
+    scores = run_test(host, instruction(1, 3, 0, steps=0), arrays).clients
     model = build_model(host.settings, host.dataset.classes)
     for score, client in zip(scores, (1, 3), strict=False):
         expected = evaluate(model, host.tests_of(client), host.dataset)
@@ -586,7 +588,7 @@ def test_clients_test_the_global_model_on_what_they_hold_out(make_host):
 
 def test_a_client_whose_images_are_gone_costs_the_others_no_score(make_host):
     host = make_host(**HELD)
-    broken, fine = score_clients(host, instruction(BROKEN, 1), global_arrays(host))
+    broken, fine = run_test(host, instruction(BROKEN, 1), global_arrays(host)).clients
     assert broken.reason == "OSError: the disk is gone"
     assert fine.reason == ""
 
@@ -595,10 +597,10 @@ def test_a_client_whose_images_are_gone_costs_the_others_no_score(make_host):
 def test_fedbn_clients_test_the_model_with_their_own_layers_too(make_host, states, norm):
     host = make_host(norm=norm, **OWN, **HELD)
     arrays = global_arrays(host)
-    first, _ = score_clients(host, instruction(1, 2, round=1, run="own"), arrays)
+    first, _ = run_test(host, instruction(1, 2, round=1, run="own"), arrays).clients
     assert math.isnan(first.personal_test_loss)  # it has none before it has trained
     run_assignments(host, instruction(1, 2, steps=20, run="own"), arrays)
-    one, two = score_clients(host, instruction(1, 2, round=2, run="own"), arrays)
+    one, two = run_test(host, instruction(1, 2, round=2, run="own"), arrays).clients
     for score, client in ((one, 1), (two, 2)):
         model = build_model(host.settings, host.dataset.classes)
         assert score.test_loss == pytest.approx(
@@ -611,12 +613,26 @@ def test_fedbn_clients_test_the_model_with_their_own_layers_too(make_host, state
         assert score.personal_test_loss == pytest.approx(personal.loss, rel=1e-5) != score.test_loss
 
 
+def test_nodes_share_a_test_out_and_its_result_is_that_of_one(make_host, monkeypatch):
+    monkeypatch.setattr("fedfmd.training.local.TEST_BATCH", 16)
+    monkeypatch.setattr("fedfmd.client.round.run_tests", partial(run_tests, batch_size=16))
+    host = make_host()  # 40 images to test on
+    arrays = global_arrays(host)
+    parts = [run_test(host, instruction(part=part, parts=2), arrays) for part in (0, 1)]
+    assert [[test.images for test in part.test] for part in parts] == [[16], [16, 8]]
+    assert all(part.clients == () and part.validation == () for part in parts)
+    whole = evaluate(host.model, host.dataset.test, host.dataset, batch_size=16)
+    together = evaluation_of([*parts[1].test, *parts[0].test])
+    assert asdict(together) == pytest.approx(asdict(whole), rel=0, nan_ok=True)  # bit for bit
+    assert run_test(host, instruction(), arrays).test == ()
+
+
 def test_an_edge_device_tests_on_its_own_images(tiny_settings, own_data):
     settings = tiny_settings(**HELD)
     assert ask(settings, {"client": 1, "data": own_data})[CONFIG]["images"] == 5  # of 7 images 2 are held out
     model = build_model(settings, classes=10)
     work = write_instruction(instruction(1, images=IMAGES), to_record(pack(model)))
-    (score,) = read_scores(ask(settings, {"client": 1, "data": own_data}, work, MessageType.EVALUATE))
+    (score,) = read_scores(ask(settings, {"client": 1, "data": own_data}, work, MessageType.EVALUATE)).clients
     assert (score.client, score.reason) == (1, "")
     assert score.test_accuracy in (0, 0.5, 1)
 

@@ -9,13 +9,11 @@ from fedfmd.protocol.messages import (
     BY_ATTENTION,
     Assignment,
     ClientResult,
-    ClientScore,
     Reply,
     write_reply,
-    write_scores,
 )
 from fedfmd.protocol.parsing import MAX_TEXT
-from strategies.replies import Terms, client_results, client_scores, read_replies
+from strategies.replies import Terms, client_results, read_replies
 
 START = {"w": np.array([1.0, 1.0], np.float32), "n": np.array(0)}
 
@@ -416,69 +414,3 @@ def test_kernels_chosen_by_attention_must_be_as_many_as_asked_for(reply_of, weig
     assert reason_of(reply_of, kernels_reply(weights), [BY_ATTENTION] * 4) == (
         reason and f"unusable reply: {reason}"
     )
-
-
-CLIENTS = {"5": [0, 3], "6": [1]}
-
-
-def test_scores_come_back_by_client(reply_of):
-    sent = [ClientScore(3, 0.5, 0.75, 0.25, 1.0), ClientScore(0)]
-    scores = client_scores([reply_of(5, write_scores(sent))], {"5": [0, 3]})
-    assert scores[3] == sent[0]
-    assert math.isnan(scores[0].test_loss)
-    assert not scores[0].reason
-
-
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
-        (
-            lambda: write_scores([ClientScore(0)]),
-            "unusable reply: it speaks of clients [0], asked were [0, 3]",
-        ),
-        (
-            lambda: write_scores([ClientScore(0), ClientScore(3), ClientScore(1)]),
-            "unusable reply: it speaks of cl",
-        ),
-        (
-            lambda: write_scores([ClientScore(0), ClientScore(3, 1.0, 1.5)]),
-            "client 3 has test loss 1.0 and accuracy",
-        ),
-        (
-            lambda: write_scores([ClientScore(0), ClientScore(3, -1.0, 0.5)]),
-            "client 3 has test loss -1.0 and accur",
-        ),
-        (
-            lambda: write_scores([ClientScore(0), ClientScore(3, math.nan, 0.5)]),
-            "client 3 has test loss nan and ac",
-        ),
-        (
-            lambda: write_scores([ClientScore(0), ClientScore(3, math.inf, 0.5)]),
-            "test_loss: Value error, must lie w",
-        ),
-        (
-            lambda: write_scores([ClientScore(0), ClientScore(3, 1.0, 0.5, 1.0, -0.1)]),
-            "client 3 has personal test loss 1.0 and accuracy -0.1",
-        ),
-        (lambda: write_reply(Reply({}, ())), "unusable reply: the list test_loss: Input should"),
-    ],
-)
-def test_scores_that_cannot_be_are_refused(content, reason, reply_of):
-    scores = client_scores(
-        [reply_of(5, content()), reply_of(6, write_scores([ClientScore(1, 1.0, 0.5)]))], CLIENTS
-    )
-    assert (scores[1].test_accuracy, scores[1].reason) == (0.5, "")
-    for client in (0, 3):
-        assert reason in scores[client].reason
-        assert math.isnan(scores[client].test_accuracy)
-
-
-def test_nodes_without_an_answer_cost_their_clients_their_scores(reply_of):
-    scores = client_scores([reply_of.error(5, "it died\x1b[2J")], CLIENTS)
-    assert scores[0].reason == "unusable reply: it died"
-    assert scores[1].reason == "no reply within server.round-timeout-s"
-
-
-def test_a_score_keeps_a_clients_own_reason(reply_of):
-    scores = client_scores([reply_of(6, write_scores([ClientScore(1, reason="=1+1\n")]))], {"6": [1]})
-    assert scores[1].reason == "'=1+1"
