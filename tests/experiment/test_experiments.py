@@ -15,7 +15,7 @@ RUNS = {
     "quickstart": 1,
     "cifar10": 1,
     "compare": 180,
-    "compare-small": 240,
+    "compare-small": 280,
     "policies": 24,
     "temperature": 12,
     "uploads": 6,
