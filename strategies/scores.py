@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flwr.app import Message
 
@@ -49,11 +49,11 @@ def plan_tests(
     parts = 0 if are_edge_devices(nodes) or min(len(nodes), most) < 2 else len(nodes)
     planned = []
     for part, node in enumerate(nodes):
-        sizes = [
-            tuple(len(batch) for batch in batches_of_part(count, part, parts)) if parts else ()
-            for count in counts
-        ]
-        planned.append(NodeTest(node.id, tuple(clients.get(node.id, ())), part, parts, *sizes))
+        work = NodeTest(node.id, tuple(clients.get(node.id, ())))
+        if parts:
+            test, validation = (tuple(map(len, batches_of_part(count, part, parts))) for count in counts)
+            work = replace(work, part=part, parts=parts, test=test, validation=validation)
+        planned.append(work)
     return [work for work in planned if work.clients or work.test or work.validation]
 
 
