@@ -26,7 +26,7 @@ def test_the_tables_of_a_study_are_those_of_its_rows(name):
     with (folder / "report.csv").open() as file:
         target = float(next(csv.DictReader(file))["target"]) if "(as asked)" in text else None
     comparison = read_comparison([folder])
-    for sheet in make_sheets(summarise(comparison.runs, target)):
+    for sheet in make_sheets(summarise(comparison.runs, target, comparison.choice)):
         for cells in (sheet.columns, *sheet.lines):
             assert f"| {' | '.join(cells)} |\n" in text
     assert all(note in text for note in comparison.notes)
