@@ -119,15 +119,14 @@ def _load_host(
         torch.set_num_threads(settings.threads or 1)  # as in process: their number changes the last digits
         dataset = build_dataset(settings)
         partition = build_partition(settings, dataset)
-        dataset = placed(dataset, device)
         shard_of = lambda client: dataset.train.subset(partition.indices[client])  # noqa: E731
     else:
         if settings.threads:
             torch.set_num_threads(settings.threads)
         assert images is not None  # the server tells every edge device what its images must be like
         dataset = own_dataset(data, images, settings.data.image_size, build_streaming(settings))
-        dataset = placed(dataset, device)
         shard_of = lambda _client: dataset.train  # noqa: E731
+    dataset = placed(dataset, device)  # of which the shards are
     return Host(settings, dataset, shard_of, device)
 
 
