@@ -194,7 +194,7 @@ class ModelSettings(_Section):
     chooses a fast one per layer, native among them once the command compile has made it.
     """
     conv_options: str = ""
-    """Options that only some convolutions have, such as kernel-reduction of fmdconv: name:value, …"""
+    """Options that only some convolutions have, such as kernel-reduction and annealed of fmdconv: name:value, …"""
     arch_options: Annotated[str, Field(alias="options")] = ""
     """Options of a network of your own: name:value, …"""
     init: str = ""
@@ -352,6 +352,10 @@ class TrainSettings(_Section):
     """Seconds from one checkpoint within an epoch of centralised training to the next; 0: only ends of epochs have
     any.
     """
+
+    def steadier(self) -> str:
+        """Say what keeps training from diverging: smaller steps, or a limit to them."""
+        return f"train.lr below {self.lr:g}" + ("" if self.clip_norm else " or train.clip-norm=1")
 
 
 class TemperatureSettings(_Section):

@@ -573,7 +573,7 @@ class TrackedStrategy(Strategy):
         step = f"server.lr below {server.lr:g} or " if server.lr else ""
         return RunError(
             f"round {server_round}: training diverged, the new global model has {sign}; finished rounds are kept. "
-            f"Choose {step}train.lr below {train.lr:g}, and another run folder"
+            f"Choose {step}{train.steadier()}, and another run folder"
         )
 
     def _save(self) -> None:

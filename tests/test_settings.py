@@ -272,9 +272,10 @@ def test_an_option_of_the_convolution_alone_reaches_it(given):
         (
             "fmdconv",
             "kernel-redction:0.5",
-            "no option 'kernel-redction'; those of fmdconv are kernel-reduction",
+            "no option 'kernel-redction'; those of fmdconv are kernel-reduction, annealed",
         ),
         ("fmdconv", "kernels:2", "no option 'kernels'; those of fmdconv are kernel-reduction"),
+        ("fmdconv", "annealed:1", "annealed must be like its default, False"),
         ("fmdconv", "kernel-reduction:much", r"kernel-reduction must be like its default, 0\.25"),
         ("fmdconv", "kernel-reduction:@", r"kernel-reduction must be like its default, 0\.25"),
         ("static", "kernel-reduction:0.5", "no option 'kernel-reduction'; static has none"),

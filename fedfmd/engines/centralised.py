@@ -190,7 +190,7 @@ def _run_epoch(
     if not math.isfinite(trained.loss):
         raise RunError(
             f"epoch {epoch}: the training loss is {trained.loss}, training diverged at a learning rate of {lr:g}; "
-            f"finished epochs are kept. Choose train.lr below {settings.train.lr:g}, and another run folder"
+            f"finished epochs are kept. Choose {settings.train.steadier()}, and another run folder"
         )
     tested, validated = evaluate_on_both(model, dataset, training.device)
     best = progress.best.or_later(tested, validated)

@@ -44,6 +44,17 @@ def test_fmdconv_is_the_published_equation():
     torch.testing.assert_close(conv(x), expected)
 
 
+def test_the_temperature_also_softens_fmdconvs_sigmoids_where_they_are_annealed():
+    conv, x = layer("fmdconv", temperature=4.0, annealed=True).eval(), images()
+    shared = conv.attention["shared"]
+    logits = shared.heads["input"](F.relu(shared.norm(shared.squeeze(x.mean((2, 3))))))
+    annealed = conv.attention(x, conv.temperature)
+    torch.testing.assert_close(annealed.input, torch.sigmoid(logits / 4))
+    plain = layer("fmdconv", temperature=4.0).eval().attention(x, conv.temperature)
+    assert torch.equal(plain.kernel, annealed.kernel)
+    assert (plain.input - 0.5).abs().mean() > 2 * (annealed.input - 0.5).abs().mean()
+
+
 def test_condconv_is_the_published_equation():
     conv, x = layer("condconv", bias=True), images()
     r = torch.sigmoid(conv.attention["kernel"].head(x.mean((2, 3))))

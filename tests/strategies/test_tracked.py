@@ -170,7 +170,8 @@ def test_a_step_of_the_server_that_diverges_stops_the_run(make, make_federation,
     strategy = make(make_federation(settings))
     with pytest.raises(
         RunError,
-        match=rf"^round 1: training diverged, .* {sign}.* Choose server\.lr below 1e\+\d\d or train\.lr",
+        match=rf"^round 1: training diverged, .* {sign}.* Choose server\.lr below 1e\+\d\d or "
+        r"train\.lr below 0\.05 or train\.clip-norm=1, and another run folder$",
     ):
         strategy.run(make_grid())
     assert not strategy.folder.rounds.exists()

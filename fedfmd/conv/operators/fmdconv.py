@@ -17,6 +17,7 @@ class FMDConv2d(DynamicConv2d):
     a_in and a_out are sigmoids from ODConv's squeeze, π is a softmax with temperature τ from DyConv's.
     `attentions` is any non-empty subset of "input", "kernel", "output" (the paper's ablation). Without
     "kernel" the kernels are averaged (π = 1/K). Output attention is left out for depthwise convolutions.
+    With `annealed` the sigmoids are σ(·/τ), as ODConv's are and those of the authors' code.
     At K = 1 there is no mixture and no per-sample kernel.
     """
 
@@ -44,6 +45,7 @@ class FMDConv2d(DynamicConv2d):
         attention_init: str = "neutral",
         mixing: str = AUTO,
         norm: str = "batch",
+        annealed: bool = False,
     ) -> None:
         chosen = tuple(attentions)
         if not chosen or not set(chosen) <= set(ATTENTIONS):
@@ -62,7 +64,7 @@ class FMDConv2d(DynamicConv2d):
             heads["output"] = out_channels
         self.attention = Attention()
         if heads:
-            self.attention["shared"] = SharedAttention(in_channels, heads, reduction, norm)
+            self.attention["shared"] = SharedAttention(in_channels, heads, reduction, norm, annealed)
         if "kernel" in chosen:
             self.attention["kernel"] = KernelAttention(in_channels, kernels, kernel_reduction)
         self.reset_parameters()
