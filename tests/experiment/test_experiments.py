@@ -15,7 +15,7 @@ RUNS = {
     "quickstart": 1,
     "cifar10": 1,
     "compare": 180,
-    "compare-small": 280,
+    "compare-small": 320,
     "policies": 24,
     "temperature": 12,
     "uploads": 6,
