@@ -66,6 +66,7 @@ from fedfmd.training import (
     compute_gradients,
     scheduled_rate,
 )
+from fedfmd.training.compiled import Compiled
 from fedfmd.training.graphs import Graphs, capture_on_gpu
 
 GPU_SHARE = 0.25
@@ -424,6 +425,8 @@ def build_sgd(settings: Settings) -> LocalSGD:
 
 def build_compute(settings: Settings, device: torch.device) -> Compute:
     """Return what computes gradients on the device, of one model that stays where it is."""
+    if settings.train.torch_compile:
+        return Compiled()
     if settings.train.cuda_graphs and device.type == "cuda":
         return Graphs(capture_on_gpu(device))
     return compute_gradients

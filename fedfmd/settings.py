@@ -330,6 +330,10 @@ class TrainSettings(_Section):
     """Whether a GPU replays the passes of a training step from a CUDA graph, in place of hundreds of launches. For
     networks whose passes do the same whatever the images are. Off, as it has been tried without a GPU only.
     """
+    torch_compile: bool = False
+    """Whether whole batches are trained on by code that torch.compile makes of the network: faster, after a minute of
+    compiling in each process, and other in the last digits. Needs a C++ compiler, such as g++; on a GPU Triton.
+    """
     proximal_mu: NonNegative = 0.0
     """Weight μ of FedProx's term, which holds a client near the global model; 0 is none."""
     optimiser: Annotated[str, _one_of_or_own(OPTIMISERS, "module:Class")] = "sgd"
@@ -543,7 +547,7 @@ class Settings(_Section):
             *("server.max-update-norm", "server.max-update-ratio", "server.stop-at", "partition.test-share"),
             "server.csv-rows",
             *("train.optimiser", "train.loss", "train.label-smoothing", "train.clip-norm", "train.lr-warmup"),
-            *("train.memory-format", "train.cuda-graphs"),
+            *("train.memory-format", "train.cuda-graphs", "train.torch-compile"),
             *("privacy.clip-norm", "privacy.noise-multiplier", "privacy.mode", "privacy.delta"),
             *("data.streaming", "data.memory-gb", "data.workers", "train.checkpoint-s"),
         }
@@ -648,6 +652,10 @@ class Settings(_Section):
             raise SettingsError(
                 "train.cuda-graphs = true replays steps on a GPU, and device = 'cpu': set device=cuda or auto, or "
                 "leave it out"
+            )
+        if train.cuda_graphs and train.torch_compile:
+            raise SettingsError(
+                "train.torch-compile = true and train.cuda-graphs = true: a step is compiled or replayed, leave one out"
             )
         if self.kind == "centralised" and (odd := self.stop_limits.keys() & {"mb", "joules"}):
             raise SettingsError(

@@ -5,6 +5,7 @@ from fedfmd.conv.attention import ATTENTION_INITS, AttentionValues
 from fedfmd.conv.convert import load_static_state_dict, make_dynamic
 from fedfmd.conv.diagnostics import (
     AttentionRecord,
+    hearing_attention,
     record_attention,
     tell_attention,
     unrecorded_attention,
@@ -36,6 +37,7 @@ __all__ = [
     "dynamic_layers",
     "has_kernel_attention",
     "has_temperature",
+    "hearing_attention",
     "is_dynamic",
     "load_reference_state_dict",
     "load_static_state_dict",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -63,19 +63,31 @@ class AttentionRecord:
 
 @contextmanager
 def record_attention(model: nn.Module, last: int | None = None) -> Iterator[AttentionRecord]:
-    """Record the attention values of the (`last`) forward passes made inside the `with` block."""
+    """Record the attention values of the (`last`) forward passes made inside the `with` block.
+
+    Those of code that `torch.compile` makes of the model are recorded if `tell_attention` tells them.
+    """
     record = AttentionRecord()
 
-    def keep(name: str, _module: nn.Module, _inputs: object, out: AttentionValues) -> None:
-        if _paused.get():
-            return
-        kept = (value if value is None else value.detach() for value in out)
-        record.values.setdefault(name, deque(maxlen=last)).append(AttentionValues(*kept))
+    def keep(name: str, values: AttentionValues) -> None:
+        if not (torch.compiler.is_compiling() or _paused.get()):
+            record.values.setdefault(name, deque(maxlen=last)).append(values)
+
+    with hearing_attention(model, keep):
+        yield record
+
+
+@contextmanager
+def hearing_attention(model: nn.Module, hear: Callable[[str, AttentionValues], None]) -> Iterator[None]:
+    """Call hear(layer name, detached values) for each dynamic layer of the forward passes inside the `with` block."""
+
+    def told(name: str, _module: nn.Module, _inputs: object, out: AttentionValues) -> None:
+        hear(name, AttentionValues(*(value if value is None else value.detach() for value in out)))
 
     with ExitStack() as hooks:
         for name, layer in dynamic_layers(model).items():
-            hooks.enter_context(layer.attention.register_forward_hook(partial(keep, name)))
-        yield record
+            hooks.enter_context(layer.attention.register_forward_hook(partial(told, name)))
+        yield
 
 
 @contextmanager
@@ -85,15 +97,9 @@ def unrecorded_attention(model: nn.Module) -> Iterator[dict[str, AttentionValues
     `tell_attention` tells them afterwards, as often as the pass is repeated without Python's taking part.
     """
     seen: dict[str, AttentionValues] = {}
-
-    def see(name: str, _module: nn.Module, _inputs: object, out: AttentionValues) -> None:
-        seen[name] = AttentionValues(*(value if value is None else value.detach() for value in out))
-
     before = _paused.set(True)
     try:
-        with ExitStack() as hooks:
-            for name, layer in dynamic_layers(model).items():
-                hooks.enter_context(layer.attention.register_forward_hook(partial(see, name)))
+        with hearing_attention(model, seen.__setitem__):
             yield seen
     finally:
         _paused.reset(before)

@@ -195,7 +195,7 @@ def scheduled_rate(lr: float, schedule: str, done: int, length: int, warmup: int
 
 
 def compute_gradients(
-    model: nn.Module, sgd: LocalSGD, inputs: Tensor, labels: Tensor
+    model: Callable[[Tensor], Tensor], sgd: LocalSGD, inputs: Tensor, labels: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Compute a batch's loss and logits, and add its gradients to those of the parameters."""
     with torch.autocast(inputs.device.type, torch.bfloat16, enabled=sgd.precision == "bf16"):
@@ -226,7 +226,7 @@ def train(
 
     `after_step` is called with what tells the tally so far; a GPU is waited for only when that is called. With model
     and optimiser as they were then, and with the same generator as at the start, the steps `since` a tally are those
-    that were to follow. `compute` is what computes gradients, on a GPU perhaps `fedfmd.training.graphs.Graphs`.
+    that were to follow. `compute` is what computes gradients, such as `fedfmd.training.compiled.Compiled`.
     """
     model.train()
     optimiser = optimiser or sgd.optimiser(model.parameters())

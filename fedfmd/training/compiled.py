@@ -1,0 +1,94 @@
+"""Gradients from compiled code (https://docs.pytorch.org/docs/stable/generated/torch.compile.html).
+
+A good part of a small network's step lies between its convolutions: norms, activations and attentions, each of which
+reads and writes memory of its own. Compiled, they become a few loops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedfmd.conv import AttentionValues, hearing_attention, tell_attention
+from fedfmd.training.local import LocalSGD, compute_gradients
+
+Attentions = dict[str, AttentionValues]
+"""By layer name."""
+
+OPTIONS: dict[str, Any] = {"compile_threads": 1}
+"""Of the compiler: it takes no core that another process trains on."""
+
+
+class Compiled:
+    """Computes the gradients of one model by one loss as `compute_gradients` does: of whole batches by compiled code.
+
+    That differs in the last digits only. Smaller batches, such as the last one of a pass, are computed as usual: each
+    of their sizes would take the compiler as long again, up to a minute.
+    """
+
+    def __init__(self, backend: str = "inductor") -> None:
+        self._backend = backend
+        self._networks: dict[nn.Module, _Network] = {}
+
+    def __call__(
+        self, model: nn.Module, sgd: LocalSGD, inputs: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return loss and logits; the parameters' gradients are added to.
+
+        Raises:
+            RuntimeError: the network can't be compiled.
+        """
+        if len(labels) < sgd.batch_size:
+            return compute_gradients(model, sgd, inputs, labels)
+        if model not in self._networks:
+            self._networks[model] = _Network(model, self._backend)
+        network = self._networks[model]
+        loss, logits = compute_gradients(network, sgd, inputs, labels)
+        tell_attention(model, network.attention)
+        return loss, logits
+
+
+class _Network:
+    """From images to logits by compiled code, which leaves the attentions of its last batch in `attention`."""
+
+    def __init__(self, model: nn.Module, backend: str) -> None:
+        telling = _Telling(model)
+        options = OPTIONS if backend == "inductor" else None
+        self.attention: Attentions = {}
+        self._telling = telling
+        self._compiled: Callable[[Tensor], tuple[Tensor, Attentions]] = torch.compile(
+            telling, dynamic=False, backend=backend, options=options
+        )
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        from torch._dynamo.exc import TorchDynamoException  # takes a second, which only compiling is worth
+
+        try:
+            with hearing_attention(self._telling.network, self._telling.hear):
+                logits, self.attention = self._compiled(inputs)
+        except TorchDynamoException as error:
+            raise RuntimeError(
+                f"train.torch-compile = true: the network can't be compiled, set it to false ({error})"
+            ) from error
+        return logits
+
+
+class _Telling(nn.Module):
+    """A network that returns its attentions beside its logits, as compiled code calls no hook that comes later."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.attention: Attentions = {}
+
+    def forward(self, inputs: Tensor) -> tuple[Tensor, Attentions]:
+        self.attention = {}
+        logits = self.network(inputs)
+        return logits, self.attention
+
+    def hear(self, name: str, values: AttentionValues) -> None:
+        """Note the values of a layer; called by hooks, which have to be there whenever the network is called."""
+        self.attention[name] = values
