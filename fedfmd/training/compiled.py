@@ -18,6 +18,9 @@ from fedfmd.training.local import LocalSGD, compute_gradients
 Attentions = dict[str, AttentionValues]
 """By layer name."""
 
+Backend = str | Callable[..., Any]
+"""What compiles a graph: the name of one of PyTorch's, or a function of the graph and its inputs."""
+
 OPTIONS: dict[str, Any] = {"compile_threads": 1}
 """Of the compiler: it takes no core that another process trains on."""
 
@@ -29,7 +32,7 @@ class Compiled:
     of their sizes would take the compiler as long again, up to a minute.
     """
 
-    def __init__(self, backend: str = "inductor") -> None:
+    def __init__(self, backend: Backend = "inductor") -> None:
         self._backend = backend
         self._networks: dict[nn.Module, _Network] = {}
 
@@ -54,7 +57,7 @@ class Compiled:
 class _Network:
     """From images to logits by compiled code, which leaves the attentions of its last batch in `attention`."""
 
-    def __init__(self, model: nn.Module, backend: str) -> None:
+    def __init__(self, model: nn.Module, backend: Backend) -> None:
         telling = _Telling(model)
         options = OPTIONS if backend == "inductor" else None
         self.attention: Attentions = {}
@@ -70,8 +73,10 @@ class _Network:
             with hearing_attention(self._telling.network, self._telling.hear):
                 logits, self.attention = self._compiled(inputs)
         except TorchDynamoException as error:
+            reason, _, _advice = str(error).partition("\n\n")
             raise RuntimeError(
-                f"train.torch-compile = true: the network can't be compiled, set it to false ({error})"
+                "train.torch-compile = true: the network can't be compiled, set it to false "
+                f"({' '.join(reason.split())})"
             ) from error
         return logits
 

@@ -29,6 +29,12 @@ def rotated(model: nn.Module, first: int, count: int) -> Kernels:
     return {name: rotation(first, count, layer.kernels) for name, layer in dynamic_layers(model).items()}
 
 
+def are_all(model: nn.Module, kernels: Kernels) -> bool:
+    """Tell whether these are all kernels of their layers, so that nothing is frozen."""
+    layers = dynamic_layers(model)
+    return all(len(places) == layers[name].kernels for name, places in kernels.items())
+
+
 @torch.inference_mode()
 def most_attended(
     model: nn.Module, images: Images, dataset: Dataset, count: int, device: torch.device | str = "cpu"

@@ -650,3 +650,6 @@ def test_gradients_of_all_kernels_are_computed_as_the_host_says(make_host, monke
     assert len(computed) == 6
     run_assignments(host, instruction(1, 2, kernels=2), global_arrays(host))  # some kernels need hooks
     assert len(computed) == 6
+    static = make_host(**{"model.conv": "static", "model.kernels": 4})  # of which it has none
+    run_assignments(static, instruction(1, 2, steps=3, kernels=1), global_arrays(static))
+    assert len(computed) == 12
