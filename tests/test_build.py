@@ -21,6 +21,7 @@ from fedfmd.errors import SettingsError
 from fedfmd.protocol.state import bank_of, pack, parameter_names
 from fedfmd.settings import Settings
 from fedfmd.training import compute_gradients
+from fedfmd.training.compiled import Compiled
 from fedfmd.training.graphs import Graphs
 
 
@@ -222,6 +223,11 @@ def test_streamed_images_stay_where_they_are(image_folder):
     options = {"data.dataset": "imagefolder", "data.dir": str(image_folder), "data.streaming": "always"}
     dataset = build_dataset(Settings.from_mapping(options))
     assert placed(dataset, torch.device("meta")) is dataset
+
+
+def test_a_network_is_compiled_if_asked_for():
+    settings = Settings.from_mapping({"train.torch-compile": True})
+    assert isinstance(build_compute(settings, torch.device("cpu")), Compiled)
 
 
 @pytest.mark.parametrize(

@@ -167,6 +167,10 @@ def test_a_number_may_be_a_text_because_yaml_reads_5e_4_as_one(value, number):
             {"kind": "centralised", "train.lr-warmup": 100},
             "train.lr-warmup = 100 but train.epochs = 100: the rate must",
         ),
+        (
+            {"train.cuda-graphs": True, "train.torch-compile": True, "device": "auto"},
+            "train.torch-compile = true and train.cuda-graphs = true: .*, leave one out",
+        ),
         ({"train.cuda-graphs": True}, "train.cuda-graphs = true replays steps on a GPU, and device = 'cpu'"),
         ({"partition.test-share": 1}, "partition.test-share = 1: .*less than 1"),
         ({"server.stop-at": 0.5}, "server.stop-at = 0.5: '0.5' must be name=value, such as accuracy=0.95"),
