@@ -79,9 +79,12 @@ def library_path(precision: str) -> Path:
     return cache_dir() / "native" / f"{precision}-{digest}.so"
 
 
-def is_compiled() -> bool:
-    """Whether there is compiled code for this processor."""
+def _is_compiled() -> bool:
     return _library(torch.float32) is not None
+
+
+is_compiled: Callable[[], bool] = torch.compiler.assume_constant_result(_is_compiled)
+"""Whether there is compiled code for this processor; `torch.compile` asks once."""
 
 
 def takes(x: Tensor, bank: Tensor, geometry: Geometry) -> bool:

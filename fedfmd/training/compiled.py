@@ -10,7 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch._dynamo.config
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 
 from fedfmd.conv import AttentionValues, hearing_attention, tell_attention
 from fedfmd.training.local import LocalSGD, compute_gradients
@@ -23,6 +25,10 @@ Backend = str | Callable[..., Any]
 
 OPTIONS: dict[str, Any] = {"compile_threads": 1}
 """Of the compiler: it takes no core that another process trains on."""
+
+
+SHAPES = 64
+"""For how many shapes the same code is compiled: a deep network's layers have more than the 8 that PyTorch allows."""
 
 
 class Compiled:
@@ -67,10 +73,11 @@ class _Network:
         )
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        from torch._dynamo.exc import TorchDynamoException  # takes a second, which only compiling is worth
-
         try:
-            with hearing_attention(self._telling.network, self._telling.hear):
+            with (
+                hearing_attention(self._telling.network, self._telling.hear),
+                torch._dynamo.config.patch(recompile_limit=SHAPES),
+            ):
                 logits, self.attention = self._compiled(inputs)
         except TorchDynamoException as error:
             reason, _, _advice = str(error).partition("\n\n")

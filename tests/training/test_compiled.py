@@ -36,11 +36,11 @@ def dataset():
     return Dataset("noise", images, images, 3, ("a", "b", "c"), (0.5,) * 3, (0.25,) * 3, "none")
 
 
-def network(conv="fmdconv"):
+def network(conv="fmdconv", mixing="auto"):
     torch.manual_seed(0)
     return nn.Sequential(
-        *(make_conv(conv, 3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()),
-        *(make_conv(conv, 4, 4, 3, stride=2), nn.Flatten(), nn.Linear(36, 3)),
+        *(make_conv(conv, 3, 4, 3, padding=1, mixing=mixing), nn.BatchNorm2d(4), nn.ReLU()),
+        *(make_conv(conv, 4, 4, 3, stride=2, mixing=mixing), nn.Flatten(), nn.Linear(36, 3)),
     )
 
 
@@ -86,10 +86,11 @@ def test_code_serves_the_next_client_from_other_weights(dataset):
     assert interpreter.graphs == 1
 
 
-def test_attentions_of_the_last_steps_are_recorded_once_each(dataset):
+@pytest.mark.parametrize("mixing", ["grouped", "blocked"])  # one graph, or several around what isn't compiled
+def test_attentions_of_the_last_steps_are_recorded_once_each(dataset, mixing):
     records = []
     for compute in (compute_gradients, Compiled(Interpreter())):
-        model = network()
+        model = network(mixing=mixing)
         with record_attention(model, last=4) as record:
             trained(model, dataset, compute)
         records.append(record)
