@@ -79,12 +79,9 @@ def library_path(precision: str) -> Path:
     return cache_dir() / "native" / f"{precision}-{digest}.so"
 
 
-def _is_compiled() -> bool:
+def is_compiled() -> bool:
+    """Whether there is compiled code for this processor."""
     return _library(torch.float32) is not None
-
-
-is_compiled: Callable[[], bool] = torch.compiler.assume_constant_result(_is_compiled)
-"""Whether there is compiled code for this processor; `torch.compile` asks once."""
 
 
 def takes(x: Tensor, bank: Tensor, geometry: Geometry) -> bool:
