@@ -331,8 +331,9 @@ class TrainSettings(_Section):
     networks whose passes do the same whatever the images are. Off, as it has been tried without a GPU only.
     """
     torch_compile: bool = False
-    """Whether whole batches are trained on by code that torch.compile makes of the network: faster, after a minute of
-    compiling in each process, and other in the last digits. Needs a C++ compiler, such as g++; on a GPU Triton.
+    """Whether whole batches are trained on by code that torch.compile makes of the network: faster for static networks
+    and FMDConv, after a minute or two of compiling in each process, and other in the last digits. Needs a C++ compiler,
+    such as g++; on a GPU Triton.
     """
     proximal_mu: NonNegative = 0.0
     """Weight μ of FedProx's term, which holds a client near the global model; 0 is none."""
