@@ -36,11 +36,11 @@ def dataset():
     return Dataset("noise", images, images, 3, ("a", "b", "c"), (0.5,) * 3, (0.25,) * 3, "none")
 
 
-def network(conv="fmdconv", mixing="auto"):
+def network(conv="fmdconv", **options):
     torch.manual_seed(0)
     return nn.Sequential(
-        *(make_conv(conv, 3, 4, 3, padding=1, mixing=mixing), nn.BatchNorm2d(4), nn.ReLU()),
-        *(make_conv(conv, 4, 4, 3, stride=2, mixing=mixing), nn.Flatten(), nn.Linear(36, 3)),
+        *(make_conv(conv, 3, 4, 3, padding=1, **options), nn.BatchNorm2d(4), nn.ReLU()),
+        *(make_conv(conv, 4, 4, 3, stride=2, **options), nn.Flatten(), nn.Linear(36, 3)),
     )
 
 
@@ -117,7 +117,7 @@ def test_a_network_that_cannot_be_compiled_names_the_setting():
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs g++")
 def test_pytorch_compiles_a_network_that_computes_the_same():
     def gradients(compute):
-        model, images = network(), torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+        model, images = network(kernels=1), torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
         loss, logits = compute(model, LocalSGD(0.1, batch_size=2), images, torch.tensor([0, 1]))
         return [loss, logits, *(p.grad for p in model.parameters() if p.grad is not None)]
 
