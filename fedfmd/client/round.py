@@ -41,7 +41,7 @@ from fedfmd.training import (
     run_tests,
     train,
 )
-from fedfmd.training.partial import Kernels, are_all, most_attended, rotated, trained_parameters
+from fedfmd.training.partial import Kernels, are_whole, most_attended, rotated, trained_parameters
 
 logger = logging.getLogger("fedfmd.client")
 
@@ -216,7 +216,7 @@ def _train(
             generator,
             host.device,
             optimiser,
-            compute=host.compute if are_all(host.model, kernels) else compute_gradients,
+            compute=host.compute if are_whole(parameters) else compute_gradients,
         )
     host.model.zero_grad()  # gradients are as large as the model, and a reply needs that room
     return trained, attention, kernels

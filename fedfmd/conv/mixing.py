@@ -86,9 +86,8 @@ def choose_mixing(x: Tensor, bank: Tensor, geometry: Geometry) -> str:
         return "outputs"  # leaves the batch size free
     compiling = torch.compiler.is_compiling()  # compilers see through the cache
     rule: Callable[..., str] = _rule.__wrapped__ if compiling else _rule
-    native = (
-        not compiling and takes(x, bank, geometry) and is_compiled()
-    )  # it would cut a compiled graph in two
+    # compiled mixing would cut the graph that torch.compile makes in two
+    native = not compiling and takes(x, bank, geometry) and is_compiled()
     return rule(x.device.type, tuple(x.shape), tuple(bank.shape[1:]), geometry, native)
 
 

@@ -17,15 +17,11 @@ from torch._dynamo.exc import TorchDynamoException
 from fedfmd.conv import AttentionValues, hearing_attention, tell_attention
 from fedfmd.training.local import LocalSGD, compute_gradients
 
-Attentions = dict[str, AttentionValues]
-"""By layer name."""
-
 Backend = str | Callable[..., Any]
 """What compiles a graph: the name of one of PyTorch's, or a function of the graph and its inputs."""
 
 OPTIONS: dict[str, Any] = {"compile_threads": 1}
 """Of the compiler: it takes no core that another process trains on."""
-
 
 SHAPES = 64
 """For how many shapes the same code is compiled: a deep network's layers have more than the 8 that PyTorch allows."""
@@ -55,7 +51,14 @@ class Compiled:
         if model not in self._networks:
             self._networks[model] = _Network(model, self._backend)
         network = self._networks[model]
-        loss, logits = compute_gradients(network, sgd, inputs, labels)
+        try:
+            loss, logits = compute_gradients(network, sgd, inputs, labels)
+        except TorchDynamoException as error:
+            reason, _, _advice = str(error).partition("\n\n")
+            raise RuntimeError(
+                "train.torch-compile = true: the network can't be compiled, set it to false "
+                f"({' '.join(reason.split())})"
+            ) from error
         tell_attention(model, network.attention)
         return loss, logits
 
@@ -64,43 +67,25 @@ class _Network:
     """From images to logits by compiled code, which leaves the attentions of its last batch in `attention`."""
 
     def __init__(self, model: nn.Module, backend: Backend) -> None:
-        telling = _Telling(model)
-        options = OPTIONS if backend == "inductor" else None
-        self.attention: Attentions = {}
-        self._telling = telling
-        self._compiled: Callable[[Tensor], tuple[Tensor, Attentions]] = torch.compile(
-            telling, dynamic=False, backend=backend, options=options
+        self._model = model
+        self.attention: dict[str, AttentionValues] = {}
+        self._compiled: Callable[[Tensor], tuple[Tensor, dict[str, AttentionValues]]] = torch.compile(
+            self._forward, dynamic=False, backend=backend, options=OPTIONS if backend == "inductor" else None
         )
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        try:
-            with (
-                hearing_attention(self._telling.network, self._telling.hear),
-                torch._dynamo.config.patch(recompile_limit=SHAPES),
-            ):
-                logits, self.attention = self._compiled(inputs)
-        except TorchDynamoException as error:
-            reason, _, _advice = str(error).partition("\n\n")
-            raise RuntimeError(
-                "train.torch-compile = true: the network can't be compiled, set it to false "
-                f"({' '.join(reason.split())})"
-            ) from error
+        # Compiled code calls none of the hooks that were not there when it was made, so it returns the attentions.
+        with (
+            hearing_attention(self._model, self._hear),
+            torch._dynamo.config.patch(recompile_limit=SHAPES),
+        ):
+            logits, self.attention = self._compiled(inputs)
         return logits
 
-
-class _Telling(nn.Module):
-    """A network that returns its attentions beside its logits, as compiled code calls no hook that comes later."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-        self.attention: Attentions = {}
-
-    def forward(self, inputs: Tensor) -> tuple[Tensor, Attentions]:
+    def _forward(self, inputs: Tensor) -> tuple[Tensor, dict[str, AttentionValues]]:
         self.attention = {}
-        logits = self.network(inputs)
+        logits: Tensor = self._model(inputs)
         return logits, self.attention
 
-    def hear(self, name: str, values: AttentionValues) -> None:
-        """Note the values of a layer; called by hooks, which have to be there whenever the network is called."""
+    def _hear(self, name: str, values: AttentionValues) -> None:
         self.attention[name] = values

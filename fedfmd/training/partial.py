@@ -5,7 +5,7 @@ Frozen kernels are mixed as before, in the forward and in the backward pass; the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 
@@ -27,12 +27,6 @@ def rotation(first: int, count: int, kernels: int) -> tuple[int, ...]:
 def rotated(model: nn.Module, first: int, count: int) -> Kernels:
     """Return the same rotation in all layers."""
     return {name: rotation(first, count, layer.kernels) for name, layer in dynamic_layers(model).items()}
-
-
-def are_all(model: nn.Module, kernels: Kernels) -> bool:
-    """Tell whether these are all kernels of their layers, so that nothing is frozen."""
-    layers = dynamic_layers(model)
-    return all(len(places) == layers[name].kernels for name, places in kernels.items())
 
 
 @torch.inference_mode()
@@ -94,3 +88,8 @@ def trained_parameters(model: nn.Module, kernels: Kernels) -> Iterator[list[Tens
             hooks.enter_context(parameter.register_post_accumulate_grad_hook(partial(hand_over, views=views)))
             parameters += views.values()
         yield parameters
+
+
+def are_whole(parameters: Iterable[Tensor]) -> bool:
+    """Tell whether `trained_parameters` are the model's own, and none is a view of some kernels of a bank."""
+    return all(isinstance(parameter, nn.Parameter) for parameter in parameters)

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from fedfmd.conv import CONVS, make_conv, record_attention
-from fedfmd.data import Dataset, ImageSet
 from fedfmd.training import LocalSGD, compute_gradients, train
 from fedfmd.training.compiled import Compiled
 
@@ -26,14 +25,6 @@ class Interpreter:
 @pytest.fixture(autouse=True)
 def forget_compiled():
     torch.compiler.reset()
-
-
-@pytest.fixture
-def dataset():
-    """22 random images of 8 x 8 pixels in 3 classes: batches of 8, 8 and 6."""
-    pixels = torch.randint(256, (22, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    images = ImageSet(pixels, torch.arange(22) % 3)
-    return Dataset("noise", images, images, 3, ("a", "b", "c"), (0.5,) * 3, (0.25,) * 3, "none")
 
 
 def network(conv="fmdconv", **options):
@@ -55,10 +46,10 @@ def assert_close(model, other):
 
 
 @pytest.mark.parametrize("conv", CONVS)
-def test_training_is_the_same(dataset, conv):
+def test_training_is_the_same(noise, conv):
     usual, compiled = network(conv), network(conv)
-    expected = trained(usual, dataset, compute_gradients)
-    found = trained(compiled, dataset, Compiled(interpreter := Interpreter()))
+    expected = trained(usual, noise, compute_gradients)
+    found = trained(compiled, noise, Compiled(interpreter := Interpreter()))
     assert (found.steps, found.examples, found.accuracy) == (6, 44, expected.accuracy)
     assert found.loss == pytest.approx(expected.loss, rel=1e-5)
     assert_close(usual, compiled)
@@ -66,14 +57,14 @@ def test_training_is_the_same(dataset, conv):
 
 
 @pytest.mark.parametrize("how", [{"clip_norm": 0.1}, {"proximal": 0.5}, {"precision": "bf16"}])
-def test_what_else_a_step_does_stays(dataset, how):
+def test_what_else_a_step_does_stays(noise, how):
     usual, compiled = network("static"), network("static")
-    trained(usual, dataset, compute_gradients, **how)
-    trained(compiled, dataset, Compiled(Interpreter()), **how)
+    trained(usual, noise, compute_gradients, **how)
+    trained(compiled, noise, Compiled(Interpreter()), **how)
     assert_close(usual, compiled)
 
 
-def test_code_serves_the_next_client_from_other_weights(dataset):
+def test_code_serves_the_next_client_from_other_weights(noise):
     usual, compiled = network(), network()
     compute = Compiled(interpreter := Interpreter())
     for model, how in ((usual, compute_gradients), (compiled, compute)):
@@ -81,26 +72,21 @@ def test_code_serves_the_next_client_from_other_weights(dataset):
             model.load_state_dict(network().state_dict())
             model.zero_grad()
             with record_attention(model, last=2):
-                trained(model, dataset, how)
+                trained(model, noise, how)
     assert_close(usual, compiled)
     assert interpreter.graphs == 1
 
 
 @pytest.mark.parametrize("mixing", ["grouped", "blocked"])  # one graph, or several around what isn't compiled
-def test_attentions_of_the_last_steps_are_recorded_once_each(dataset, mixing):
+def test_attentions_of_the_last_steps_are_recorded_once_each(noise, assert_same_attentions, mixing):
     records = []
     for compute in (compute_gradients, Compiled(Interpreter())):
         model = network(mixing=mixing)
         with record_attention(model, last=4) as record:
-            trained(model, dataset, compute)
+            trained(model, noise, compute)
         records.append(record)
     expected, found = records
-    assert found.values.keys() == expected.values.keys()
-    for name, entries in expected.values.items():
-        assert len(entries) == len(found.values[name]) == 4
-        for entry, other in zip(entries, found.values[name], strict=True):
-            for one, two in zip(entry, other, strict=True):
-                assert one is two is None or torch.testing.assert_close(one, two) is None
+    assert_same_attentions(found, expected, last=4)
 
 
 def test_a_network_that_cannot_be_compiled_names_the_setting():

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from fedfmd.conv import record_attention
-from fedfmd.data import Dataset, ImageSet
 from fedfmd.models import make_model
 from fedfmd.training import LocalSGD, compute_gradients, train
 from fedfmd.training.graphs import LAUNCHED, Graphs
@@ -38,14 +37,6 @@ def tensors_of(passed):
     return [passed.loss, passed.logits, *passed.gradients.values(), *values]
 
 
-@pytest.fixture
-def dataset():
-    """22 random images of 8 x 8 pixels in 3 classes: batches of 8, 8 and 6."""
-    pixels = torch.randint(256, (22, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    images = ImageSet(pixels, torch.arange(22) % 3)
-    return Dataset("noise", images, images, 3, ("a", "b", "c"), (0.5,) * 3, (0.25,) * 3, "none")
-
-
 def network(conv="fmdconv", norm="batch"):
     torch.manual_seed(0)
     return make_model("resnet8", conv, 3, width=0.25, norm=norm)
@@ -58,44 +49,39 @@ def trained(model, dataset, compute, steps=9, **how):
 
 @pytest.mark.parametrize("how", [{}, {"clip_norm": 0.1}, {"proximal": 0.5}, {"precision": "bf16"}])
 @pytest.mark.parametrize("conv", ["static", "fmdconv", "odconv"])
-def test_training_is_the_same(dataset, conv, how):
+def test_training_is_the_same(noise, conv, how):
     launched, replayed = network(conv), network(conv)
     rerun = Rerun(replayed)
-    expected = trained(launched, dataset, compute_gradients, **how)
-    assert trained(replayed, dataset, Graphs(rerun), **how) == expected
+    expected = trained(launched, noise, compute_gradients, **how)
+    assert trained(replayed, noise, Graphs(rerun), **how) == expected
     for name, tensor in launched.state_dict().items():  # running statistics and counters too
         assert torch.equal(tensor, replayed.state_dict()[name]), name
     assert rerun.captured == 2  # one for each shape
     assert rerun.replayed == 9 - 2 * LAUNCHED
 
 
-def test_a_graph_serves_the_next_client_from_other_weights(dataset):
+def test_a_graph_serves_the_next_client_from_other_weights(noise):
     launched, replayed = network(), network()
     graphs = Graphs(rerun := Rerun(replayed))
     for model, compute in ((launched, compute_gradients), (replayed, graphs)):
-        trained(model, dataset, compute)
+        trained(model, noise, compute)
         model.load_state_dict(network().state_dict())
         model.zero_grad()
-        trained(model, dataset, compute)
+        trained(model, noise, compute)
     assert all(map(torch.equal, launched.state_dict().values(), replayed.state_dict().values()))
     assert rerun.captured == 2
 
 
-def test_attentions_of_the_last_steps_are_recorded_once_each(dataset):
+def test_attentions_of_the_last_steps_are_recorded_once_each(noise, assert_same_attentions):
     recorded = []
     for make in (lambda _: compute_gradients, lambda model: Graphs(Rerun(model))):
         model = network()
         compute = make(model)
         with record_attention(model, last=5) as record:
-            trained(model, dataset, compute)
+            trained(model, noise, compute)
         recorded.append(record)
     expected, found = recorded
-    assert found.values.keys() == expected.values.keys()
-    for name, entries in expected.values.items():
-        assert len(entries) == len(found.values[name]) == 5
-        for entry, other in zip(entries, found.values[name], strict=True):
-            for one, two in zip(entry, other, strict=True):
-                assert one is two is None or torch.equal(one, two)
+    assert_same_attentions(found, expected, last=5, rtol=0, atol=0)
 
 
 def test_parameters_that_take_no_part_have_no_gradient():
