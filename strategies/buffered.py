@@ -20,8 +20,9 @@ from fedfmd.edge import WorkPlan
 from fedfmd.protocol.messages import Assignment, from_record, to_record
 from fedfmd.protocol.state import Arrays
 from fedfmd.runs import RunFolder
-from strategies.nodes import assign, reachable
-from strategies.tracked import Origin, Round, TrackedStrategy
+from strategies.nodes import assign
+from strategies.planning import Round
+from strategies.tracked import Origin, TrackedStrategy
 
 VERSION = "version-"
 
@@ -96,7 +97,7 @@ class BufferedStrategy(TrackedStrategy):
         while len(self._flights) < concurrency and (flight := start(time_s, self._flights)):
             self._flights.append(flight)
         landed, self._flights, now = fill_buffer(self._flights, buffer, start)
-        seconds = now - time_s if landed else self._idle_seconds(time_s)
+        seconds = now - time_s if landed else self._planner.idle_seconds(time_s)
         self._landed = {flight.plan.client.id: flight for flight in landed}
         arriving = [flight for flight in landed if flight.arrives]
         begun = {flight.version for flight in arriving}
@@ -104,7 +105,8 @@ class BufferedStrategy(TrackedStrategy):
         requests = []
         for node, hand in assign(self.nodes, [flight.plan for flight in arriving], separate=True):
             flight = self._landed[hand[0].client.id]
-            requests.append(self._request(node, hand, flight.number, flight.version, states[flight.version]))
+            begin = states[flight.version]
+            requests.append(self._planner.training(node, hand, flight.number, flight.version, begin))
         plans = [flight.plan for flight in landed]
         return Round(plans, seconds, requests, self.federation.budget.needed(buffer))
 
@@ -112,16 +114,15 @@ class BufferedStrategy(TrackedStrategy):
         """Send the next client off, drawn by the number of its flight from those that are there and free."""
         number = self._started + 1
         taken = {flight.plan.client.id for flight in busy}
-        present = reachable(self.nodes, self.federation.fleet.present(number, now))
-        free = [client for client in present if client not in taken]
+        free = [client for client in self._planner.present(number, now) if client not in taken]
         if not free:
             return None
         self._started = number
-        client = int(self._sampling_generator(number).choice(free))
+        client = int(self._planner.generator(number).choice(free))
         return self._flight(number, version, now, client)
 
     def _flight(self, number: int, version: int, start_s: float, client: int) -> Flight:
-        plan = self._plan(number, client)
+        plan = self._planner.plan(number, client)
         needs_s = plan.total_s if plan.status == "ok" else min(plan.total_s, self._deadline_s)
         return Flight(number, version, start_s, start_s + needs_s, plan)
 

@@ -12,30 +12,26 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from fedfmd.algorithms import Algorithm, Update
-from fedfmd.build import Federation, build_rate
+from fedfmd.build import Federation
 from fedfmd.conv import has_temperature, set_temperature
-from fedfmd.edge import WorkPlan, keep_first, plan_work, round_seconds
 from fedfmd.errors import RunError
-from fedfmd.flower_compat import answered_id, dead_worker, message_id
+from fedfmd.flower_compat import answered_id, dead_worker
 from fedfmd.protocol.averaging import ExactMean
 from fedfmd.protocol.compression import upload_bytes
 from fedfmd.protocol.messages import (
-    BY_ATTENTION,
     WEIGHT,
     Assignment,
     ClientResult,
     ClientScore,
-    Instruction,
     Reply,
     Scores,
     from_record,
     to_record,
-    write_instruction,
 )
 from fedfmd.protocol.privacy import noise_generator
 from fedfmd.protocol.state import (
@@ -64,24 +60,20 @@ from strategies.lines import header_lines, round_text
 from strategies.nodes import (
     Node,
     are_edge_devices,
-    assign,
     check_device,
     empty,
     exchange,
     meet_again,
     meet_nodes,
     on_edge_devices,
-    reachable,
 )
+from strategies.planning import Planner, Round
 from strategies.privacy import private_mean, spent
 from strategies.replies import Terms, client_results, read_replies
 from strategies.rows import client_rows, round_row, with_scores
-from strategies.scores import NodeTest, model_scores, plan_tests
+from strategies.scores import model_scores, plan_tests
 
 logger = logging.getLogger("fedfmd")
-
-RETRY_S = 60.0
-"""Virtual seconds until the server looks again where no client was there and no deadline is set."""
 
 
 @dataclass(frozen=True)
@@ -97,32 +89,6 @@ class Progress:
     releases: tuple[int, ...]
     best: Best = field(default_factory=Best)
     run: str = field(default_factory=lambda: secrets.token_hex(8))
-
-
-@dataclass(frozen=True)
-class Request:
-    """A message to a node, and what it asks of whom."""
-
-    message: Message
-    assignments: tuple[Assignment, ...]
-
-    @property
-    def id(self) -> str:
-        """The message's id, which Flower gives it when it is sent."""
-        return message_id(self.message)
-
-
-@dataclass(frozen=True)
-class Round:
-    """A round between sending and aggregating: its plans, its virtual seconds, what was asked of the nodes.
-
-    At least `needed` updates must come, or it is discarded.
-    """
-
-    plans: Sequence[WorkPlan] = ()
-    seconds: float = 0.0
-    requests: Sequence[Request] = ()
-    needed: int = 0
 
 
 @dataclass(frozen=True)
@@ -251,18 +217,12 @@ class TrackedStrategy(Strategy):
         return [request.message for request in self._round.requests]
 
     def _plan_round(self, server_round: int, arrays: ArrayRecord) -> Round:
-        """Return the round's clients, their plans, and a message for each node that has work."""
-        budget, time_s = self.federation.budget, self.progress.virtual_s
-        wanted = self.federation.settings.clients_per_round
-        clients = self._sample(server_round, time_s, budget.asked(wanted))
-        plans = keep_first((self._plan(server_round, client) for client in clients), wanted)
-        seconds = round_seconds(plans, budget, wanted) if plans else self._idle_seconds(time_s)
-        working = [plan for plan in plans if plan.status == "ok"]
-        requests = [
-            self._request(node, hand, server_round, server_round - 1, arrays)
-            for node, hand in assign(self.nodes, working, self._separate)
-        ]
-        return Round(plans, seconds, requests, budget.needed(wanted))
+        """Return the round's plans and the messages for its clients, who start from `arrays`."""
+        return self._planner.plan_round(server_round, self.progress.virtual_s, arrays)
+
+    @property
+    def _planner(self) -> Planner:
+        return Planner(self.federation, self.nodes, self.progress.run, self._separate)
 
     @property
     def _separate(self) -> bool:
@@ -379,7 +339,7 @@ class TrackedStrategy(Strategy):
         usable = [(a.request, a.reply) for a in answers if a.reply is not None and a.reply.arrays]
         if not self._separate:
             return self._mean([reply for _, reply in usable], current)
-        nodes = {request.id: request.message.metadata.dst_node_id for request in self._round.requests}
+        nodes = {request.id: request.node for request in self._round.requests}
         updates = [
             Update(
                 reply.arrays,
@@ -406,7 +366,7 @@ class TrackedStrategy(Strategy):
     def _client_rows(self, server_round: int, arrived: Mapping[str, float]) -> list[ClientRow]:
         places = {node.id: node.rank for node in self.nodes}
         asked = [(request, work.client) for request in self._round.requests for work in request.assignments]
-        ranks = {client: places[request.message.metadata.dst_node_id] for request, client in asked}
+        ranks = {client: places[request.node] for request, client in asked}
         measured = asked if are_edge_devices(self.nodes) else []
         trips = {client: arrived[request.id] for request, client in measured if request.id in arrived}
         done = self.progress.client_flops
@@ -446,68 +406,10 @@ class TrackedStrategy(Strategy):
         self.nodes = meet(grid, images, clients, server.node_timeout_s, least, check_device(settings))
         self.federation = on_edge_devices(self.federation, self.nodes)
 
-    def _sample(self, server_round: int, time_s: float, count: int) -> list[int]:
-        """Clients of the round among those that are there, from (seed, round) alone."""
-        present = reachable(self.nodes, self.federation.fleet.present(server_round, time_s))
-        generator = self._sampling_generator(server_round)
-        return sorted(generator.choice(present, min(count, len(present)), replace=False).tolist())
-
-    def _sampling_generator(self, number: int) -> np.random.Generator:
-        """Draws clients, for the round or the flight of this number."""
-        return np.random.default_rng(derive_seed(self.federation.settings.seed, "sampling", number))
-
-    def _idle_seconds(self, time_s: float) -> float:
-        """Virtual seconds until the server looks again, where nobody is there."""
-        federation = self.federation
-        return federation.fleet.idle_seconds(time_s, federation.budget.deadline_s or RETRY_S)
-
-    def _plan(self, server_round: int, client: int) -> WorkPlan:
-        federation = self.federation
-        owner = federation.fleet.clients[client]
-        speed = federation.fleet.speed(server_round, owner)
-        return plan_work(owner, federation.workload(client), federation.budget, speed)
-
-    def _request(
-        self, node: int, hand: Iterable[WorkPlan], server_round: int, done: int, arrays: ArrayRecord
-    ) -> Request:
-        """Return the message for a node; its clients start from `arrays`, with the rates after `done` rounds.
-
-        `server_round` is what the clients' randomness and their rotation of kernels follow.
-        """
-        assignments = tuple(self._assignment(server_round, plan) for plan in hand)
-        instruction = self._instruction(assignments, server_round, done)
-        return Request(Message(write_instruction(instruction, arrays), node, MessageType.TRAIN), assignments)
-
-    def _asking_to_test(self, work: NodeTest, server_round: int, arrays: ArrayRecord) -> Request:
-        """Return the message that has a node test `arrays`, which the round brought."""
-        instruction = self._instruction(work.clients, server_round + 1, server_round)
-        instruction = replace(instruction, part=work.part, parts=work.parts)
-        content = write_instruction(instruction, arrays)
-        return Request(Message(content, work.node, MessageType.EVALUATE), work.clients)
-
-    def _instruction(self, assignments: tuple[Assignment, ...], number: int, done: int) -> Instruction:
-        """Return a node's part of the round `number`, before which is what clients kept, after `done` rounds."""
-        return Instruction(
-            number,
-            build_rate(self.federation.settings, done),
-            self.federation.temperature.at(done),
-            assignments,
-            run=self.progress.run,
-            images=self.federation.dataset.format if are_edge_devices(self.nodes) else None,
-        )
-
     def _origin(self, work: Sequence[Assignment], current: Arrays) -> Origin:
         """Return what these clients were sent."""
         del work
         return Origin(current)
-
-    def _assignment(self, server_round: int, plan: WorkPlan) -> Assignment:
-        """Name a client's kernels: in rotation they start one further with every round, and with every client."""
-        client, budget = plan.client.id, self.federation.budget
-        first = (server_round + client) % self.federation.cost.kernels
-        if budget.kernel_choice == "attention":
-            first = BY_ATTENTION
-        return Assignment(client, plan.steps, plan.batch_size, plan.kernels, first)
 
     def _test(self, server_round: int) -> tuple[tuple[Evaluation, Evaluation | None], dict[int, ClientScore]]:
         """Test the model on test and validation images; have clients do so on what they hold out, if they do.
@@ -533,13 +435,13 @@ class TrackedStrategy(Strategy):
         settings, came = self.federation.settings, dict[int, list[Assignment]]()
         if settings.partition.test_share:
             for request in self._round.requests:
-                node = request.message.metadata.dst_node_id
+                node = request.node
                 came.setdefault(node, []).extend(a for a in request.assignments if self.results[a.client].ok)
         planned = plan_tests(self.nodes, came, self.federation.dataset)
         if not planned or self._grid is None:
             return Scores(), {}
         arrays = self.initial_arrays
-        requests = [self._asking_to_test(work, server_round, arrays) for work in planned]
+        requests = [self._planner.testing(work, server_round, arrays) for work in planned]
         messages = [request.message for request in requests]
         replies, _ = exchange(self._grid, messages, settings.server.round_timeout_s)
         self._refuse_dead_worker(server_round, replies)

@@ -13,7 +13,6 @@ from fedfmd.edge import plan_work
 from fedfmd.errors import RunError, SettingsError
 from fedfmd.flower_compat import answered_id
 from fedfmd.protocol.compression import UPLOADS, upload_bytes
-from fedfmd.protocol.messages import BY_ATTENTION, read_instruction
 from fedfmd.protocol.state import pack, parameter_names
 from fedfmd.runs import RunFolder, latest_checkpoint, read_clients, read_rounds
 from fedfmd.training import evaluate
@@ -30,49 +29,12 @@ def workers(count):
     return tuple(Node(100 + rank, rank, None, 0, "") for rank in range(count))
 
 
-def asked(strategy, server_round, nodes, time_s=0.0):
-    """Node id -> the instruction it gets in the round."""
-    strategy.nodes = nodes
-    strategy.progress = replace(strategy.progress, virtual_s=time_s)
-    messages = strategy.configure_train(server_round, strategy.initial_arrays, ConfigRecord(), grid=None)
-    return {message.metadata.dst_node_id: read_instruction(message.content)[0] for message in messages}
-
-
-def clients_of(instructions):
-    return sorted(a.client for instruction in instructions.values() for a in instruction.assignments)
-
-
 def rows(strategy):
     return read_rounds(strategy.folder.rounds), read_clients(strategy.folder.clients)
 
 
 def status(strategy):
     return {(row.round, row.client): row.status for row in rows(strategy)[1]}
-
-
-def test_the_clients_of_a_round_follow_from_seed_and_round_alone(make, make_federation, make_grid):
-    make_grid([])
-    many = {"partition.clients": 20, "server.clients-per-round": 5, "server.rounds": 8}
-    strategy, other = make(make_federation(many)), make(make_federation(many | {"seed": 1}))
-    picked = [clients_of(asked(strategy, server_round, workers(1))) for server_round in range(1, 9)]
-    assert all(len(set(clients)) == 5 for clients in picked)
-    assert [clients_of(asked(strategy, r, workers(3))) for r in range(1, 9)] == picked
-    assert [clients_of(asked(other, r, workers(1))) for r in range(1, 9)] != picked
-    assert len({client for clients in picked for client in clients}) > 10
-
-
-def test_a_node_is_told_its_clients_plans_and_the_round(make, make_federation, make_grid):
-    make_grid([])
-    federation = make_federation({"train.lr": 0.2, "train.batch-size": 8, "temperature.rounds": 2})
-    instructions = asked(make(federation), 2, workers(2))
-    assert instructions.keys() == {100, 101}
-    for instruction in instructions.values():
-        assert instruction.round == 2
-        assert instruction.lr == pytest.approx(0.1)  # cosine, after one of two rounds
-        assert instruction.temperature == 15.5  # half the way from 30 to 1
-        for assignment in instruction.assignments:
-            assert assignment.steps == -(-federation.sizes[assignment.client] // 8)
-            assert (assignment.batch_size, assignment.kernels) == (8, 1)
 
 
 def test_a_run_takes_the_mean_of_its_clients(make, make_federation, make_grid):
@@ -264,32 +226,15 @@ def edge_device(client, **told):
     return {"client": client, "rank": client, "images": 10 * (client + 1)} | told
 
 
-KERNELS = {"model.conv": "fmdconv", "model.kernels": 3, "budget.policy": "kernels", "budget.kernels": 2}
-
-
-def test_kernels_rotate_over_rounds_and_clients(make, make_federation, make_grid):
-    make_grid([])
-    strategy = make(make_federation(KERNELS | {"server.rounds": 3}))
-    for server_round in (1, 2, 3):
-        (instruction,) = asked(strategy, server_round, workers(1)).values()
-        assert [(a.client, a.kernels, a.first_kernel) for a in instruction.assignments] == [
-            (client, 2, (server_round + client) % 3) for client in range(3)
-        ]
-
-
-def test_by_attention_the_clients_choose(make, make_federation, make_grid):
-    make_grid([])
-    strategy = make(make_federation(KERNELS | {"budget.kernel-choice": "attention"}))
-    (instruction,) = asked(strategy, 1, workers(1)).values()
-    assert {a.first_kernel for a in instruction.assignments} == {BY_ATTENTION}
-
-
 @pytest.mark.parametrize("nodes", [1, 2])
 def test_each_kernel_is_averaged_over_the_clients_that_trained_it(make, make_federation, make_grid, nodes):
     """Client c has 10 (c + 1) images and adds c + 1. In round 1 it trains kernel 1 + c of three alone, if it is
     there: client 1, who fails, is the only one for kernel 2.
     """
-    federation = make_federation(KERNELS | {"budget.kernels": 1, "server.rounds": 1})
+    federation = make_federation(
+        {"model.conv": "fmdconv", "model.kernels": 3, "server.rounds": 1}
+        | {"budget.policy": "kernels", "budget.kernels": 1}
+    )
     before = pack(federation.model)
     strategy = make(federation)
     grid = make_grid(
@@ -308,21 +253,6 @@ def test_each_kernel_is_averaged_over_the_clients_that_trained_it(make, make_fed
     whole, kernel = federation.payload_bytes, federation.cost.kernel_params * 4
     assert [row.up_bytes for row in clients] == [whole - 2 * kernel] * 3
     assert [row.down_bytes for row in clients] == [whole] * 3
-
-
-def test_clients_that_are_away_are_not_picked(make, make_federation, make_grid, tmp_path):
-    make_grid([])
-    trace = tmp_path / "trace.csv"
-    trace.write_text("client,start_s,end_s\n0,0,10\n1,5,20\n")
-    two = {"server.clients-per-round": 2, "server.rounds": 20}
-    strategy = make(make_federation({"fleet.trace": str(trace)} | two))
-    assert clients_of(asked(strategy, 1, workers(1), time_s=0.0)) == [0, 2]
-    assert clients_of(asked(strategy, 1, workers(1), time_s=12.0)) == [1, 2]
-    assert {tuple(clients_of(asked(strategy, r, workers(1), time_s=7.0))) for r in range(1, 20)} == {
-        (0, 1),
-        (0, 2),
-        (1, 2),
-    }
 
 
 def test_a_round_with_nobody_there_is_discarded_and_the_server_waits_for_the_next_window(
@@ -628,7 +558,7 @@ def test_flowers_start_cannot_end_early(make, make_federation, make_grid):
     with pytest.raises(
         RunError, match=r"server\.stop-at ends a run of `run`, and Flower's `start` does all rounds"
     ):
-        asked(strategy, 1, workers(1))
+        strategy.configure_train(1, strategy.initial_arrays, ConfigRecord(), grid=None)
 
 
 def test_an_edge_device_that_cannot_test_costs_its_row_the_columns_alone(
