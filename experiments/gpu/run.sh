@@ -6,7 +6,8 @@
 # OUT (default runs/gpu) gets a table per part, written row by row, log.txt and summary.txt. A part that fails does
 # not stop the next; the status is then 1. --toy: toy sizes on the CPU, in about a minute, to try the script.
 #
-#   PARTS    what to run (default "check layers networks graphs train")
+#   PARTS    what to run (default "check layers networks graphs train"; "compiled", whose networks take up to a minute
+#            each to compile, only if asked for)
 #   DATA     for train: the folder with the parts that images.py packed, or with cifar10_{train,test}.npz
 #   LIMIT_S  seconds for everything (default 530; of toys, 3000); what takes less than its share leaves the rest to the next
 #   TRAIN    more options of train.py, such as "--networks odconv-4 --channels-last"
@@ -24,7 +25,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 export PYTHONPATH="$here/../..${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 
 for part in $parts; do
-  [[ " check layers networks graphs train " == *" $part "* ]] || fail "PARTS = '$parts': '$part' is none of check, layers, networks, graphs, train"
+  [[ " check layers networks graphs compiled train " == *" $part "* ]] || fail "PARTS = '$parts': '$part' is none of check, layers, networks, graphs, compiled, train"
 done
 [[ $limit =~ ^[0-9]+$ ]] || fail "LIMIT_S = '$limit': must be a whole number of seconds"
 if [ ${#toy[@]} -eq 0 ]; then
@@ -40,7 +41,7 @@ trap 'rm -rf "$temporary"' EXIT
 # Some seconds for the summary are kept back.
 left() { echo $((limit - SECONDS - 10)); }
 
-# A part's script, with its share of the time; one that hangs is ended.
+# A script, with its share of the time; one that hangs is ended.
 run_part() {
   local name=$1 seconds=$2
   shift 2
@@ -67,6 +68,7 @@ everything() {
       layers) run_part layers "$(least "${shares[1]}" "$(left)")" ;;
       networks) run_part networks "$(least "${shares[2]}" "$(left)")" ;;
       graphs) run_part graphs "$(least "${shares[3]}" "$(left)")" ;;
+      compiled) run_part graphs "$(left)" --compiled ;;
       train) data && run_part train "$(left)" --data "$folder" ${TRAIN:-} ;;
     esac || { status=$?; failed+=("$part"); }
     echo "run.sh: $part took $((SECONDS - started)) s, status $status"
