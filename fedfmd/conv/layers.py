@@ -133,6 +133,11 @@ class DynamicConv2d(nn.Module):
         return "kernel" in self.attentions
 
     @property
+    def mixes(self) -> bool:
+        """Whether each sample is convolved with a kernel of its own."""
+        return "spatial" in self.attentions or (self.has_kernel_attention and self.kernels > 1)
+
+    @property
     def has_temperature(self) -> bool:
         """Whether its attentions have a τ."""
         return self.temperature is not None

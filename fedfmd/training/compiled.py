@@ -14,14 +14,11 @@ import torch._dynamo.config
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 
-from fedfmd.conv import AttentionValues, hearing_attention, tell_attention
+from fedfmd.conv import AttentionValues, dynamic_layers, hearing_attention, tell_attention
 from fedfmd.training.local import LocalSGD, compute_gradients
 
 Backend = str | Callable[..., Any]
 """What compiles a graph: the name of one of PyTorch's, or a function of the graph and its inputs."""
-
-OPTIONS: dict[str, Any] = {"compile_threads": 1}
-"""Of the compiler: it takes no core that another process trains on."""
 
 SHAPES = 64
 """For how many shapes the same code is compiled: a deep network's layers have more than the 8 that PyTorch allows."""
@@ -69,8 +66,9 @@ class _Network:
     def __init__(self, model: nn.Module, backend: Backend) -> None:
         self._model = model
         self.attention: dict[str, AttentionValues] = {}
+        options = inductor_options(model) if backend == "inductor" else None
         self._compiled: Callable[[Tensor], tuple[Tensor, dict[str, AttentionValues]]] = torch.compile(
-            self._forward, dynamic=False, backend=backend, options=OPTIONS if backend == "inductor" else None
+            self._forward, dynamic=False, backend=backend, options=options
         )
 
     def __call__(self, inputs: Tensor) -> Tensor:
@@ -89,3 +87,13 @@ class _Network:
 
     def _hear(self, name: str, values: AttentionValues) -> None:
         self.attention[name] = values
+
+
+def inductor_options(model: nn.Module) -> dict[str, bool | int]:
+    """Return what PyTorch's compiler is to do for this network: it takes no core that another process trains on.
+
+    On the CPU it would hand all images to convolutions channels-last. Where each sample has a kernel of its own, the
+    batch is folded into the channels for one grouped convolution, and would have to be transposed for that.
+    """
+    folds = any(layer.mixes and layer.bank.device.type == "cpu" for layer in dynamic_layers(model).values())
+    return {"compile_threads": 1} | ({"layout_optimization": False} if folds else {})

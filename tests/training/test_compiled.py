@@ -8,7 +8,7 @@ from torch import nn
 
 from fedfmd.conv import CONVS, make_conv, record_attention
 from fedfmd.training import LocalSGD, compute_gradients, train
-from fedfmd.training.compiled import Compiled
+from fedfmd.training.compiled import Compiled, inductor_options
 
 
 class Interpreter:
@@ -87,6 +87,21 @@ def test_attentions_of_the_last_steps_are_recorded_once_each(noise, assert_same_
         records.append(record)
     expected, found = records
     assert_same_attentions(found, expected, last=4)
+
+
+@pytest.mark.parametrize(
+    ("conv", "kernels", "folds"),
+    [
+        ("static", 4, False),
+        ("fmdconv", 1, False),
+        ("fmdconv", 4, True),
+        ("odconv", 1, True),
+        ("dyconv", 4, True),
+    ],
+)
+def test_images_stay_as_they_are_where_the_batch_is_folded_into_channels(conv, kernels, folds):
+    options = inductor_options(network(conv, kernels=kernels))
+    assert options == {"compile_threads": 1} | ({"layout_optimization": False} if folds else {})
 
 
 def test_a_network_that_cannot_be_compiled_names_the_setting():
