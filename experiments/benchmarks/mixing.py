@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -136,9 +136,9 @@ def rows(layer: Layer, batch: int, seconds: dict[tuple[str, str, str], float]) -
         }
 
 
-def sums(table: list[dict[str, object]], batch: int) -> Iterator[tuple[str, ...]]:
+def sums(table: list[dict[str, object]], archs: Iterable[str], batch: int) -> Iterator[tuple[str, ...]]:
     """Per network and phase, the ratio to static convolutions of its dynamic layers together."""
-    for arch in ARCHS:
+    for arch in archs:
         counts = layers_of(arch)
         for phase in ("train", "infer"):
             total: Counter[tuple[str, str]] = Counter()
@@ -163,7 +163,7 @@ def main() -> None:
     torch.set_num_threads(1)
     ways.PLAIN["multiplied"] = multiplied
     compile_native()
-    layers = dict.fromkeys(layer for arch in ARCHS for layer in layers_of(arch))
+    layers = dict.fromkeys(layer for arch in options.arch for layer in layers_of(arch))
     table: list[dict[str, object]] = []
     for batch in options.batch:
         for layer in layers:
@@ -174,7 +174,7 @@ def main() -> None:
         title="Time of the dynamic layers, static = 1",
     )
     for batch in options.batch:
-        for line in sums(table, batch):
+        for line in sums(table, options.arch, batch):
             summary.add_row(*line)
     Console(width=132).print(summary)
 
@@ -182,6 +182,9 @@ def main() -> None:
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--arch", nargs="+", choices=ARCHS, default=ARCHS, help="networks whose layers are timed"
     )
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 32, 128])
     parser.add_argument("--repeats", type=int, default=5, help="repetitions for each median")

@@ -27,7 +27,8 @@ FUSED: dict[str, Callable[[Geometry, tuple[int, ...]], Way]] = {
 MIXINGS = tuple(name for name in (*PLAIN, *FUSED) if name != NATIVE)
 """Those that need no compiled code."""
 NATIVE_POSITIONS = 64
-"""Positions of the output up to which compiled code is the fastest: there, a kernel is much for a single image."""
+"""Positions of the output up to which compiled code is the fastest for large kernels: there, one is much for a single
+image."""
 EARLIER_NAMES = {"folded": "grouped", "unfold": "im2col", "per_sample": "blocked"}
 """What the ways were called in fedfmd 0.1, for settings and constructors that still say so."""
 
@@ -101,8 +102,8 @@ def _rule(
     if device != "cpu":
         return "outputs"
     positions = math.prod(geometry.output_size(tuple(image[1:]), kernel[2:]))
-    if native and positions <= NATIVE_POSITIONS:
-        return NATIVE
     if batch <= Direct(geometry, kernel).block(tuple(image)):
         return "grouped"  # kernels and images of the whole batch fit the cache
+    if native and positions <= NATIVE_POSITIONS:
+        return NATIVE
     return "im2col" if kernel[0] // geometry.groups > positions else "blocked"

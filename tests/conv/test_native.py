@@ -54,6 +54,8 @@ def test_auto_takes_it_where_it_is_fast(compiled_native):
     bank = torch.empty(4, 512, 512, 3, 3)
     assert choose_mixing(torch.empty(32, 512, 4, 4), bank, SQUARE) == "native"
     assert choose_mixing(torch.empty(1, 512, 4, 4), bank, SQUARE) == "grouped"  # a plain convolution
+    small = torch.empty(4, 64, 64, 3, 3)
+    assert choose_mixing(torch.empty(32, 64, 8, 8), small, SQUARE) == "grouped"  # all of it fits the cache
     assert choose_mixing(torch.empty(32, 512, 4, 4, dtype=torch.bfloat16), bank, SQUARE) == "im2col"
     in_groups = Geometry((1, 1), (1, 1), (1, 1), 2)
     assert choose_mixing(torch.empty(32, 1024, 4, 4), bank, in_groups) != "native"
