@@ -89,7 +89,7 @@ class _Network:
         self.attention[name] = values
 
 
-def inductor_options(model: nn.Module) -> dict[str, bool | int]:
+def inductor_options(model: nn.Module) -> dict[str, Any]:
     """Return what PyTorch's compiler is to do for this network: it takes no core that another process trains on.
 
     On the CPU it would hand all images to convolutions channels-last. Where each sample has a kernel of its own, the
