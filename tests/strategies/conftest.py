@@ -13,6 +13,7 @@ from fedfmd.protocol.averaging import WeightedMean
 from fedfmd.protocol.messages import CONFIG, ClientResult, Hosted, Reply, read_instruction, write_reply
 from fedfmd.protocol.state import bank_of
 from fedfmd.training.partial import rotation
+from strategies.nodes import Node
 
 TWO_ROUNDS = {"model.conv": "static", "fleet.devices": "pi-4", "server.rounds": 2}
 
@@ -29,6 +30,12 @@ def make_federation(tiny_settings):
         return replace(federation, sizes=tuple(10 * (client + 1) for client in range(len(federation.sizes))))
 
     return make
+
+
+@pytest.fixture
+def workers():
+    """Makes so many nodes of a simulation, by id 100, 101, …"""
+    return lambda count: tuple(Node(100 + rank, rank, None, 0, "") for rank in range(count))
 
 
 @pytest.fixture

@@ -2,18 +2,13 @@ import pytest
 
 from fedfmd.protocol.messages import BY_ATTENTION, read_instruction, to_record
 from fedfmd.protocol.state import shared_arrays
-from strategies.nodes import Node
 from strategies.planning import Planner
 
 KERNELS = {"model.conv": "fmdconv", "model.kernels": 3, "budget.policy": "kernels", "budget.kernels": 2}
 
 
-def workers(count):
-    return tuple(Node(100 + rank, rank, None, 0, "") for rank in range(count))
-
-
 @pytest.fixture
-def asked(make_grid):
+def asked(make_grid, workers):
     """Node id -> the instruction it gets in the round."""
     make_grid([])  # Messages need an identity of the process, which a grid gives it
 

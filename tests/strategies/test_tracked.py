@@ -17,16 +17,11 @@ from fedfmd.protocol.state import pack, parameter_names
 from fedfmd.runs import RunFolder, latest_checkpoint, read_clients, read_rounds
 from fedfmd.training import evaluate
 from strategies import make_strategy
-from strategies.nodes import Node
 
 
 @pytest.fixture
 def make(tmp_path):
     return lambda federation: make_strategy(federation, RunFolder(tmp_path))
-
-
-def workers(count):
-    return tuple(Node(100 + rank, rank, None, 0, "") for rank in range(count))
 
 
 def rows(strategy):
@@ -487,7 +482,9 @@ def test_an_update_beyond_the_limit_is_scaled_down_to_it(
         assert f"round 1: client {client}: {reason}" in caplog.messages
 
 
-def test_where_updates_are_limited_every_client_has_its_own_message(make, make_federation, make_grid):
+def test_where_updates_are_limited_every_client_has_its_own_message(
+    make, make_federation, make_grid, workers
+):
     make_grid([])
     for limit, messages in (({}, 1), ({"server.max-update-ratio": 3}, 3)):
         strategy = make(make_federation(limit))
