@@ -14,6 +14,7 @@ import torch
 import fedfmd.client.app
 import fedfmd.client.round
 import fedfmd.edge.fleet
+import strategies.planning
 import strategies.tracked
 from fedfmd.build import build_federation, build_model
 from fedfmd.client_app import app as client_app
@@ -150,7 +151,7 @@ def test_rounds_of_a_few_clients_do_as_much_and_keep_as_much_out_of_a_thousand_a
         )
 
     for module, name in (
-        (strategies.tracked, "plan_work"),
+        (strategies.planning, "plan_work"),
         (fedfmd.edge.fleet, "derive_seed"),
         (fedfmd.client.round, "derive_seed"),
         (fedfmd.client.round, "fault_of"),
