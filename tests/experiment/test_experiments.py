@@ -35,6 +35,7 @@ RUNS = {
     "paper/temperature-small": 40,
     "paper/kernels": 12,
     "paper/kernels-small": 25,
+    "paper/longer-small": 25,
 }
 
 
