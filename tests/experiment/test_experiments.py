@@ -100,7 +100,7 @@ def test_ablations_vary_what_the_paper_varies(size):
     assert temperatures >= {(34, "constant")} | {(t, "linear") for t in (30, 40, 52, 61, 100)}
 
 
-@pytest.mark.parametrize("name", ["attentions", "temperature", "kernels", "operators"])
+@pytest.mark.parametrize("name", ["attentions", "temperature", "kernels", "operators", "longer"])
 def test_small_files_have_a_static_network_to_compare_with(name):
     assert values(f"paper/{name}-small", lambda settings: settings.model.conv)["static"] >= 5
 
