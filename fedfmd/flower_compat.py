@@ -17,6 +17,7 @@ import sys
 import traceback
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
 from pickle import PickleBuffer
@@ -40,7 +41,7 @@ from flwr.serverapp.strategy import FedAvg
 from flwr.supercore.run import Run as Run
 from flwr.supercore.task_identity import TaskIdentity
 from google.protobuf.message import DecodeError
-from numpy.lib.format import header_data_from_array_1_0, write_array_header_1_0
+from numpy.lib.format import dtype_to_descr, write_array_header_1_0
 
 Json = dict[str, Any]
 
@@ -182,10 +183,16 @@ def to_array(array: np.ndarray) -> Array:
     Flower's serialisation is named `SType.NUMPY` and is a .npy file (`Array.from_numpy_ndarray`); `Array` takes
     such content, and any subclass of bytes, as it is (`flwr.app.message.array`).
     """
-    header = BytesIO()
-    write_array_header_1_0(header, header_data_from_array_1_0(array))
-    data = b"".join([header.getvalue(), array.reshape(-1).view(np.uint8).data])
+    header = _header(array.dtype, array.shape)
+    data = b"".join([header, array.reshape(-1).view(np.uint8).data])
     return Array(str(array.dtype), array.shape, SType.NUMPY, _Content(data))
+
+
+@lru_cache(maxsize=4096)  # NumPy takes longer for a header than for the numbers of a small array
+def _header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
+    header = BytesIO()
+    write_array_header_1_0(header, {"descr": dtype_to_descr(dtype), "fortran_order": False, "shape": shape})
+    return header.getvalue()
 
 
 def to_numpy(array: Array) -> np.ndarray:

@@ -214,9 +214,9 @@ def _check_weights(
         if kernel := bank_of(name):
             banks.setdefault(kernel[0], []).append(name)
     least = dict.fromkeys(shapes, total)
+    by_place = {kernels: _images_by_place(work, kernels) for kernels in set(map(len, banks.values()))}
     for names in banks.values():
-        for place, name in enumerate(names):
-            least[name] = sum(images for a, images in work if place in _named(a, len(names)))
+        least |= zip(names, by_place[len(names)], strict=True)
     check_layout(reply.arrays, shapes, optional=[name for name, weight in least.items() if not weight])
     if reply.weights.keys() != reply.arrays.keys():
         raise ValueError("its weights are not those of its arrays")
@@ -229,6 +229,15 @@ def _check_weights(
         weight = sum(reply.weights.get(name, 0) for name in names)
         if weight != (expected := sum(images * a.kernels for a, images in work)):
             raise ValueError(f"the kernels of {bank} stand for {weight:g} images, not for {expected}")
+
+
+def _images_by_place(work: Sequence[tuple[Assignment, int]], kernels: int) -> list[int]:
+    """Return the images behind each kernel of a bank, of the clients that were told to train it."""
+    images = [0] * kernels
+    for assignment, own in work:
+        for place in _named(assignment, kernels):
+            images[place] += own
+    return images
 
 
 def _named(assignment: Assignment, kernels: int) -> tuple[int, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -75,7 +75,7 @@ class Host:
         return self._state.module
 
     @property
-    def views(self) -> dict[str, Tensor]:
+    def views(self) -> Mapping[str, Tensor]:
         """The arrays of `model` by their names on the wire, as tensors that share its memory."""
         return self._state.views()
 

@@ -218,7 +218,7 @@ def _train(
             optimiser,
             compute=host.compute if are_whole(parameters) else compute_gradients,
         )
-    host.model.zero_grad()  # gradients are as large as the model, and a reply needs that room
+        optimiser.zero_grad()  # gradients are as large as the model, and a reply needs that room
     return trained, attention, kernels
 
 

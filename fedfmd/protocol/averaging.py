@@ -10,6 +10,7 @@ from types import MappingProxyType
 import numpy as np
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors
 
 from fedfmd.protocol.state import first_non_finite
 
@@ -87,7 +88,9 @@ class ExactMean:
     def __init__(self, start: Values, images: int) -> None:
         self.weights: dict[str, float] = {}
         bits = SUM_BITS - images.bit_length()
-        self._packs = [_pack(arrays, bits) for arrays in _packs_of(start)]
+        self._packs = [
+            _pack(arrays, bits) for alike in _packs_of(start) for arrays in _by_limit(alike).values()
+        ]
 
     def add(
         self, state: Values, weight: float | Mapping[str, float], rest: Values = MappingProxyType({})
@@ -137,7 +140,7 @@ class _Pack(ABC):
             self._sums = self._nothing(values)
         self._add(self._sums, values, self._weights({name: weights[name] for name in there}))
         if left := {name: torch.as_tensor(rest[name], device=values.device) for name in there & rest.keys()}:
-            self._add_units(self._sums, self._joined(left, next(iter(left.values())).shape[:1]))
+            self._add_units(self._sums, self._joined_rest(left))
 
     def means(self, weights: Mapping[str, float]) -> dict[str, Tensor]:
         """Return the means of the arrays that were added, by the weight behind each."""
@@ -173,30 +176,30 @@ class _Pack(ABC):
         """Return the sums less what gave the mean, in units: units × values."""
 
     def _weights(self, weights: Mapping[str, float], missing: float = 0) -> Tensor:
-        return self._spread([weights.get(name, missing) for name in self._shapes])
-
-    def _spread(self, numbers: Sequence[float]) -> Tensor:
-        """Return one number for each array as one for each value; a single one if they are all the same."""
-        values = torch.tensor(numbers, dtype=torch.float64)
-        alike = len(set(numbers)) == 1
-        return values[0] if alike else values.repeat_interleave(torch.tensor(self._sizes))
+        """Return each array's weight as one for each value; a single one if they are all the same."""
+        numbers = [weights.get(name, missing) for name in self._shapes]
+        if len(set(numbers)) == 1:
+            return torch.tensor(numbers[0], dtype=torch.float64)
+        return torch.tensor(numbers, dtype=torch.float64).repeat_interleave(torch.tensor(self._sizes))
 
     def _values(self, arrays: Values) -> Tensor:
-        """Return those of the arrays that are there, at least one, one after another."""
-        return self._joined(
-            {name: torch.as_tensor(arrays[name]).detach() for name in self._shapes if name in arrays}
+        """Return the arrays one after another, zeros where one is missing; at least one is there."""
+        return joined(
+            self._whole({name: torch.as_tensor(arrays[name]) for name in self._shapes if name in arrays})
         )
 
-    def _joined(self, arrays: Mapping[str, Tensor], leading: tuple[int, ...] = ()) -> Tensor:
-        """Return the arrays one after another, zeros where there is none; they have these dimensions more."""
+    def _joined_rest(self, rest: Mapping[str, Tensor]) -> Tensor:
+        """Return the rests one after another, zeros where one is missing: units × values."""
+        (units,) = {array.shape[0] for array in rest.values()}
+        return torch.cat([array.reshape(units, -1) for array in self._whole(rest, (units,))], dim=1)
+
+    def _whole(self, arrays: Mapping[str, Tensor], leading: tuple[int, ...] = ()) -> list[Tensor]:
+        """Return all arrays, zeros in the place of missing ones; they have these dimensions more."""
         one = next(iter(arrays.values()))
-        parts = [
-            arrays[name].reshape((*leading, -1))
-            if name in arrays
-            else torch.zeros(*leading, size, dtype=one.dtype, device=one.device)
-            for name, size in zip(self._shapes, self._sizes, strict=True)
+        return [
+            arrays[name] if name in arrays else one.new_zeros((*leading, *shape))
+            for name, shape in self._shapes.items()
         ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     def _split(self, vector: Tensor, weights: Mapping[str, float]) -> dict[str, Tensor]:
         parts = vector.split(self._sizes, dim=-1)
@@ -208,14 +211,14 @@ class _Pack(ABC):
 
 
 class _Sums(_Pack):
-    """Sums in one unit each, as float64: whole numbers, so far from its limit that adding them makes no error.
+    """Sums in units, as float64: whole numbers, so far from its limit that adding them makes no error.
 
     These are nearly all of a network's numbers. They are taken a chunk at a time, which memory is read once for.
     """
 
-    def __init__(self, start: Mapping[str, Tensor], bits: int) -> None:
+    def __init__(self, start: Mapping[str, Tensor], unit: float) -> None:
         super().__init__(start)
-        self._unit = self._spread([2.0**bits / value_limit(array) for array in start.values()])
+        self._unit = unit
 
     def _nothing(self, values: Tensor) -> Tensor:
         return torch.zeros_like(values, dtype=torch.float64)
@@ -283,11 +286,19 @@ class _WideSums(_Pack):
 
 
 def _pack(start: Mapping[str, Tensor], bits: int) -> _Pack:
-    """Return what sums these arrays, which are of one kind, up; a sum may have so many bits, less those of weights."""
-    of_kind = next(iter(start.values()))
-    if not of_kind.is_floating_point():
+    """Return what sums these arrays, alike and of one limit, up; a sum may have so many bits, less those of weights."""
+    one = next(iter(start.values()))
+    if not one.is_floating_point():
         return _WideSums(start, (1.0,))
-    return _WideSums(start, (COARSE, FINE)) if _is_wide(of_kind) else _Sums(start, bits)
+    return _WideSums(start, (COARSE, FINE)) if _is_wide(one) else _Sums(start, 2.0**bits / value_limit(one))
+
+
+def _by_limit(start: Mapping[str, Tensor]) -> dict[float, dict[str, Tensor]]:
+    """Return the arrays by their `value_limit`, 0 for whole numbers, which have none."""
+    by_limit: dict[float, dict[str, Tensor]] = {}
+    for name, array in start.items():
+        by_limit.setdefault(value_limit(array) if array.is_floating_point() else 0.0, {})[name] = array
+    return by_limit
 
 
 def _packs_of(start: Values) -> Iterable[dict[str, Tensor]]:
@@ -309,8 +320,7 @@ def fault_of(state: Values, start: Values) -> str:
     """Return what keeps a state out of a mean: values that are no numbers, or beyond `value_limit`; "" if nothing."""
     suspects: dict[str, Tensor] = {}
     for arrays in _packs_of(state):
-        values = [array.reshape(-1) for array in arrays.values()]
-        if not largest(values[0] if len(values) == 1 else torch.cat(values)) <= LEAST:  # NaN isn't
+        if not largest(joined(list(arrays.values()))) <= LEAST:  # NaN isn't
             suspects |= arrays
     if broken := first_non_finite(suspects):
         return f"NaN or infinite values in {broken}"
@@ -334,6 +344,12 @@ def value_limit(start: Tensor | np.ndarray) -> float:
     if _is_wide(values):
         return LARGEST
     return math.ldexp(1.0, math.frexp(max(1.0, largest(values)))[1] + MARGIN)
+
+
+def joined(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the values of tensors of one dtype, one after another; in C++, as a network has a hundred small ones."""
+    flat: Tensor = _flatten_dense_tensors(tensors)
+    return flat.detach()
 
 
 def largest(values: Tensor) -> float:

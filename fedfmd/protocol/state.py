@@ -41,7 +41,7 @@ def wire_views(module: nn.Module) -> dict[str, Tensor]:
 
 
 class WireState:
-    """`wire_views` of one module, time and again: where they lie is looked up once, as its parts don't change.
+    """`wire_views` of one module, time and again: made once, as the module's parts don't change.
 
     The tensors may: a buffer that the module replaces by another is found. A module that makes its state dict in a
     way of its own is asked each time.
@@ -56,19 +56,31 @@ class WireState:
             for key, _ in named(recurse=False, remove_duplicate=False)
         }
         self.module, self._banks = module, bank_names(module)
-        self._places = {name: owners[name] for name in state} if state.keys() <= owners.keys() else None
-        found = {name: tensor.data_ptr() for name, tensor in self._state().items()}
-        if found != {name: tensor.data_ptr() for name, tensor in state.items()}:
-            self._places = None
+        self._places = {name: owners[name] for name in state} if state.keys() <= owners.keys() else {}
+        if _memory(self._tensors()) != _memory(state):
+            self._places = {}
+        self._memory: list[int] = []
+        self._views: dict[str, Tensor] = {}
 
-    def views(self) -> dict[str, Tensor]:
+    def views(self) -> Mapping[str, Tensor]:
         """Return the module's state under its names on the wire, as tensors that share its memory."""
-        return split_banks(self._state(), self._banks)
+        tensors = self._tensors()
+        memory = _memory(tensors)  # no other tensor gets an address while a view of it is kept
+        if memory != self._memory or not self._places:
+            self._memory = memory
+            self._views = split_banks(
+                {name: tensor.detach() for name, tensor in tensors.items()}, self._banks
+            )
+        return self._views
 
-    def _state(self) -> Mapping[str, Tensor]:
-        if self._places is None:
+    def _tensors(self) -> Mapping[str, Tensor]:
+        if not self._places:
             return self.module.state_dict()
-        return {name: getattr(owner, key).detach() for name, (owner, key) in self._places.items()}
+        return {name: getattr(owner, key) for name, (owner, key) in self._places.items()}
+
+
+def _memory(tensors: Mapping[str, Tensor]) -> list[int]:
+    return [tensor.data_ptr() for tensor in tensors.values()]
 
 
 def split_banks(tensors: Mapping[str, Tensor], banks: Collection[str]) -> dict[str, Tensor]:
@@ -135,9 +147,10 @@ def fill(views: Mapping[str, Tensor], arrays: Mapping[str, np.ndarray]) -> None:
         ValueError: names or shapes differ from theirs.
     """
     check_layout(arrays, {name: tuple(view.shape) for name, view in views.items()})
-    with torch.no_grad():
-        for name, view in views.items():
-            view.copy_(torch.as_tensor(arrays[name]))
+    if not views:
+        return
+    with torch.no_grad():  # in one call, as there are a hundred
+        torch._foreach_copy_(list(views.values()), [torch.as_tensor(arrays[name]) for name in views])
 
 
 def check_layout(

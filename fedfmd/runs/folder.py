@@ -9,7 +9,6 @@ import platform
 import subprocess
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -181,9 +180,9 @@ def _is_until(round: int, line: str) -> bool:
     return number.isdecimal() and int(number) <= round
 
 
-def _append(path: Path, names: Iterable[str], rows: Iterable[Row]) -> None:
+def _append(path: Path, names: Sequence[str], rows: Iterable[Row]) -> None:
     empty = not path.exists() or path.stat().st_size == 0
-    table: list[Iterable[float | str | None]] = [astuple(row) for row in rows]
+    table: list[Iterable[float | str | None]] = [[getattr(row, name) for name in names] for row in rows]
     append(path, csv_text([names, *table] if empty else table))
 
 
