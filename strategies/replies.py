@@ -14,7 +14,7 @@ from torch import Tensor
 from fedfmd.edge import examples_of
 from fedfmd.errors import one_line
 from fedfmd.flower_compat import answered_id, error_text
-from fedfmd.protocol.averaging import is_beyond, largest, rest_shape, value_limit
+from fedfmd.protocol.averaging import is_beyond, largest, rest_shape, suspects_of, value_limit
 from fedfmd.protocol.compression import ROUNDINGS, Upload
 from fedfmd.protocol.messages import (
     BY_ATTENTION,
@@ -180,25 +180,26 @@ def _check_types(reply: Reply, received: Arrays, terms: Terms) -> None:
 
 def _check_values(restored: Mapping[str, Tensor], received: Arrays, steps: int, terms: Terms) -> None:
     """Refuse numbers that no training makes of those received: counters may rise by so many steps at most."""
-    for name, values in restored.items():
-        if values.numel() == 0:
-            continue
-        if not values.is_floating_point():
-            start = int(received[name].min())
-            if int(values.min()) < start or int(values.max()) > int(received[name].max()) + steps:
-                raise ValueError(
-                    f"the counter {name} went from {start} to {int(values.max())} in {steps} steps"
-                )
-            continue
-        if not (most := largest(values)) <= MAX_NUMBER:
-            what = "NaN or infinite values" if not math.isfinite(most) else f"values beyond {MAX_NUMBER:g}"
+    filled = {name: values for name, values in restored.items() if values.numel()}
+    floats = {name: values for name, values in filled.items() if values.is_floating_point()}
+    counters = {name: values for name, values in filled.items() if name not in floats}
+    for name, values in counters.items():
+        least, most = (int(number) for number in values.aminmax())
+        start = int(received[name].min())
+        if least < start or most > int(received[name].max()) + steps:
+            raise ValueError(f"the counter {name} went from {start} to {most} in {steps} steps")
+    for name, values in suspects_of(floats).items():
+        if not (size := largest(values)) <= MAX_NUMBER:
+            what = "NaN or infinite values" if not math.isfinite(size) else f"values beyond {MAX_NUMBER:g}"
             raise ValueError(f"{what} in {name}")
-        if is_beyond(most, received[name]):
+        if is_beyond(size, received[name]):
             raise ValueError(f"values beyond {value_limit(received[name]):g} in {name}")
-        if name in terms.variances and float(values.min()) < 0:
+    for name in sorted(floats.keys() & terms.variances):
+        if float(floats[name].min()) < 0:
             raise ValueError(f"the running variance {name} is negative")
-        if name in terms.fixed and not np.array_equal(values.numpy(), received[name]):
-            raise ValueError(f"{name} is {float(values.max()):g}, and training doesn't change it")
+    for name in sorted(floats.keys() & terms.fixed):
+        if not np.array_equal(floats[name].numpy(), received[name]):
+            raise ValueError(f"{name} is {float(floats[name].max()):g}, and training doesn't change it")
 
 
 def _check_weights(

@@ -318,16 +318,22 @@ def rest_shape(array: np.ndarray) -> tuple[int, ...]:
 
 def fault_of(state: Values, start: Values) -> str:
     """Return what keeps a state out of a mean: values that are no numbers, or beyond `value_limit`; "" if nothing."""
-    suspects: dict[str, Tensor] = {}
-    for arrays in _packs_of(state):
-        if not largest(joined(list(arrays.values()))) <= LEAST:  # NaN isn't
-            suspects |= arrays
+    suspects = suspects_of(state)
     if broken := first_non_finite(suspects):
         return f"NaN or infinite values in {broken}"
     for name, array in suspects.items():
         if is_beyond(largest(array), start[name]):
             return f"values beyond {value_limit(start[name]):g} in {name}"
     return ""
+
+
+def suspects_of(state: Values) -> dict[str, Tensor]:
+    """Return the arrays that are to be looked at one by one: all others have numbers up to `LEAST`."""
+    suspects: dict[str, Tensor] = {}
+    for arrays in _packs_of(state):
+        if not largest(joined(list(arrays.values()))) <= LEAST:  # NaN isn't
+            suspects |= arrays
+    return suspects
 
 
 def is_beyond(value: float, start: Tensor | np.ndarray) -> bool:
