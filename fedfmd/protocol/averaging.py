@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 
 import numpy as np
@@ -88,9 +89,7 @@ class ExactMean:
     def __init__(self, start: Values, images: int) -> None:
         self.weights: dict[str, float] = {}
         bits = SUM_BITS - images.bit_length()
-        self._packs = [
-            _pack(arrays, bits) for alike in _packs_of(start) for arrays in _by_limit(alike).values()
-        ]
+        self._packs = [_pack(arrays, bits) for arrays in _packs_of(start, partial(_units_of, bits=bits))]
 
     def add(
         self, state: Values, weight: float | Mapping[str, float], rest: Values = MappingProxyType({})
@@ -286,27 +285,25 @@ class _WideSums(_Pack):
 
 
 def _pack(start: Mapping[str, Tensor], bits: int) -> _Pack:
-    """Return what sums these arrays, alike and of one limit, up; a sum may have so many bits, less those of weights."""
+    """Return what sums these arrays, of one dtype and units, up; a sum may have so many bits, less those of weights."""
     one = next(iter(start.values()))
-    if not one.is_floating_point():
-        return _WideSums(start, (1.0,))
-    return _WideSums(start, (COARSE, FINE)) if _is_wide(one) else _Sums(start, 2.0**bits / value_limit(one))
+    units = _units_of(one, bits)
+    return _WideSums(start, units) if _is_wide(one) or not one.is_floating_point() else _Sums(start, *units)
 
 
-def _by_limit(start: Mapping[str, Tensor]) -> dict[float, dict[str, Tensor]]:
-    """Return the arrays by their `value_limit`, 0 for whole numbers, which have none."""
-    by_limit: dict[float, dict[str, Tensor]] = {}
-    for name, array in start.items():
-        by_limit.setdefault(value_limit(array) if array.is_floating_point() else 0.0, {})[name] = array
-    return by_limit
+def _units_of(start: Tensor, bits: int) -> tuple[float, ...]:
+    """Return how many units make 1, for each sum that an array has."""
+    if not start.is_floating_point():
+        return (1.0,)
+    return (COARSE, FINE) if _is_wide(start) else (2.0**bits / value_limit(start),)
 
 
-def _packs_of(start: Values) -> Iterable[dict[str, Tensor]]:
-    """Return arrays that have one dtype and equally many units, and large ones alone: joined, they are copied."""
+def _packs_of(arrays: Values, kind: Callable[[Tensor], object]) -> Iterable[dict[str, Tensor]]:
+    """Return small arrays of one dtype and kind together, and large ones alone: joined, they are copied."""
     packs: dict[object, dict[str, Tensor]] = {}
-    for name, array in start.items():
+    for name, array in arrays.items():
         tensor = torch.as_tensor(array)
-        key = (tensor.dtype, _is_wide(tensor)) if tensor.numel() <= SMALL else name
+        key = (tensor.dtype, kind(tensor)) if tensor.numel() <= SMALL else name
         packs.setdefault(key, {})[name] = tensor
     return packs.values()
 
@@ -330,7 +327,7 @@ def fault_of(state: Values, start: Values) -> str:
 def suspects_of(state: Values) -> dict[str, Tensor]:
     """Return the arrays that are to be looked at one by one: all others have numbers up to `LEAST`."""
     suspects: dict[str, Tensor] = {}
-    for arrays in _packs_of(state):
+    for arrays in _packs_of(state, _is_wide):
         if not largest(joined(list(arrays.values()))) <= LEAST:  # NaN isn't
             suspects |= arrays
     return suspects

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -161,9 +161,13 @@ def run_names(folders: Sequence[Path]) -> list[str]:
 
 def _table(row_type: type, names: Sequence[str], rows: Sequence[Iterable[Any]]) -> str:
     """Return the rows of all runs as CSV, after the name of their run."""
-    header = (RUN_COLUMN, *(field.name for field in fields(row_type)))
-    lines = ((name, *astuple(row)) for name, own in zip(names, rows, strict=True) for row in own)
-    return csv_text([header, *lines])
+    columns = [field.name for field in fields(row_type)]
+    lines = (
+        [name, *(getattr(row, column) for column in columns)]
+        for name, own in zip(names, rows, strict=True)
+        for row in own
+    )
+    return csv_text([[RUN_COLUMN, *columns], *lines])
 
 
 def _make_manifest(runs: Sequence[Run], names: Sequence[str], clients: Sequence[int]) -> _Manifest:
