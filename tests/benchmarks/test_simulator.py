@@ -79,6 +79,7 @@ def test_systems_are_measured_in_turn(tmp_path):
         "--systems",
         "bare",
         "fedfmd",
+        "fedfmd-quiet",
         "pfl",
         "--out",
         out,
@@ -91,5 +92,6 @@ def test_systems_are_measured_in_turn(tmp_path):
     assert [(row["model"], row["system"], row["rounds"]) for row in rows] == [
         ("cnn", "bare", "2"),
         ("cnn", "fedfmd", "2"),
+        ("cnn", "fedfmd-quiet", "2"),
     ]
     assert all(float(row["updates_per_s"]) > 0 and float(row["peak_rss_mb"]) > 100 for row in rows)
