@@ -358,10 +358,11 @@ def _overview(runs: Sequence[Run]) -> str:
 def _common_settings(runs: Sequence[Run]) -> dict[str, object]:
     """Return the settings in which the runs agree; folders are nobody's business."""
     flats = [run.settings.kept() for run in runs]
+    common = set.intersection(*(set(flat.items()) for flat in flats))
     return {
         key: value
         for key, value in flats[0].items()
-        if key not in PATHS | Settings.NEUTRAL and all(flat[key] == value for flat in flats)
+        if key not in PATHS | Settings.NEUTRAL and (key, value) in common
     }
 
 

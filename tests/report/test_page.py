@@ -156,6 +156,17 @@ def test_each_split_has_a_section_of_its_own(make_run):
     ]
 
 
+def test_settings_that_only_some_runs_have_are_not_common(make_run):
+    """A run's files keep `train.clip-norm` only where it is set."""
+    clipped = make_run([0.5], variant="clipped", **{"train.clip-norm": 1.0})
+    plain = make_run([0.5], variant="plain")
+    for runs, common in (([clipped, plain], False), ([plain, clipped], False), ([clipped], True)):
+        summary = summarise(runs)
+        text = render_page(summary, make_sheets(summary), [], {})
+        assert ("train.clip-norm" in text) is common
+        assert "train.lr" in text
+
+
 def test_a_chart_that_depends_on_no_difference_is_left_out(make_run):
     """All of these runs have as many rounds, and cost the same."""
     runs = [make_run([0.5], variant=name) for name in ("one", "two")]
