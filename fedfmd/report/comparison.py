@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from glob import iglob
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -90,16 +91,26 @@ def read_comparison(folders: Iterable[Path], selection: Selection | None = None)
     return Comparison(tuple(chosen), (*notes, *missing), tuple(read), choice)
 
 
-def _read_all(folders: Iterable[Path]) -> list[Run]:
+def _read_all(folders: Sequence[Path]) -> list[Run]:
     """Read the runs in the order of their folders; one that is packed beside its folder is read from the folder."""
     found = {
-        name: {path.parent.resolve() for folder in folders for path in folder.rglob(name)}
+        name: _folders_of(name, folders)
         for name in (MANIFEST, "rounds.csv", "epochs.csv", "environment.json")
     }
     packed = found.pop(MANIFEST)
     runs = {run.folder: run for folder in packed for run in read_packed(folder)}
     runs |= {folder: _read(folder) for folder in set().union(*found.values()) - packed}
     return [runs[folder] for folder in sorted(runs)]
+
+
+def _folders_of(name: str, folders: Sequence[Path]) -> set[Path]:
+    """Return the folders that hold a file of this name, however deep; links to folders are followed."""
+    pattern = f"**/{name}"
+    return {
+        (folder / path).parent.resolve()
+        for folder in folders
+        for path in iglob(pattern, root_dir=folder, recursive=True, include_hidden=True)  # noqa: PTH207 - Path: no links
+    }
 
 
 def _read(folder: Path) -> Run:

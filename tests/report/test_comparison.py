@@ -186,6 +186,15 @@ def test_federated_and_centralised_runs_are_not_compared(write_run, write_centra
         read_comparison([tmp_path])
 
 
+def test_links_to_runs_are_followed_and_each_run_is_read_once(runs, tmp_path):
+    choice = tmp_path / "choice"
+    choice.mkdir()
+    for link in ("one", "two"):
+        (choice / link).symlink_to(runs / "static-0")
+    (run,) = read_comparison([choice]).runs
+    assert run.folder == runs / "static-0"
+
+
 def test_a_folder_without_runs_is_refused(tmp_path):
     with pytest.raises(SettingsError, match="no run with a finished round below"):
         read_comparison([tmp_path])
