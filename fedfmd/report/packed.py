@@ -19,7 +19,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from fedfmd.cost import Cost
 from fedfmd.errors import SettingsError
-from fedfmd.report.record import CLIENT_ACCURACIES, PATHS, Run
+from fedfmd.report.record import CLIENT_ACCURACIES, PATHS, Run, common_settings
 from fedfmd.runs import RUN_COLUMN, ClientRow, EpochRow, RoundRow, atomic_write, csv_text, read_table
 from fedfmd.settings import Scalar, Settings
 
@@ -172,9 +172,7 @@ def _table(row_type: type, names: Sequence[str], rows: Sequence[Iterable[Any]]) 
 
 def _make_manifest(runs: Sequence[Run], names: Sequence[str], clients: Sequence[int]) -> _Manifest:
     kept = [run.settings.kept() for run in runs]
-    common = {
-        key: value for key, value in kept[0].items() if all(key in one and one[key] == value for one in kept)
-    }
+    common = common_settings(runs)
     environments: list[dict[str, Any]] = []
     splits: list[list[str]] = []
     networks: list[Cost] = []

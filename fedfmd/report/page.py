@@ -32,7 +32,7 @@ from fedfmd.report.charts import (
 from fedfmd.report.costs import Ranking, Row, accuracy_percent, rank
 from fedfmd.report.packed import reported_clients
 from fedfmd.report.plots import Facet, Series, make_facets
-from fedfmd.report.record import PATHS, Run
+from fedfmd.report.record import PATHS, Run, common_settings
 from fedfmd.report.sheets import Sheet, devices_sheet, make_sheets, ranked_sheet, rows_sheet, runs_sheet
 from fedfmd.report.statistics import Group, Summary, summarise
 from fedfmd.report.wording import WORDINGS, Axis, Wording
@@ -107,7 +107,7 @@ def render_page(
         _title(runs[0]) if len(runs) == 1 else title,
         runs,
         notes=notes,
-        settings=_common_settings(runs),
+        settings=_public_settings(runs),
         costs=wording.costs,
         splits=[_split(facet, summary.target, wording) for facet in make_facets(summary.groups)],
         sheets=sheets,
@@ -155,7 +155,7 @@ def render_run(run: Run, home: str = "", library_file: str = "") -> str:
         notes=[] if run.finished else [f"Unfinished: {run.progress}."],
         library_file=library_file,
         result=result,
-        settings={"folder": run.folder.name, **_common_settings([run])},
+        settings={"folder": run.folder.name, **_public_settings([run])},
         costs=wording.costs,
         pictures=[
             *_curves(facet.series, wording.costs),
@@ -355,15 +355,9 @@ def _overview(runs: Sequence[Run]) -> str:
     )
 
 
-def _common_settings(runs: Sequence[Run]) -> dict[str, object]:
-    """Return the settings in which the runs agree; folders are nobody's business."""
-    flats = [run.settings.kept() for run in runs]
-    common = set.intersection(*(set(flat.items()) for flat in flats))
-    return {
-        key: value
-        for key, value in flats[0].items()
-        if key not in PATHS | Settings.NEUTRAL and (key, value) in common
-    }
+def _public_settings(runs: Sequence[Run]) -> dict[str, object]:
+    """Return the settings in which the runs agree and on which results depend; folders are nobody's business."""
+    return {key: value for key, value in common_settings(runs).items() if key not in PATHS | Settings.NEUTRAL}
 
 
 def _origin(runs: Sequence[Run]) -> str:

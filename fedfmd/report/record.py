@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 from fedfmd.cost import Cost
 from fedfmd.report.wording import WORDINGS
 from fedfmd.runs import ClientRow, EpochRow, RoundRow, stop_reason
-from fedfmd.settings import Settings
+from fedfmd.settings import Scalar, Settings
 
 PATHS = frozenset({"data.dir", "data.train", "data.test", "fleet.devices-file", "fleet.trace"})
 """Settings that name files and folders of the machine that did the run."""
@@ -81,3 +82,11 @@ class Run:
     def progress(self) -> str:
         """How far it is, such as `3 of 20 rounds`."""
         return f"{self.rounds[-1].round} of {self.settings.length} {WORDINGS[self.settings.kind].unit}s"
+
+
+def common_settings(runs: Sequence[Run]) -> dict[str, Scalar]:
+    """Return the settings that the files of all these runs keep, with the same value, in the first run's order."""
+    first, *others = (run.settings.kept() for run in runs)
+    return {
+        key: value for key, value in first.items() if all(key in one and one[key] == value for one in others)
+    }
