@@ -82,6 +82,7 @@ class BufferedStrategy(TrackedStrategy):
         super().__init__(algorithm, federation, folder)
         self._started = 0
         self._flights: list[Flight] = []
+        self._resumed: list[tuple[int, int, float, int]] = []
         self._landed: dict[int, Flight] = {}
         self._versions: dict[int, Arrays] = {}
 
@@ -93,11 +94,14 @@ class BufferedStrategy(TrackedStrategy):
         def start(now: float, busy: Iterable[Flight]) -> Flight | None:
             return self._start(now, version, busy)
 
+        self._flights += [self._flight(*flight) for flight in self._resumed]
+        self._resumed = []
         concurrency = self.federation.settings.clients_per_round
         while len(self._flights) < concurrency and (flight := start(time_s, self._flights)):
             self._flights.append(flight)
         landed, self._flights, now = fill_buffer(self._flights, buffer, start)
-        seconds = now - time_s if landed else self._planner.idle_seconds(time_s)
+        # clients that land at once may end a rounding error before the last step did
+        seconds = max(0.0, now - time_s) if landed else self._planner.idle_seconds(time_s)
         self._landed = {flight.plan.client.id: flight for flight in landed}
         arriving = [flight for flight in landed if flight.arrives]
         begun = {flight.version for flight in arriving}
@@ -111,11 +115,17 @@ class BufferedStrategy(TrackedStrategy):
         return Round(plans, seconds, requests, self.federation.budget.needed(buffer))
 
     def _start(self, now: float, version: int, busy: Iterable[Flight]) -> Flight | None:
-        """Send the next client off, drawn by the number of its flight from those that are there and free."""
+        """Send the next client off, drawn by the number of its flight from those that are there and free.
+
+        A number for which none of the idle clients is there is used up: who is there is drawn by it, so that the same
+        number would find nobody for ever.
+        """
         number = self._started + 1
         taken = {flight.plan.client.id for flight in busy}
         free = [client for client in self._planner.present(number, now) if client not in taken]
         if not free:
+            if len(taken) < len(self.federation.fleet.clients):
+                self._started = number
             return None
         self._started = number
         client = int(self._planner.generator(number).choice(free))
@@ -150,7 +160,9 @@ class BufferedStrategy(TrackedStrategy):
     def _restore(self, kept: Mapping[str, Any]) -> None:
         own = {name: value for name, value in kept.items() if not name.startswith(VERSION)}
         self._started = own.pop("started")
-        self._flights = [self._flight(*flight) for flight in own.pop("flights")]
+        self._resumed = own.pop(
+            "flights"
+        )  # to be planned once it is known which devices and images there are
         for name in kept.keys() - own.keys() - {"started", "flights"}:
             version, _, array = name.removeprefix(VERSION).partition("/")
             self._versions.setdefault(int(version), {})[array] = kept[name]

@@ -23,14 +23,26 @@ class FedBuff(FlowerAlgorithm, name="fedbuff"):
 
     options = ("lr", "buffer", "staleness")
     separate = True
+    array_by_array = True
 
     def check(self) -> None:
-        """Raise a SettingsError if fewer clients work at a time than fill the buffer."""
-        clients = self.settings.clients_per_round
+        """Raise a SettingsError if fewer clients work at a time than fill the buffer, or a setting can't be heeded."""
+        settings, clients = self.settings, self.settings.clients_per_round
         if self.buffer > clients:
             raise SettingsError(
                 f"server.buffer = {self.buffer} must not exceed the {clients} clients that work at a time "
                 "(server.clients-per-round)"
+            )
+        if settings.budget.over_select > 1:
+            raise SettingsError(
+                f"budget.over-select = {settings.budget.over_select:g} has no effect with server.strategy = fedbuff, "
+                "which replaces clients that are too late at once: set budget.over-select=1"
+            )
+        if settings.transport.upload != "fp32" and settings.server.checkpoint_every > 1:
+            raise SettingsError(
+                f"server.checkpoint-every = {settings.server.checkpoint_every}: with server.strategy = fedbuff and "
+                f"transport.upload = {settings.transport.upload!r} a resumed run would lack what rounding left over: "
+                "set server.checkpoint-every=1, or transport.upload=fp32"
             )
 
     @property

@@ -34,8 +34,8 @@ class ClientStates:
     """The states of a run's clients, in a folder of the run's own.
 
     Kept is the newest state of a client, and the newest up to each checkpoint that the run may be resumed from.
-    FedBuff numbers its messages, not its rounds: there a resume finds all states only if every round has a
-    checkpoint, and a client without a state starts with none.
+    FedBuff numbers its messages, not its rounds, which is why clients may keep something there only if every round
+    has a checkpoint.
     """
 
     folder: Path

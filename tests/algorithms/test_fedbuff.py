@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from fedfmd.algorithms.fedbuff import FedBuff, rebase
+from fedfmd.errors import SettingsError
 
 PARAMETERS = {"w"}
 
@@ -12,6 +13,27 @@ def state(value):
         "running_var": np.full(2, value, np.float32),
         "num_batches_tracked": np.array(int(value)),
     }
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"server.buffer": 3}, "server.buffer = 3 must not exceed the 2 clients"),
+        (
+            {"budget.over-select": 1.5},
+            "budget.over-select = 1.5 has no effect with server.strategy = fedbuff",
+        ),
+        (
+            {"transport.upload": "int8", "server.checkpoint-every": 3},
+            "server.checkpoint-every = 3: .* set server.checkpoint-every=1, or transport.upload=fp32",
+        ),
+    ],
+)
+def test_what_it_can_not_heed_is_refused(tiny_settings, changes, message):
+    fits = {"server.strategy": "fedbuff", "server.buffer": 2, "server.clients-per-round": 2}
+    FedBuff(tiny_settings(**fits)).check()
+    with pytest.raises(SettingsError, match=message):
+        FedBuff(tiny_settings(**fits | changes)).check()
 
 
 def test_an_old_update_is_moved_to_the_current_arrays(update):

@@ -1,7 +1,11 @@
+import contextlib
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 import strategies.buffered
+from fedfmd.build import build_federation
 from fedfmd.edge import WorkPlan
 from fedfmd.edge.devices import DEVICES, Bandwidth
 from fedfmd.edge.fleet import Client
@@ -124,6 +128,50 @@ def test_an_update_counts_less_the_older_it_is(run, monkeypatch):
     assert any(version > f.version for version, (f,) in enumerate(steps))
     state, start = strategy.federation.model.fc.bias, strategy.before["fc.bias"]
     np.testing.assert_allclose(state.detach(), start + growth, rtol=1e-5)
+
+
+def test_a_flight_for_which_nobody_is_there_is_tried_anew(run):
+    """Each client is there in a third of all draws, so that one draw in five finds none of the four."""
+    changes = {"fleet.devices": "pi-4", "fleet.availability": 1 / 3, "server.buffer": 1, "server.rounds": 30}
+    rows = read_rounds(run(**changes).folder.rounds)
+    assert sum(row.clients_ok == 0 for row in rows) in range(1, 15)
+    assert rows[-1].virtual_s > rows[-2].virtual_s or rows[-1].clients_ok
+
+
+def test_clients_that_land_at_once_take_no_time_below_zero(run, monkeypatch):
+    """The clock, a sum of seconds, may be a rounding error ahead of the second landing."""
+    landings = []
+
+    def at_once(flights, size, start):
+        landed, working, now = fill_buffer(flights, size, start)
+        landings.append(np.nextafter(landings[0], 0) if landings else now)
+        return landed, working, landings[-1]
+
+    monkeypatch.setattr(strategies.buffered, "fill_buffer", at_once)
+    strategy = run(**{"server.buffer": 1, "server.rounds": 2})
+    assert read_rounds(strategy.folder.rounds)[1].round_s == 0
+
+
+def test_a_resumed_run_knows_the_devices_of_clients_that_were_at_work(tiny_settings, make_grid, tmp_path):
+    """What edge devices are and hold, they say themselves; the fleet of the settings would take longer."""
+    settings = tiny_settings(**ASYNCHRONOUS | {"model.conv": "static", "train.local-epochs": 2})
+    devices = [{"client": client, "device": "pi-5"} for client in range(4)]
+
+    def go_on(name, rounds):
+        strategy = make_strategy(build_federation(settings), RunFolder(tmp_path / name))
+
+        def behave(client, number):
+            if strategy.progress.round == rounds:
+                raise SystemExit
+            return ""
+
+        with contextlib.suppress(SystemExit):
+            strategy.run(make_grid(devices, behave))
+        return [replace(row, wall_s=0.0) for row in read_rounds(strategy.folder.rounds)]
+
+    whole = go_on("whole", 4)
+    assert len(go_on("resumed", 2)) == 2
+    assert go_on("resumed", 4) == whole
 
 
 def test_running_variances_stay_positive(run):
