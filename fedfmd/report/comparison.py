@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from glob import iglob
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,6 +27,9 @@ TASK = ("data.", "partition.")
 
 CIFAR = {"cifar10": (10, 32), "cifar100": (100, 32)}
 """Classes and pixels of the data sets whose images a report needn't have."""
+
+RUN_FILES = frozenset({"rounds.csv", "epochs.csv", "environment.json"})
+"""Files of which a run's folder has one at least."""
 
 MANY = 5
 """Settings that differ above which labels leave out those that tell no runs apart."""
@@ -93,24 +96,24 @@ def read_comparison(folders: Iterable[Path], selection: Selection | None = None)
 
 def _read_all(folders: Sequence[Path]) -> list[Run]:
     """Read the runs in the order of their folders; one that is packed beside its folder is read from the folder."""
-    found = {
-        name: _folders_of(name, folders)
-        for name in (MANIFEST, "rounds.csv", "epochs.csv", "environment.json")
-    }
-    packed = found.pop(MANIFEST)
-    runs = {run.folder: run for folder in packed for run in read_packed(folder)}
-    runs |= {folder: _read(folder) for folder in set().union(*found.values()) - packed}
+    files = {place: names for folder in folders for place, names in _walk(folder)}
+    packed = {place for place, names in files.items() if MANIFEST in names}
+    own = {place for place, names in files.items() if names & RUN_FILES}
+    runs = {run.folder: run for place in packed for run in read_packed(place)}
+    runs |= {place: _read(place) for place in own - packed}
     return [runs[folder] for folder in sorted(runs)]
 
 
-def _folders_of(name: str, folders: Sequence[Path]) -> set[Path]:
-    """Return the folders that hold a file of this name, however deep; links to folders are followed."""
-    pattern = f"**/{name}"
-    return {
-        (folder / path).parent.resolve()
-        for folder in folders
-        for path in iglob(pattern, root_dir=folder, recursive=True, include_hidden=True)  # noqa: PTH207 - Path: no links
-    }
+def _walk(folder: Path) -> Iterator[tuple[Path, frozenset[str]]]:
+    """Yield every folder from this one down, once, with the names of its files; links to folders are followed."""
+    seen: set[Path] = set()
+    for place, inner, names in os.walk(folder, followlinks=True):
+        real = Path(place).resolve()
+        if real in seen:
+            inner.clear()
+            continue
+        seen.add(real)
+        yield real, frozenset(names)
 
 
 def _read(folder: Path) -> Run:

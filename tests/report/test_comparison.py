@@ -191,6 +191,7 @@ def test_links_to_runs_are_followed_and_each_run_is_read_once(runs, tmp_path):
     choice.mkdir()
     for link in ("one", "two"):
         (choice / link).symlink_to(runs / "static-0")
+        (choice / f"back-{link}").symlink_to(choice)
     (run,) = read_comparison([choice]).runs
     assert run.folder == runs / "static-0"
 
