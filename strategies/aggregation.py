@@ -42,17 +42,18 @@ def aggregate(
 
 
 def limit_updates(
-    updates: Sequence[Update], parameters: Collection[str], norm: float, ratio: float
+    algorithm: Algorithm, updates: Sequence[Update], parameters: Collection[str], norm: float, ratio: float
 ) -> tuple[list[Update], dict[int, str]]:
     """Scale single clients' updates down to a limit; also return what was done to whom, by client.
 
-    An update's norm is the L2 norm of its way from the parameters it began with. The limit is `norm`, or `ratio`
-    times the median norm of all these updates, whichever is less; 0 is none. Buffers go the same share of their way:
-    an update that is too long is likely one whose buffers are wrong too.
+    An update's norm is the L2 norm of its way from the parameters it began with, as the algorithm will stretch it. The
+    limit is `norm`, or `ratio` times the median norm of all these updates, whichever is less; 0 is none. Buffers go the
+    same share of their way: an update that is too long is likely one whose buffers are wrong too.
     """
     if not (norm or ratio) or not updates:
         return list(updates), {}
-    norms = [update_norm(update, parameters) for update in updates]
+    stretch = algorithm.stretch(updates)
+    norms = [stretch * update_norm(update, parameters) for update in updates]
     limit, setting = min(
         (norm or math.inf, "server.max-update-norm"),
         (ratio * median(norms) if ratio else math.inf, "server.max-update-ratio"),

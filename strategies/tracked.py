@@ -301,6 +301,7 @@ class TrackedStrategy(Strategy):
         current = shared_arrays(self.federation.model)
         server = self.federation.settings.server
         updates, self._limited = limit_updates(
+            self.algorithm,
             self._updates(server_round, replies, current),
             self._parameters,
             server.max_update_norm,

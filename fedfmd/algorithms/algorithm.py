@@ -116,6 +116,11 @@ class Algorithm:
         del local
         return {}
 
+    def stretch(self, updates: Sequence[Update]) -> float:
+        """Return how many times longer than what the clients sent `normalise` makes their updates."""
+        del updates
+        return 1.0
+
     def normalise(
         self, updates: Sequence[Update], current: Arrays, parameters: Collection[str]
     ) -> Sequence[Update]:

@@ -27,9 +27,20 @@ class FedDyn(Algorithm, name="feddyn"):
     """Each client keeps g, the sum of its moves with the sign turned, and the server the mean of all g."""
 
     def check(self) -> None:
-        """Raise a SettingsError unless α is set."""
+        """Raise a SettingsError unless α is set, and the server goes all the way that the clients note."""
         if not self.settings.train.proximal_mu:
             raise SettingsError("server.strategy = feddyn needs train.proximal-mu > 0, its α, such as 0.1")
+        server = self.settings.server
+        for key, value in (
+            ("server.max-update-norm", server.max_update_norm),
+            ("server.max-update-ratio", server.max_update_ratio),
+            ("budget.min-reports", self.settings.budget.min_reports),
+        ):
+            if value:
+                raise SettingsError(
+                    f"{key} = {value:g} and server.strategy = feddyn: clients keep the whole of their moves, which the "
+                    f"server would not follow; set {key}=0, or take another strategy"
+                )
 
     @contextmanager
     def training(self, local: LocalTraining) -> Iterator[None]:

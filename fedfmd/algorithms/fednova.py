@@ -39,12 +39,16 @@ class FedNova(Algorithm, name="fednova"):
             for name, tensor in trained.items()
         }
 
+    def stretch(self, updates: Sequence[Update]) -> float:
+        """Return the clients' mean a, by images."""
+        done = [result for update in updates for result in update.results]
+        return math.fsum(r.images * self._way(r.steps) for r in done) / sum(r.images for r in done)
+
     def normalise(
         self, updates: Sequence[Update], current: Arrays, parameters: Collection[str]
     ) -> Sequence[Update]:
-        """Return updates as long as if every client had gone the mean way of all, by images."""
-        done = [result for update in updates for result in update.results]
-        way = math.fsum(r.images * self._way(r.steps) for r in done) / sum(r.images for r in done)
+        """Return updates as long as if every client had gone the mean way of all."""
+        way = self.stretch(updates)
         return [scale(update, current, parameters, way) for update in updates]
 
     def _way(self, steps: int) -> float:

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import numpy as np
 from flwr.app import ArrayRecord, Message, MessageType, MetricRecord, RecordDict
@@ -43,7 +43,13 @@ class Running:
 
 
 class FlowerAlgorithm(Algorithm):
-    """An algorithm whose step is that of a Flower strategy."""
+    """An algorithm whose step is that of a Flower strategy.
+
+    Attributes:
+        array_by_array: the step makes of each array what it would make of it alone, and keeps nothing for the next one.
+    """
+
+    array_by_array: ClassVar[bool] = False
 
     def strategy(self) -> FedAvg:
         """Make the strategy."""
@@ -57,9 +63,10 @@ class FlowerAlgorithm(Algorithm):
     def step(
         self, state: Running, server_round: int, current: Arrays, updates: Sequence[Update]
     ) -> tuple[Arrays, Running]:
-        """Let the strategy aggregate all updates, or their mean; what was not trained has its current values.
+        """Let the strategy aggregate all updates, or their mean.
 
-        If it returns no arrays, the current ones stay.
+        It makes a step for all arrays that the same clients trained, if it treats each array on its own; else what a
+        client did not train has its current values. If it returns no arrays, the current ones stay.
 
         Raises:
             RunError: it raises something, or returns what is no next model; the text says where.
@@ -67,6 +74,14 @@ class FlowerAlgorithm(Algorithm):
         if not self.separate:
             results = tuple(result for update in updates for result in update.results)
             updates = [replace(updates[0], arrays=mean(updates), results=results)]
+        if not self.array_by_array:
+            return self._step(state, server_round, current, updates), state
+        stepped = dict(current)
+        for trained, group in by_trainers(updates):
+            stepped |= self._step(state, server_round, {name: current[name] for name in trained}, group)
+        return stepped, state
+
+    def _step(self, state: Running, server_round: int, current: Arrays, updates: Sequence[Update]) -> Arrays:
         replies = [_reply(state.strategy, update, current) for update in updates]
         name = f"round {server_round}: server.strategy = {self.settings.server.strategy!r}"
         with running(f"{name}: configure_train fails", RunError, type(state.strategy)):
@@ -82,7 +97,7 @@ class FlowerAlgorithm(Algorithm):
             ) from None
         if arrays is None:
             logger.warning("%s makes no step, the model stays as it was", name)
-        return current if arrays is None else arrays, state
+        return current if arrays is None else arrays
 
     def dump(self, state: Running) -> Leaves:
         """Return the attributes that have changed since the strategy was made."""
@@ -131,6 +146,23 @@ class OwnStrategy(FlowerAlgorithm):
                 f"server.strategy = {name!r} must be a class that derives from Flower's FedAvg"
             )
         return kind
+
+
+def by_trainers(updates: Sequence[Update]) -> Iterator[tuple[list[str], list[Update]]]:
+    """Yield the names of arrays that the same clients trained, with the updates of these, which hold nothing else."""
+    trainers: dict[str, list[int]] = {}
+    for place, update in enumerate(updates):
+        for name in update.arrays:
+            trainers.setdefault(name, []).append(place)
+    for places in dict.fromkeys(map(tuple, trainers.values())):
+        names = [name for name, having in trainers.items() if having == list(places)]
+        yield (
+            names,
+            [
+                replace(updates[place], arrays={name: updates[place].arrays[name] for name in names})
+                for place in places
+            ],
+        )
 
 
 class _NoNodes:

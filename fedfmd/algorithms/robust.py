@@ -23,6 +23,7 @@ class ByNumber(FlowerAlgorithm):
     """An algorithm that combines what the clients say number by number, whatever it stands for."""
 
     separate = True
+    array_by_array = True
 
     def buffers(self, updates: Sequence[Update], current: Arrays) -> Arrays:
         """Combine them as the parameters; whole numbers stay so."""

@@ -5,6 +5,7 @@ from torch import nn
 
 from fedfmd.algorithms import LocalTraining, make_algorithm
 from fedfmd.conv import FMDConv2d
+from fedfmd.errors import SettingsError
 from fedfmd.protocol.state import pack, wire_views
 
 ALPHA, IMAGES = 0.5, (30, 10)
@@ -67,3 +68,10 @@ def test_every_kernel_is_bent_by_its_own_moves(tiny_settings):
     torch.testing.assert_close(model[0].bank.grad.mean((1, 2, 3, 4)), torch.tensor([1, 1 + ALPHA]))
     model[0].bank.sum().backward()  # outside, gradients are as they are
     torch.testing.assert_close(model[0].bank.grad.mean((1, 2, 3, 4)), torch.tensor([2, 2 + ALPHA]))
+
+
+@pytest.mark.parametrize("key", ["server.max-update-norm", "server.max-update-ratio", "budget.min-reports"])
+def test_a_server_that_may_not_follow_the_clients_is_refused(tiny_settings, key):
+    settings = tiny_settings(**{"server.strategy": "feddyn", "train.proximal-mu": ALPHA, key: 0.5})
+    with pytest.raises(SettingsError, match=rf"{key} = 0.5 and server.strategy = feddyn: .* set {key}=0, or"):
+        make_algorithm(settings).check()

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord
@@ -137,13 +139,38 @@ def test_krum_with_fewer_updates_than_asked_for_leaves_the_farthest_out(step):
     np.testing.assert_allclose(stepped["w"], 1.1, rtol=1e-6)
 
 
-def test_an_update_is_as_long_as_its_way_from_where_it_began():
+def test_an_update_is_as_long_as_its_way_from_where_it_began(tiny_settings):
     assert update_norm(update(1, 20, state(97.0)), PARAMETERS) == pytest.approx((4 * 9 + 3 * 9) ** 0.5)
-    (short,), done = limit_updates([update(1, 20, state(97.0))], PARAMETERS, norm=63**0.5 / 3, ratio=0)
+    algorithm = ALGORITHMS["fedavg"](tiny_settings())
+    said = [update(1, 20, state(97.0))]
+    (short,), done = limit_updates(algorithm, said, PARAMETERS, norm=63**0.5 / 3, ratio=0)
     np.testing.assert_allclose(short.arrays["w"], 99, rtol=1e-6)
     np.testing.assert_allclose(short.arrays["running_var"], 99, rtol=1e-6)
     assert short.arrays["num_batches_tracked"] == 99
     assert done == {1: "update of norm 7.937 scaled down to 2.646 (server.max-update-norm)"}
+
+
+def test_an_update_of_fednova_is_as_long_as_the_server_goes(tiny_settings):
+    """Clients send what one of their four steps did."""
+    algorithm = ALGORITHMS["fednova"](tiny_settings(**{"train.momentum": 0.0, "train.nesterov": False}))
+    said = update(1, 20, state(99.0))
+    said = replace(said, results=(replace(said.results[0], steps=4),))
+    limited, done = limit_updates(algorithm, [said], PARAMETERS, norm=7**0.5, ratio=0)
+    assert done == {1: "update of norm 10.58 scaled down to 2.646 (server.max-update-norm)"}
+    stepped, _ = aggregate(algorithm, algorithm.init(), 1, limited, CURRENT, PARAMETERS)
+    np.testing.assert_allclose(stepped["w"], 99, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "mean"), [("fedmedian", 3), ("fedtrimmedavg", 3), ("fedbuff", 4)])
+def test_a_kernel_follows_the_clients_that_trained_it(step, name, mean):
+    """Three of five clients have a kernel, and say 3, 3 and 6 of it; the others say nothing of it."""
+    said = [update(node, 20, state(-value)) for node, value in enumerate((3.0, 3.0, 6.0, 9.0, 9.0))]
+    for one in said[3:]:
+        del one.arrays["fc.bank.0"]
+    options = {"server.trim": 0.34} if name == "fedtrimmedavg" else {}
+    stepped, _ = step(ALGORITHMS[name], said, **options)
+    np.testing.assert_allclose(stepped["fc.bank.0"], mean)
+    np.testing.assert_array_equal(stepped["fc.bank.1"], CURRENT["fc.bank.1"])
 
 
 def test_server_momentum_carries_on_in_the_next_round(step):
