@@ -177,9 +177,10 @@ class Attention(nn.ModuleDict):
 
     def forward(self, x: Tensor, temperature: Tensor | None) -> AttentionValues:
         """From x: B × C × H × W, pooled in the precision of the parameters."""
-        dtype = next((parameter.dtype for parameter in self.parameters()), None)
-        # A sum, not a mean: its gradient is a view, not another image-sized tensor.
-        pooled = x.sum((2, 3), dtype=dtype) / (x.shape[2] * x.shape[3])
+        dtype = next((parameter.dtype for parameter in self.parameters()), x.dtype)
+        # A sum, not a mean: its gradient is a view, not another image-sized tensor. In float16 it would overflow.
+        wide = torch.float32 if dtype == torch.float16 else dtype
+        pooled = (x.sum((2, 3), dtype=wide) / (x.shape[2] * x.shape[3])).to(dtype)
         values: dict[str, Tensor] = {}
         for branch in self.values():
             values |= branch(pooled, temperature)

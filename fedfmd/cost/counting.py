@@ -106,7 +106,7 @@ def count(model: nn.Module, image_size: int) -> Cost:
             "convolution": sum(
                 convolution_macs(c.layer, c.output) for c in calls if isinstance(c.layer, CONVOLUTIONS)
             ),
-            "linear": sum(linear_macs(c.layer) for c in calls if isinstance(c.layer, nn.Linear)),
+            "linear": sum(linear_macs(c.layer, c.output) for c in calls if isinstance(c.layer, nn.Linear)),
             "attention": sum(layer.attention_macs for layer in dynamic),
             "aggregation": sum(layer.aggregation_macs for layer in dynamic),
             **({"other": other_macs} if other_macs else {}),
@@ -194,9 +194,9 @@ def convolution_macs(layer: nn.Conv2d | DynamicConv2d, output: torch.Size) -> in
     return prod(output[1:]) * layer.in_channels // layer.groups * prod(layer.kernel_size)
 
 
-def linear_macs(layer: nn.Linear) -> int:
-    """One product for each weight."""
-    return layer.in_features * layer.out_features
+def linear_macs(layer: nn.Linear, output: tuple[int, ...]) -> int:
+    """One product for each weight, at each position of one image's output, B × … × features."""
+    return prod(output[1:-1]) * layer.in_features * layer.out_features
 
 
 def kernel_gradient_macs(layer: DynamicConv2d) -> int:

@@ -21,6 +21,7 @@ from fedfmd.data.streaming import IN_MEMORY, StreamedImages, Streaming, place
 from fedfmd.errors import ImageError
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from PIL.ImageFile import ImageFile
 
 FOLDER_IMAGE_SIZE = 64
@@ -75,7 +76,22 @@ def decode(path: Path) -> Tensor:
             with suppress(RuntimeError):  # then Pillow tells what is wrong, or can read it
                 # the same pixels as Pillow's in three quarters of the time
                 pixels = decode_jpeg(read_file(str(path)), ImageReadMode.RGB)
-        return pil_to_tensor(file.convert("RGB")) if pixels is None else pixels
+        return pil_to_tensor(_in_rgb(file)) if pixels is None else pixels
+
+
+def _in_rgb(file: Image) -> Image:
+    """Convert an image; of 16 bits the upper 8 stay, where Pillow would make all above 255 white.
+
+    Raises:
+        ValueError: its numbers have no range from which eight bits could follow.
+    """
+    from PIL.Image import fromarray
+
+    if file.mode.startswith("I;16"):
+        file = fromarray((np.asarray(file, np.uint16) >> 8).astype(np.uint8))
+    if file.mode in ("I", "F"):
+        raise ValueError(f"its mode is {file.mode}, not 8 or 16 bits")
+    return file.convert("RGB")
 
 
 def read_image(path: Path, size: int) -> Tensor:

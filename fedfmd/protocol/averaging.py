@@ -360,7 +360,7 @@ def largest(values: Tensor) -> float:
     if not values.numel():
         return 0.0
     least, most = values.aminmax()  # NaN is both
-    return float(torch.maximum(-least, most))
+    return max(-float(least), float(most))  # masks and unsigned numbers can't be negated
 
 
 def _is_wide(array: Tensor | np.ndarray) -> bool:

@@ -26,12 +26,18 @@ def atomic_write(path: Path, content: bytes | str) -> None:
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a .safetensors file in one step, as `atomic_write` does.
 
-    Contiguous tensors on the CPU are not copied.
+    Contiguous tensors on the CPU are not copied, but for those whose memory an earlier name has: tied parameters.
 
     Raises:
         OSError: as in `atomic_write`.
     """
-    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    on_cpu: dict[str, Tensor] = {}
+    written: set[int] = set()
+    for name, tensor in tensors.items():
+        plain = tensor.detach().cpu().contiguous()
+        memory = plain.untyped_storage().data_ptr()
+        on_cpu[name] = plain.clone() if memory in written else plain
+        written.add(memory)
     with _replacing(path) as temporary:
         try:
             save_file(on_cpu, temporary, dict(metadata))

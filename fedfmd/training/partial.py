@@ -20,8 +20,8 @@ Kernels = Mapping[str, tuple[int, ...]]
 
 
 def rotation(first: int, count: int, kernels: int) -> tuple[int, ...]:
-    """Return the places of `count` of `kernels` kernels in a circle, from `first` on."""
-    return tuple((first + step) % kernels for step in range(count))
+    """Return the places of `count` of `kernels` kernels, or of all if there are fewer, in a circle from `first` on."""
+    return tuple((first + step) % kernels for step in range(min(count, kernels)))
 
 
 def rotated(model: nn.Module, first: int, count: int) -> Kernels:
@@ -33,10 +33,10 @@ def rotated(model: nn.Module, first: int, count: int) -> Kernels:
 def most_attended(
     model: nn.Module, images: Images, dataset: Dataset, count: int, device: torch.device | str = "cpu"
 ) -> Kernels:
-    """Return the `count` kernels that weigh most in each layer's mixture: largest mean π over `images`.
+    """Return the `count` kernels, or all of fewer, that weigh most in each layer's mixture: largest mean π.
 
     Layers choose on their own, since the kernels of different layers have nothing to do with each other. The
-    model is run in evaluation mode on images as they are.
+    model is run in evaluation mode on `images` as they are.
     """
     model.eval()
     with record_attention(model) as record:
@@ -55,7 +55,9 @@ def most_attended(
         for name, values in record.values.items()
         if values[0].kernel is not None
     }
-    return {name: tuple(weight.topk(count).indices.tolist()) for name, weight in weights.items()}
+    return {
+        name: tuple(weight.topk(min(count, len(weight))).indices.tolist()) for name, weight in weights.items()
+    }
 
 
 @contextmanager

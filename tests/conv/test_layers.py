@@ -211,6 +211,14 @@ def test_autocast_rounds_images_and_mixed_kernels_only(name):
 
 
 @pytest.mark.parametrize("name", DYNAMIC)
+def test_a_layer_in_float16_pools_large_images(name):
+    """40,000 numbers above 1 sum up to more than the largest of float16, 65,504."""
+    conv = layer(name).half().eval()
+    shape = images().shape
+    assert conv(torch.full((1, shape[1], 200, 200), 2.0, dtype=torch.float16)).isfinite().all()
+
+
+@pytest.mark.parametrize("name", DYNAMIC)
 def test_a_layer_in_bfloat16(name):
     conv = layer(name).bfloat16()
     assert conv(images().bfloat16()).dtype == torch.bfloat16

@@ -73,8 +73,12 @@ def test_odconv_counts_are_below_the_published_ones_by_less_than_a_percent(kerne
                 "aggregation": 2 * 4 * 6 * 3 * 9,
             },
         ),
+        (
+            nn.Sequential(nn.Flatten(2), nn.Linear(64, 5), nn.Flatten(), nn.Linear(15, 2)),
+            {"linear": 3 * 64 * 5 + 15 * 2},
+        ),
     ],
-    ids=["static", "fmdconv", "fmdconv without mixture", "odconv"],
+    ids=["static", "fmdconv", "fmdconv without mixture", "odconv", "linear"],
 )
 def test_macs_of_one_layer_by_hand(layer, macs):
     counted = count(layer, 8).macs_by_kind

@@ -211,6 +211,19 @@ def test_an_image_of_any_mode_is_read_in_rgb_and_its_centre_cut(tmp_path):
     assert torch.equal(read_image(tmp_path / "wide.png", 2), torch.full((3, 2, 2), 50, dtype=torch.uint8))
 
 
+def test_of_sixteen_bits_the_upper_eight_are_read(tmp_path):
+    Image.fromarray(np.full((2, 2), 0x1234, np.uint16)).save(tmp_path / "deep.png")
+    assert torch.equal(read_image(tmp_path / "deep.png", 2), torch.full((3, 2, 2), 0x12, dtype=torch.uint8))
+
+
+def test_an_image_of_fractions_is_refused(tmp_path):
+    Image.fromarray(np.full((2, 2), 0.5, np.float32)).save(tmp_path / "deep.tiff")
+    with pytest.raises(
+        ValueError, match=r"deep\.tiff: not a readable image \(its mode is F, not 8 or 16 bits\)"
+    ):
+        read_image(tmp_path / "deep.tiff", 2)
+
+
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("side", [8001, 10_000, 30_000])
 def test_an_image_of_too_many_pixels_is_not_decoded(side, tmp_path, monkeypatch):

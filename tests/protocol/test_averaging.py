@@ -245,3 +245,12 @@ def test_a_mean_takes_as_many_steps_for_a_hundred_small_arrays_as_for_two():
         return counts["aten::mul"], counts["aten::round"]
 
     assert steps(100) == steps(2)
+
+
+@pytest.mark.parametrize("buffer", [torch.tensor([True, False]), torch.tensor([200, 1], dtype=torch.uint8)])
+def test_masks_and_unsigned_buffers_are_averaged(buffer):
+    start = {"buffer": buffer.numpy()}
+    assert fault_of(start, start) == ""
+    mean = ExactMean(start, 10)
+    mean.add(start, {"buffer": 3})
+    assert np.array_equal(mean.arrays()["buffer"], start["buffer"])

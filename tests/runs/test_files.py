@@ -41,6 +41,15 @@ def test_tensors_of_any_layout_are_written(tmp_path):
     assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
 
 
+def test_tied_parameters_are_written_under_each_of_their_names(tmp_path):
+    tied = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+    tied[1].weight = tied[0].weight
+    save_tensors(tmp_path / "model.safetensors", tied.state_dict(), {})
+    read = load_file(tmp_path / "model.safetensors")
+    assert read.keys() == tied.state_dict().keys()
+    assert torch.equal(read["1.weight"], tied[0].weight)
+
+
 def test_if_tensors_cannot_be_written_the_old_file_stays(tmp_path, monkeypatch):
     def full(*_arguments: object) -> None:
         raise SafetensorError("I/O error: No space left on device")

@@ -31,7 +31,8 @@ def run(model, dataset, parameters, steps=3, **how):
 
 
 @pytest.mark.parametrize(
-    ("first", "count", "places"), [(0, 2, (0, 1)), (3, 2, (3, 0)), (5, 3, (1, 2, 3)), (2, 4, (2, 3, 0, 1))]
+    ("first", "count", "places"),
+    [(0, 2, (0, 1)), (3, 2, (3, 0)), (5, 3, (1, 2, 3)), (2, 4, (2, 3, 0, 1)), (2, 6, (2, 3, 0, 1))],
 )
 def test_a_rotation_goes_round(first, count, places):
     assert rotation(first, count, 4) == places
