@@ -53,8 +53,8 @@ class MobileNet:
         The layers have torchvision's names: features.0.0, features.1.conv.0.0, …, classifier.1. All convolutions
         but the stem's come from ``conv``, as in the papers of dynamic convolutions: 1×1 and depthwise ones too.
         ``stem="cifar"`` leaves out the strides of the stem and of the second stage, so that images of 32×32 end as
-        4×4. Widths below 1 leave the last features as they are, as in the paper. There is no dropout before
-        the classifier, since its random numbers would not come from the run's seed.
+        4×4. Widths below 1 leave the last features as they are, as in the paper. Unlike torchvision's it has no
+        dropout before the classifier.
         """
         norm_layer = NORMS[norm]
         layer = partial(Conv2dNormActivation, norm_layer=norm_layer, activation_layer=nn.ReLU6)

@@ -220,7 +220,9 @@ def train(
 ) -> TrainResult:
     """Take `steps` steps on batches of `images`, passing over them as often as needed.
 
-    `dataset` tells how images are normalised and augmented; `generator` draws order and augmentation.
+    `dataset` tells how images are normalised and augmented; `generator` draws order and augmentation. What the model
+    itself draws, as dropout does, comes from PyTorch's own generators: these start each step from the seed of
+    `generator` and the step's number, and are afterwards as they were.
     An `optimiser` given goes on from its state; without one, momentum starts from zero. The result's loss is the one
     that was minimised, `LocalSGD.loss`.
 
@@ -232,13 +234,20 @@ def train(
     optimiser = optimiser or sgd.optimiser(model.parameters())
     start = [parameter.detach().clone() for parameter in _parameters(optimiser)] if sgd.proximal else []
     done, examples = since.steps, since.examples
+    on_gpu = torch.device(device).type == "cuda"
     totals = torch.tensor([since.loss_sum, since.hits], device=device)
 
     def tally() -> Tally:
         return Tally(done, examples, *totals.tolist())
 
-    with closing(_endless(images, dataset, sgd.batch_size, generator, device, skip=done)) as passes:
+    with (
+        torch.random.fork_rng([device] if on_gpu else []),
+        closing(_endless(images, dataset, sgd.batch_size, generator, device, skip=done)) as passes,
+    ):
         for inputs, labels in islice(passes, steps - done):
+            torch.default_generator.manual_seed(generator.initial_seed() + done)
+            if on_gpu:  # torch.manual_seed would do both, and formats a stack wherever there is no GPU
+                torch.cuda.manual_seed(generator.initial_seed() + done)
             optimiser.zero_grad()
             loss, logits = compute(model, sgd, inputs, labels)
             if sgd.proximal:

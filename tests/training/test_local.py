@@ -23,6 +23,7 @@ from fedfmd.training import (
     scheduled_rate,
     train,
 )
+from fedfmd.training.local import START
 
 
 @pytest.fixture
@@ -78,6 +79,32 @@ def test_training_that_goes_on_ends_as_one_that_never_stopped(dataset, stop):
     assert go_on(model, optimiser, since=tallies[-1]) == expected
     for ours, theirs in zip(model.parameters(), whole.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_dropout_follows_the_generator_over_a_stop_too(dataset):
+    """PyTorch's own generator, from which dropout draws, is elsewhere each time, and stays there."""
+
+    def go_on(model, seed, steps, since=START, after_step=None):
+        before = torch.get_rng_state()
+        sgd = LocalSGD(0.05, batch_size=8, momentum=0.0)
+        train(model, dataset.train, dataset, sgd, steps, seeded(seed), since=since, after_step=after_step)
+        assert torch.equal(torch.get_rng_state(), before)
+        torch.rand(1)
+        return model[2].weight.detach().clone()
+
+    def dropping():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(192, 3))
+
+    def seeded(seed):
+        return torch.Generator().manual_seed(seed)
+
+    whole = go_on(dropping(), seed=5, steps=4)
+    assert torch.equal(go_on(dropping(), seed=5, steps=4), whole)
+    stopped, tallies = dropping(), []
+    go_on(stopped, seed=5, steps=2, after_step=lambda tally: tallies.append(tally()))
+    assert torch.equal(go_on(stopped, seed=5, steps=4, since=tallies[-1]), whole)
+    assert not torch.equal(go_on(dropping(), seed=6, steps=4), whole)
 
 
 @pytest.mark.parametrize("conv", ["static", "fmdconv"])
