@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,9 @@ from fedfmd.settings import Settings, flatten, read_yaml
 from fedfmd.strict_yaml import load_yaml
 
 PARTS = ("kind", "base", "matrix", "select")
+
+Matrix = Mapping[str, list[Any]]
+"""Values of settings, or of groups of settings, of which each combination is a run."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ def make_experiment(
     kind = {"kind": content["kind"]} if "kind" in content else {}
     base = flatten({**kind, **_mapping(source, content, "base")})
     matrices = _matrices(source, content)
-    runs = tuple(run for matrix in matrices for run in _expand(base, matrix, fixed))
+    runs = _planned(base, matrices, fixed)
     if "select" not in content:
         return Experiment(name, runs)
     selection = Selection.from_mapping(content["select"])
@@ -87,12 +90,8 @@ def make_experiment(
     _check_selection(selection, runs, fixed)
     seeds = {"seed": list(selection.seeds)}
     others = {key: value for key, value in fixed.items() if key != "seed"}
-    trials = (
-        [run for matrix in matrices for run in _expand(base, matrix | seeds, others)]
-        if selection.seeds
-        else []
-    )
-    return Experiment(name, runs, selection, tuple(trials))
+    trials = _planned(base, [{**matrix, **seeds} for matrix in matrices], others) if selection.seeds else ()
+    return Experiment(name, runs, selection, trials)
 
 
 def load_settings(path: Path | None, overrides: Sequence[str] = ()) -> Settings:
@@ -118,12 +117,41 @@ def parse_overrides(texts: Sequence[str]) -> dict[str, Any]:
     return flatten(dict(map(_override, texts)))
 
 
+def _planned(
+    base: Mapping[str, Any], matrices: Sequence[Matrix], fixed: Mapping[str, Any]
+) -> tuple[PlannedRun, ...]:
+    """Return the runs of all matrices; of those that `fixed` values make equal, the first."""
+    runs = [run for matrix in _chosen_part(matrices, fixed) for run in _expand(base, matrix, fixed)]
+    if fixed:
+        firsts: dict[tuple[object, ...], PlannedRun] = {}
+        for run in runs:
+            firsts.setdefault(tuple(run.settings.flat().items()), run)
+        runs = list(firsts.values())
+    if len(runs) > 1:  # a run without a name would lie in the folder of all
+        runs = [replace(run, name=run.name or "base") for run in runs]
+    return tuple(runs)
+
+
+def _chosen_part(matrices: Sequence[Matrix], fixed: Mapping[str, Any]) -> Sequence[Matrix]:
+    """Return the part of the matrices that has the `fixed` values; those of which no matrix has any choose nothing."""
+    for key, value in fixed.items():
+
+        def having(
+            values: Sequence[Any], name: str, otherwise: Any, key: str = key, value: Any = value
+        ) -> list[Any]:
+            return [entry for entry in values if flatten({name: entry}).get(key, otherwise) == value]
+
+        if any(having(values, name, None) for matrix in matrices for name, values in matrix.items()):
+            parts = [
+                {name: having(values, name, value) for name, values in matrix.items()} for matrix in matrices
+            ]
+            matrices = [part for part in parts if all(part.values())]
+    return matrices
+
+
 def _expand(base: Mapping[str, Any], matrix: Mapping[str, Any], fixed: Mapping[str, Any]) -> list[PlannedRun]:
     """Every combination of the matrix's values but those of `fixed` keys, the last key varying fastest."""
     matrix = {key: values for key, values in matrix.items() if key not in fixed}
-    for key, values in matrix.items():
-        if not isinstance(values, list) or not values:
-            raise SettingsError(f"matrix: {key} = {values!r} must be a list of at least one value")
     runs = []
     for values in itertools.product(*matrix.values()):
         varied = flatten(dict(zip(matrix, values, strict=True)))
@@ -170,7 +198,7 @@ def _override(text: str) -> tuple[str, Any]:
     return key.strip(), parsed
 
 
-def _matrices(source: str, content: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _matrices(source: str, content: Mapping[str, Any]) -> list[Matrix]:
     """Return the matrix, or each one of a list."""
     matrices = content.get("matrix")
     if not isinstance(matrices, list):
@@ -179,7 +207,11 @@ def _matrices(source: str, content: Mapping[str, Any]) -> list[dict[str, Any]]:
         raise SettingsError(
             f"{source}: `matrix: []` describes no run: list at least one, or leave `matrix:` out"
         )
-    return [flatten(_mapping(source, {"matrix": matrix}, "matrix")) for matrix in matrices]
+    flat: list[Matrix] = [flatten(_mapping(source, {"matrix": matrix}, "matrix")) for matrix in matrices]
+    for key, values in (item for matrix in flat for item in matrix.items()):
+        if not isinstance(values, list) or not values:
+            raise SettingsError(f"matrix: {key} = {values!r} must be a list of at least one value")
+    return flat
 
 
 def _mapping(source: str, content: Mapping[str, Any], part: str) -> Mapping[str, Any]:

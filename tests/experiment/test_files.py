@@ -82,6 +82,46 @@ def test_overrides_win_over_base_and_matrix(write):
     assert {(run.settings.train.lr, run.settings.model.conv) for run in runs} == {(0.3, "odconv")}
 
 
+def test_an_override_chooses_a_part_of_the_matrices(write):
+    path = write(
+        "matrix: [{partition: [{scheme: iid}, {scheme: dirichlet, alpha: 0.3}, {scheme: dirichlet, alpha: 1.0}]},"
+        " {model.conv: [static], partition: [{scheme: iid}]}, {server.strategy: [fedbuff], seed: [0, 1]}]"
+    )
+
+    def names(*overrides):
+        return [run.name for run in load_experiment(path, overrides).runs]
+
+    assert names("partition.scheme=iid") == [
+        "scheme=iid",
+        "conv=static,scheme=iid",
+        "strategy=fedbuff,seed=0",
+        "strategy=fedbuff,seed=1",
+    ]
+    assert names("partition.alpha=0.3", "server.strategy=fedavg")[:2] == [
+        "scheme=iid",
+        "scheme=dirichlet,alpha=0.3",
+    ]
+    assert names("seed=1", "server.strategy=fedbuff", "model.conv=static") == [
+        "scheme=iid",
+        "scheme=dirichlet,alpha=0.3",
+        "scheme=dirichlet,alpha=1.0",
+        "base",
+    ]
+
+
+def test_of_runs_that_an_override_makes_equal_there_is_one(write):
+    path = write("matrix: {server: [{strategy: fedavg}, {strategy: fednova}], seed: [0, 1]}")
+    runs = load_experiment(path, ["server.strategy=fedprox"]).runs
+    assert [run.name for run in runs] == ["strategy=fedprox,seed=0", "strategy=fedprox,seed=1"]
+
+
+def test_no_run_of_several_lies_in_the_folder_of_all(write):
+    assert [run.name for run in load_experiment(write("matrix: [{}, {seed: [1]}]")).runs] == [
+        "base",
+        "seed=1",
+    ]
+
+
 def test_an_override_wins_over_one_of_several_settings_that_vary_at_once(write):
     path = write("matrix: {temperature: [{initial: 30, rounds: 3}, {initial: 34, rounds: 3}]}")
     runs = load_experiment(path, ["temperature.rounds=5"]).runs
