@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import replace
 from statistics import median
 from typing import Any
 
@@ -31,9 +30,9 @@ def aggregate(
     and drive them below zero, and integers would not stay integers.
     """
     normalised = algorithm.normalise(updates, current, parameters)
-    told = [_part(update, update.arrays.keys() - parameters) for update in normalised]
+    told = [update.part(update.arrays.keys() - parameters) for update in normalised]
     buffers = algorithm.buffers(told, current)
-    learnt = [_part(update, parameters) for update in normalised]
+    learnt = [update.part(parameters) for update in normalised]
     start = {name: array for name, array in current.items() if name in parameters}
     stepped, state = algorithm.step(state, server_round, start, learnt)
     trained = {name for update in learnt for name in update.arrays}
@@ -79,7 +78,3 @@ def update_norm(update: Update, parameters: Collection[str]) -> float:
             if name in parameters
         )
     )
-
-
-def _part(update: Update, names: Collection[str]) -> Update:
-    return replace(update, arrays={name: array for name, array in update.arrays.items() if name in names})

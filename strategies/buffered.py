@@ -160,9 +160,8 @@ class BufferedStrategy(TrackedStrategy):
     def _restore(self, kept: Mapping[str, Any]) -> None:
         own = {name: value for name, value in kept.items() if not name.startswith(VERSION)}
         self._started = own.pop("started")
-        self._resumed = own.pop(
-            "flights"
-        )  # to be planned once it is known which devices and images there are
+        # to be planned once it is known which devices and images there are
+        self._resumed = own.pop("flights")
         for name in kept.keys() - own.keys() - {"started", "flights"}:
             version, _, array = name.removeprefix(VERSION).partition("/")
             self._versions.setdefault(int(version), {})[array] = kept[name]

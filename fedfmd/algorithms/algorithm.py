@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -62,6 +62,10 @@ class Update:
     def images(self) -> int:
         """Images of its clients."""
         return sum(result.images for result in self.results)
+
+    def part(self, names: Collection[str]) -> Update:
+        """Return the update with the arrays of these names alone."""
+        return replace(self, arrays={name: array for name, array in self.arrays.items() if name in names})
 
 
 @dataclass(frozen=True)

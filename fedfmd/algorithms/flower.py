@@ -150,19 +150,12 @@ class OwnStrategy(FlowerAlgorithm):
 
 def by_trainers(updates: Sequence[Update]) -> Iterator[tuple[list[str], list[Update]]]:
     """Yield the names of arrays that the same clients trained, with the updates of these, which hold nothing else."""
-    trainers: dict[str, list[int]] = {}
-    for place, update in enumerate(updates):
-        for name in update.arrays:
-            trainers.setdefault(name, []).append(place)
-    for places in dict.fromkeys(map(tuple, trainers.values())):
-        names = [name for name, having in trainers.items() if having == list(places)]
-        yield (
-            names,
-            [
-                replace(updates[place], arrays={name: updates[place].arrays[name] for name in names})
-                for place in places
-            ],
-        )
+    together: dict[tuple[int, ...], list[str]] = {}
+    for name in dict.fromkeys(name for update in updates for name in update.arrays):
+        places = tuple(place for place, update in enumerate(updates) if name in update.arrays)
+        together.setdefault(places, []).append(name)
+    for places, names in together.items():
+        yield names, [updates[place].part(names) for place in places]
 
 
 class _NoNodes:

@@ -194,7 +194,7 @@ def convolution_macs(layer: nn.Conv2d | DynamicConv2d, output: torch.Size) -> in
     return prod(output[1:]) * layer.in_channels // layer.groups * prod(layer.kernel_size)
 
 
-def linear_macs(layer: nn.Linear, output: tuple[int, ...]) -> int:
+def linear_macs(layer: nn.Linear, output: torch.Size) -> int:
     """One product for each weight, at each position of one image's output, B × … × features."""
     return prod(output[1:-1]) * layer.in_features * layer.out_features
 

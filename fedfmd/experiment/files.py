@@ -135,18 +135,24 @@ def _planned(
 def _chosen_part(matrices: Sequence[Matrix], fixed: Mapping[str, Any]) -> Sequence[Matrix]:
     """Return the part of the matrices that has the `fixed` values; those of which no matrix has any choose nothing."""
     for key, value in fixed.items():
-
-        def having(
-            values: Sequence[Any], name: str, otherwise: Any, key: str = key, value: Any = value
-        ) -> list[Any]:
-            return [entry for entry in values if flatten({name: entry}).get(key, otherwise) == value]
-
-        if any(having(values, name, None) for matrix in matrices for name, values in matrix.items()):
+        entries = (
+            (name, entry) for matrix in matrices for name, values in matrix.items() for entry in values
+        )
+        if any(_told(name, entry, key) == value for name, entry in entries):
             parts = [
-                {name: having(values, name, value) for name, values in matrix.items()} for matrix in matrices
+                {
+                    name: [e for e in values if _told(name, e, key, value) == value]
+                    for name, values in matrix.items()
+                }
+                for matrix in matrices
             ]
             matrices = [part for part in parts if all(part.values())]
     return matrices
+
+
+def _told(name: str, entry: Any, key: str, otherwise: Any = None) -> Any:
+    """Return the value of `key` that an entry of a matrix's setting or group `name` tells, if any."""
+    return flatten({name: entry}).get(key, otherwise)
 
 
 def _expand(base: Mapping[str, Any], matrix: Mapping[str, Any], fixed: Mapping[str, Any]) -> list[PlannedRun]:

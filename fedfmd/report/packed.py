@@ -172,7 +172,7 @@ def _table(row_type: type, names: Sequence[str], rows: Sequence[Iterable[Any]]) 
 
 def _make_manifest(runs: Sequence[Run], names: Sequence[str], clients: Sequence[int]) -> _Manifest:
     kept = [run.settings.kept() for run in runs]
-    common = common_settings(runs)
+    common = common_settings(kept)
     environments: list[dict[str, Any]] = []
     splits: list[list[str]] = []
     networks: list[Cost] = []

@@ -357,7 +357,8 @@ def _overview(runs: Sequence[Run]) -> str:
 
 def _public_settings(runs: Sequence[Run]) -> dict[str, object]:
     """Return the settings in which the runs agree and on which results depend; folders are nobody's business."""
-    return {key: value for key, value in common_settings(runs).items() if key not in PATHS | Settings.NEUTRAL}
+    common = common_settings([run.settings.kept() for run in runs])
+    return {key: value for key, value in common.items() if key not in PATHS | Settings.NEUTRAL}
 
 
 def _origin(runs: Sequence[Run]) -> str:

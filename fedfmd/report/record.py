@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,9 +84,9 @@ class Run:
         return f"{self.rounds[-1].round} of {self.settings.length} {WORDINGS[self.settings.kind].unit}s"
 
 
-def common_settings(runs: Sequence[Run]) -> dict[str, Scalar]:
-    """Return the settings that the files of all these runs keep, with the same value, in the first run's order."""
-    first, *others = (run.settings.kept() for run in runs)
+def common_settings(kept: Sequence[Mapping[str, Scalar]]) -> dict[str, Scalar]:
+    """Return what is in all of the settings that runs' files keep, with the same value, in the order of the first."""
+    first, *others = kept
     return {
         key: value for key, value in first.items() if all(key in one and one[key] == value for one in others)
     }
