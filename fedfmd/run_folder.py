@@ -24,7 +24,7 @@ from fedfmd.runs import (
     read_environment,
     round_line,
 )
-from fedfmd.settings import Settings, read_yaml
+from fedfmd.settings import Settings, read_settings
 from fedfmd.start import start_file
 from fedfmd.tracking import tracked
 
@@ -80,9 +80,10 @@ def run_path(settings: Settings) -> Path:
 
 def _check(settings: Settings, path: Path) -> None:
     known, kept = path / "settings.yaml", kept_settings(path / CHECKPOINTS)
-    told = ([read_yaml(known)] if known.exists() else []) + ([kept] if kept else [])
-    for values in told:
-        _check_same(settings, Settings.from_mapping(values), path)
+    told = [read_settings(known)] if known.exists() else []
+    told += [Settings.from_mapping(kept, str(path / CHECKPOINTS))] if kept else []
+    for earlier in told:
+        _check_same(settings, earlier, path)
     if told:
         _check_origin(settings, path)
 
@@ -118,7 +119,7 @@ def _check_origin(settings: Settings, path: Path) -> None:
     try:
         earlier = read_environment(path)
     except ValueError as error:
-        raise SettingsError(f"{path}: environment.json is damaged ({error}): name another folder") from None
+        raise SettingsError(f"{error}: name another folder") from None
     if earlier.get("code") != code_digest(*own):
         raise SettingsError(
             f"run-dir = {path} holds a run of other code ({_code(earlier)}; now {_code(environment(*own))}): "

@@ -771,12 +771,17 @@ class Settings(_Section):
                 )
 
     @classmethod
-    def from_mapping(cls, values: Mapping[str, Any]) -> Settings:
+    def from_mapping(cls, values: Mapping[str, Any], source: str = "") -> Settings:
         """Build settings from nested or dotted keys; what is not named keeps its default.
 
         Raises:
-            SettingsError: unknown key, wrong type or impossible value, in one line.
+            SettingsError: unknown key, wrong type or impossible value, in one line; it names the `source`, if given.
         """
+        if source:
+            try:
+                return cls.from_mapping(values)
+            except SettingsError as error:
+                raise SettingsError(f"{source}: {error}") from None
         flat = flatten(values)
         known = cls().flat()
         for key, value in flat.items():
@@ -833,6 +838,15 @@ def read_yaml(path: Path) -> Mapping[str, Any]:
     if not isinstance(content, Mapping):
         raise SettingsError(f"{path} must hold `key: value` pairs, not {content!r}")
     return content
+
+
+def read_settings(path: Path) -> Settings:
+    """Read the settings.yaml of a run's folder.
+
+    Raises:
+        SettingsError: as in `read_yaml`, or they are no settings; it names the file.
+    """
+    return Settings.from_mapping(read_yaml(path), str(path))
 
 
 def flatten(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -150,7 +150,7 @@ def estimate_run(task: Task, assembled: Federation | Training, speed: Speed, lay
         params=cost.params,
         macs=cost.macs,
         train_flops=round(task.rounds * flops),
-        wall_s=(task.rounds - task.done) * round_s,
+        wall_s=0.0 if task.finished else (task.rounds - task.done) * round_s,
     )
 
 

@@ -9,6 +9,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+
 from fedfmd.build import build_dataset, build_model
 from fedfmd.conv import CONVS, OPTIONS, options_of
 from fedfmd.cost import Cost, count
@@ -17,10 +19,12 @@ from fedfmd.data.files import read_npz
 from fedfmd.errors import SettingsError
 from fedfmd.own_code import is_own
 from fedfmd.report.packed import MANIFEST, read_packed
-from fedfmd.report.record import Run
+from fedfmd.report.record import PATHS, Run
+from fedfmd.report.selection import FILE as SELECTION_FILE
 from fedfmd.report.selection import Choice, Selection, choose, stored_selection
+from fedfmd.report.statistics import cut_percent
 from fedfmd.runs import EpochRow, RoundRow, clients_of, read_environment, read_epochs, read_rounds
-from fedfmd.settings import DataSettings, Settings, read_yaml
+from fedfmd.settings import DataSettings, Scalar, Settings, read_settings
 
 TASK = ("data.", "partition.")
 """Settings that say what is to be learnt; runs that differ in them solve different tasks."""
@@ -34,7 +38,7 @@ RUN_FILES = frozenset({"rounds.csv", "epochs.csv", "environment.json"})
 MANY = 5
 """Settings that differ above which labels leave out those that tell no runs apart."""
 
-Row = TypeVar("Row")
+Row = TypeVar("Row", RoundRow, EpochRow)
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,8 @@ def read_comparison(folders: Iterable[Path], selection: Selection | None = None)
             and some centralised, or there is nothing to choose by.
     """
     folders = list(folders)
-    read = _read_all(folders)
+    files = {place: names for folder in folders for place, names in _walk(folder)}
+    read = _with_whole_paths(_read_all(files))
     started = [run for run in read if run.started]
     if not started:
         raise SettingsError(f"no run with a finished round below {', '.join(map(str, folders))}")
@@ -87,21 +92,63 @@ def read_comparison(folders: Iterable[Path], selection: Selection | None = None)
         notes.append(f"The runs come from different code: commits {', '.join(commits)}.")
     if beyond := _labelled(runs)[0].unlabelled:
         notes.append(f"Labels are short: groups may differ in {', '.join(beyond)} as well.")
-    selection = selection or stored_selection(folders)
+    selection = selection or _stored_selection(files, read)
     if selection is None:
         return Comparison(_labelled(runs), tuple(notes), tuple(read))
     chosen, choice, missing = choose(_labelled(runs, selection.over), selection)
     return Comparison(tuple(chosen), (*notes, *missing), tuple(read), choice)
 
 
-def _read_all(folders: Sequence[Path]) -> list[Run]:
+def _read_all(files: Mapping[Path, frozenset[str]]) -> list[Run]:
     """Read the runs in the order of their folders; one that is packed beside its folder is read from the folder."""
-    files = {place: names for folder in folders for place, names in _walk(folder)}
     packed = {place for place, names in files.items() if MANIFEST in names}
     own = {place for place, names in files.items() if names & RUN_FILES}
     runs = {run.folder: run for place in packed for run in read_packed(place)}
     runs |= {place: _read(place) for place in own - packed}
     return [runs[folder] for folder in sorted(runs)]
+
+
+def _with_whole_paths(runs: Sequence[Run]) -> list[Run]:
+    """Return the runs, packed ones with the folders' paths, of which they have the names alone.
+
+    A name that several paths end in stays as it is.
+    """
+    changes: dict[str, dict[Scalar, Scalar]] = {}
+    for key in PATHS:
+        values = {run.settings.flat()[key] for run in runs}
+        wholes: dict[Scalar, list[Scalar]] = {}
+        for value in values:
+            wholes.setdefault(Path(str(value)).name, []).append(value)
+        changes[key] = {
+            name: max(own, key=lambda path: len(str(path)))
+            for name, own in wholes.items()
+            if name and len(own) == 2
+        }
+    return [_with_paths(run, changes) if run.packed else run for run in runs]
+
+
+def _with_paths(run: Run, paths: Mapping[str, Mapping[Scalar, Scalar]]) -> Run:
+    """Return the run with other paths, where there are some for its own."""
+    flat = run.settings.flat()
+    changes = {key: own[flat[key]] for key, own in paths.items() if flat[key] in own}
+    return replace(run, settings=Settings.from_mapping(flat | changes)) if changes else run
+
+
+def _stored_selection(files: Mapping[Path, frozenset[str]], runs: Iterable[Run]) -> Selection | None:
+    """Return what the folders say is to be chosen; None if none says it.
+
+    Raises:
+        SettingsError: as in `stored_selection`, or some runs are of folders that don't say it.
+    """
+    places = [place for place, names in files.items() if SELECTION_FILE in names]
+    selection = stored_selection(places)
+    strays = [run.folder for run in runs if not any(run.folder.is_relative_to(place) for place in places)]
+    if selection and strays:
+        raise SettingsError(
+            f"{places[0] / SELECTION_FILE} chooses {', '.join(selection.over)} for the runs beside it, but not for "
+            f"{strays[0]}: report on them apart, or add --select {selection.over[0]} to choose for all"
+        )
+    return selection
 
 
 def _walk(folder: Path) -> Iterator[tuple[Path, frozenset[str]]]:
@@ -118,35 +165,45 @@ def _walk(folder: Path) -> Iterator[tuple[Path, frozenset[str]]]:
 
 def _read(folder: Path) -> Run:
     """Read the run of a folder, with or without rounds."""
-    settings = Settings.from_mapping(read_yaml(folder / "settings.yaml"))
+    settings = read_settings(folder / "settings.yaml")
     rounds: list[RoundRow] | list[EpochRow]
-    if settings.kind == "federated":
-        rounds = _rows(read_rounds, folder / "rounds.csv")
-    else:
-        rounds = _rows(read_epochs, folder / "epochs.csv")
-    clients = _rows(clients_of, folder)
-    split = folder / "partition.npz"
     try:
-        counts = read_npz(split, "label_counts")[0] if split.exists() else None
+        if settings.kind == "federated":
+            rounds = _rows(read_rounds, folder / "rounds.csv")
+        else:
+            rounds = _rows(read_epochs, folder / "epochs.csv")
+        clients = [row for row in clients_of(folder) if rounds and row.round <= rounds[-1].round]
+        counts = _label_counts(folder / "partition.npz", max((row.client for row in clients), default=0))
         environment = read_environment(folder)
     except ValueError as error:
-        raise SettingsError(f"{folder}: {error}") from None
-    return Run(
-        folder,
-        settings,
-        tuple(rounds),
-        tuple(row for row in clients if rounds and row.round <= rounds[-1].round),
-        counts,
-        environment,
-        _cost(settings.model_copy(update={"seed": 0, "run_dir": ""})),
-    )
+        raise SettingsError(str(error)) from None
+    cost = _cost(settings.model_copy(update={"seed": 0, "run_dir": ""}))
+    run = Run(folder, settings, tuple(rounds), tuple(clients), counts, environment, cost=cost)
+    return replace(run, cut=cut_percent(run))
 
 
 def _rows(read: Callable[[Path], list[Row]], path: Path) -> list[Row]:
-    try:
-        return read(path) if path.exists() else []
-    except ValueError as error:
-        raise SettingsError(str(error)) from None
+    """Read the rows of rounds or epochs, of which each must be there once; none if there is no such file."""
+    rows = read(path) if path.exists() else []
+    for number, row in enumerate(rows, start=1):
+        if row.round != number:
+            raise ValueError(
+                f"{path}: row {number} is of {row.round}: a row is missing, or there twice; restore the file"
+            )
+    return rows
+
+
+def _label_counts(path: Path, last: int) -> np.ndarray | None:
+    """Read the clients' images of each class, `last` being the highest client met; None if there is no such file."""
+    if not path.exists():
+        return None
+    (counts,) = read_npz(path, "label_counts")
+    if counts.ndim != 2 or counts.dtype.kind not in "iu" or len(counts) <= last:
+        raise ValueError(
+            f"{path}: label_counts is {counts.dtype} of shape {counts.shape}: it must hold whole numbers, clients × "
+            f"classes, for more than {last} clients; restore the file"
+        )
+    return counts
 
 
 @lru_cache
@@ -169,14 +226,19 @@ def _shape(data: DataSettings) -> tuple[int, int]:
 
 
 def _without_twins(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
-    """Return the first run of each settings that it heeds, and the others."""
+    """Return a run of each settings that it heeds, the first that has a folder of its own, and the others.
+
+    Packed copies of a run in a folder are neither.
+    """
     firsts: dict[tuple[tuple[str, Any], ...], Run] = {}
-    for run in runs:
+    for run in sorted(runs, key=lambda run: run.packed):
         heeded = _heeded(run.settings.flat())
         counted = run.settings.kept().keys() - Settings.NEUTRAL
         firsts.setdefault(tuple(item for item in heeded.items() if item[0] in counted), run)
     kept = list(firsts.values())
-    return kept, [run for run in runs if run not in kept]
+    known = {(run.identity, run.rounds) for run in kept if not run.packed}
+    copies = [run for run in runs if run.packed and (run.identity, run.rounds) in known]
+    return kept, [run for run in runs if run not in kept and run not in copies]
 
 
 def _labelled(runs: Sequence[Run], chosen: Iterable[str] = ()) -> tuple[Run, ...]:

@@ -45,6 +45,7 @@ class _Entry:
         rounds, clients: how many rows it has there.
         settings: those that not all runs have in common.
         environment, split, network: places in the manifest's lists; None where it is unknown.
+        cut: as in `Run`, which the rows that are kept don't tell.
     """
 
     name: str
@@ -54,6 +55,7 @@ class _Entry:
     environment: Place
     split: Place
     network: Place
+    cut: float | None = None
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,8 @@ class _Manifest:
 def write_packed(runs: Sequence[Run], folder: Path) -> None:
     """Pack runs of one kind into `folder`; equal runs make equal files, wall times aside.
 
+    Runs that were packed there before stay, but for those that are among the others as well.
+
     Raises:
         SettingsError: the folder is a run's own, whose rows would be overwritten.
         OSError: as in `atomic_write`.
@@ -87,6 +91,8 @@ def write_packed(runs: Sequence[Run], folder: Path) -> None:
     if (folder / "settings.yaml").exists():
         raise SettingsError(f"--pack {folder} is the folder of a run, whose rows would be lost: name another")
     folder.mkdir(parents=True, exist_ok=True)
+    others = {run.identity for run in runs if not _is_in(run, folder)}
+    runs = [run for run in runs if not (_is_in(run, folder) and run.identity in others)]
     names = run_names([run.folder for run in runs])
     kind = runs[0].settings.kind
     clients = [reported_clients(run) for run in runs]
@@ -106,7 +112,10 @@ def read_packed(folder: Path) -> list[Run]:
     """
     path = folder / MANIFEST
     manifest = _read_manifest(path)
-    settings = [_settings(path, manifest.settings | entry.settings, entry.name) for entry in manifest.runs]
+    settings = [
+        Settings.from_mapping(manifest.settings | entry.settings, f"{path}, run {entry.name!r}")
+        for entry in manifest.runs
+    ]
     if not settings:
         return []
     file, row_type = TABLES[settings[0].kind]
@@ -125,7 +134,9 @@ def read_packed(folder: Path) -> list[Run]:
                 tuple(clients.get(entry.name, ())),
                 _at(splits, entry.split),
                 _at(manifest.environments, entry.environment) or {},
+                entry.cut,
                 _at(manifest.networks, entry.network),
+                packed=True,
             )
             for entry, own in zip(manifest.runs, settings, strict=True)
         ]
@@ -159,6 +170,10 @@ def run_names(folders: Sequence[Path]) -> list[str]:
     raise SettingsError("folders of runs differ only in spaces: rename one, so that their runs have names")
 
 
+def _is_in(run: Run, folder: Path) -> bool:
+    return run.packed and run.folder.is_relative_to(folder.resolve())
+
+
 def _table(row_type: type, names: Sequence[str], rows: Sequence[Iterable[Any]]) -> str:
     """Return the rows of all runs as CSV, after the name of their run."""
     columns = [field.name for field in fields(row_type)]
@@ -185,6 +200,7 @@ def _make_manifest(runs: Sequence[Run], names: Sequence[str], clients: Sequence[
             _place(environments, run.environment or None),
             _place(splits, _lines(run.label_counts)),
             _place(networks, run.cost),
+            run.cut,
         )
         for run, name, rows, own in zip(runs, names, clients, kept, strict=True)
     ]
@@ -232,13 +248,6 @@ def _read_manifest(path: Path) -> _Manifest:
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise SettingsError(f"{path}: the run {twice!r} stands there twice; {REMEDY}")
     return manifest
-
-
-def _settings(path: Path, values: Mapping[str, Scalar], name: str) -> Settings:
-    try:
-        return Settings.from_mapping(values)
-    except SettingsError as error:
-        raise SettingsError(f"{path}, run {name!r}: {error}") from None
 
 
 def _read_table(path: Path, row_type: type[Row], counts: Mapping[str, int]) -> dict[str, list[Row]]:

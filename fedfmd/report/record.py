@@ -29,12 +29,14 @@ class Run:
         folder: where it lies; of a packed run, where it would lie below the folder that it is packed in.
         settings: all of them.
         rounds: rows of rounds.csv, or of epochs.csv.
-        clients: rows of clients.csv or clients.parquet, of these rounds; none if there are neither. Of a packed run,
+        clients: rows of clients.csv or clients.parquet, of these rounds; none if there are neither. If `packed`,
             those of the last round and the last one of each client with an accuracy, of each of `CLIENT_ACCURACIES`.
         label_counts: images, clients x classes; None if there is no partition.npz.
         environment: environment.json; empty if there is none.
+        cut: percent of the clients' full work, images × kernels trained, that their plans left out; None if unknown.
         cost: what the network costs for one image; None if its data set is not on this machine (or wasn't where it was
             packed).
+        packed: whether it was packed, without a folder of its own.
         task: how its data and their split differ from the other runs', such as `alpha 0.1`.
         variant: how it differs in all else but the seed, such as `fmdconv, kernels 2`.
         unlabelled: settings that differ as well but are left out of both, because the others tell the runs apart.
@@ -46,7 +48,9 @@ class Run:
     clients: tuple[ClientRow, ...] = ()
     label_counts: np.ndarray | None = None
     environment: dict[str, Any] = field(default_factory=dict)
+    cut: float | None = None
     cost: Cost | None = None
+    packed: bool = False
     task: str = ""
     variant: str = ""
     unlabelled: tuple[str, ...] = ()
@@ -55,6 +59,11 @@ class Run:
     def label(self) -> str:
         """All in which it differs from the other runs, the seed aside."""
         return ", ".join(filter(None, (self.variant, self.task))) or "all runs"
+
+    @property
+    def identity(self) -> tuple[tuple[str, Scalar], ...]:
+        """All settings that its files keep: runs that have them in common are the same run, made once more."""
+        return tuple(self.settings.kept().items())
 
     @property
     def conv(self) -> str:

@@ -140,15 +140,16 @@ def choose(runs: Sequence[Run], selection: Selection) -> tuple[list[Run], Choice
     """
     tried: dict[str, dict[tuple[Scalar, ...], dict[int, float]]] = {}
     for run in runs:
-        accuracy = run.rounds[-1].validation_accuracy
-        if accuracy is None:
+        tested = [row.validation_accuracy for row in run.rounds if row.validation_accuracy is not None]
+        if not tested:
             raise SettingsError(
-                f"data.validation = 0 in {run.folder}: choosing {', '.join(selection.over)} by validation needs "
-                "validation images in every run: set data.validation=0.1, say, and run again"
+                f"data.validation = {run.settings.data.validation:g} in {run.folder}: choosing "
+                f"{', '.join(selection.over)} by validation needs validation images in every run: set "
+                "data.validation=0.1, say, and run again"
             )
         if not selection.seeds or run.seed in selection.seeds:
             values = tried.setdefault(run.label, {})
-            values.setdefault(selection.values_of(run.settings), {})[run.seed] = 100 * accuracy
+            values.setdefault(selection.values_of(run.settings), {})[run.seed] = 100 * tested[-1]
     best = {label: _best(values) for label, values in tried.items()}
     trials = [
         Trial(label, value, values[value], value == best[label])

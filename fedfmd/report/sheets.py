@@ -338,7 +338,8 @@ def _differences(summary: Summary) -> Sheet:
     return Sheet(
         "Difference to static",
         "Paired difference of the final accuracy over common seeds in percentage points, with its 95 % confidence "
-        "interval (Student's t) and the p-value of the paired t-test. With more comparisons some will be far from "
+        "interval (Student's t) and the p-value of the paired t-test; a wider static network is compared with the "
+        "narrowest one. With more comparisons some will be far from "
         f"zero by chance: Holm's p-value is corrected for all {len(compared)}, and a difference holds where it is at "
         f"most {1 - CONFIDENCE:g}.",
         ("runs", "pairs", "minus static", "95 % interval", "p", "Holm's p", "holds"),

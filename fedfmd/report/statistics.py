@@ -87,8 +87,8 @@ class Group:
         client_test, client_test_spread, client_test_worst: accuracy of the global model on what clients held out: mean
             and standard deviation over the clients, mean of the worst 10 % of them; None without such images.
         personal_test, personal_test_spread, personal_test_worst: the same of the clients' own models.
-        cut: as `cut_percent` has it.
-        difference: of the final accuracy to static's; None for static, and below two common seeds.
+        cut: as in `Run`.
+        difference: of the final accuracy to that of the runs in `baselines_of`; None below two common seeds.
         target: the cost of reaching `Summary.target`.
         virtual_s, train_s, gflops, mb, energy_kj: of the whole run; `mb` up and down, `train_s` measured.
         epoch_s: mean measured seconds of training per epoch.
@@ -185,7 +185,7 @@ def summarise(runs: Sequence[Run], target: float | None = None, choice: Choice |
     lowest = min(fmean(map(final_accuracy, group)) for group in members.values())
     goal = lowest if target is None else target
     over = choice.selection.over if choice else ()
-    baselines = {_apart_from_mixture(run.settings, over): run for run in runs if run.conv == BASELINE}
+    baselines = baselines_of(runs, over)
     groups = [_group(group, baselines, goal, over) for group in members.values()]
     return Summary(_with_fronts(_corrected(groups)), goal, target is not None, choice)
 
@@ -336,8 +336,36 @@ def _best(rounds: Rows, name: str) -> float | None:
     return 100 * max(known, key=lambda pair: pair[0])[1] if known else None
 
 
-def _apart_from_mixture(settings: Settings, chosen: Collection[str]) -> Pairing:
-    """All settings that a static network heeds but those `chosen` for each: runs that have them in common are pairs."""
+def baselines_of(runs: Sequence[Run], chosen: Collection[str] = ()) -> dict[Run, Run]:
+    """Return the static run with which each run's accuracy is compared, where there is one.
+
+    Both have the same values of all settings that static networks heed, but those `chosen` for each variant. A
+    static run is compared with that of the narrowest network, which shows what more parameters do without
+    attentions.
+    """
+    but_width = {*chosen, "model.width"}
+    static = sorted((run for run in runs if run.conv == BASELINE), key=_width, reverse=True)
+    equals = {_apart_from_mixture(run.settings, chosen): run for run in static}
+    narrowest = {_apart_from_mixture(run.settings, but_width): run for run in static}
+    found = {
+        run: narrowest[_apart_from_mixture(run.settings, but_width)]
+        if run.conv == BASELINE
+        else equals.get(_apart_from_mixture(run.settings, chosen))
+        for run in runs
+    }
+    return {
+        run: other
+        for run, other in found.items()
+        if other and (run.conv != BASELINE or _width(other) < _width(run))
+    }
+
+
+def _width(run: Run) -> float:
+    return run.settings.model.width
+
+
+def _apart_from_mixture(settings: Settings, ignored: Collection[str]) -> Pairing:
+    """All settings that a static network heeds, but for the `ignored` ones."""
     mixture = {
         *("model.conv", "model.kernels", "model.attentions", "model.attention-init"),
         *("model.reduction", "model.mixing", "model.conv-options"),
@@ -345,19 +373,13 @@ def _apart_from_mixture(settings: Settings, chosen: Collection[str]) -> Pairing:
     return tuple(
         (key, value)
         for key, value in settings.flat().items()
-        if key not in Settings.NEUTRAL.union(mixture, chosen) and not key.startswith("temperature.")
+        if key not in Settings.NEUTRAL.union(mixture, ignored) and not key.startswith("temperature.")
     )
 
 
-def _group(
-    runs: Sequence[Run], baselines: Mapping[Pairing, Run], target: float, over: Collection[str]
-) -> Group:
+def _group(runs: Sequence[Run], baselines: Mapping[Run, Run], target: float, over: Collection[str]) -> Group:
     first, last = runs[0], [run.rounds[-1] for run in runs]
-    pairs = [
-        (final_accuracy(run), final_accuracy(baselines[key]))
-        for run in runs
-        if run.conv != BASELINE and (key := _apart_from_mixture(run.settings, over)) in baselines
-    ]
+    pairs = [(final_accuracy(run), final_accuracy(baselines[run])) for run in runs if run in baselines]
     return Group(
         label=first.label,
         task=first.task,
@@ -385,7 +407,7 @@ def _group(
         gflops=estimate_known([row.cum_train_flops / GIGA for row in last]),
         mb=estimate(_total(run.rounds, TRAFFIC, MEGA) for run in runs),
         energy_kj=estimate(_total(run.rounds, ["energy_j"], KILO) for run in runs),
-        cut=estimate(map(cut_percent, runs)),
+        cut=estimate(run.cut for run in runs),
         kernel_entropy=_column(last, "kernel_entropy"),
         epsilon=_column(last, "epsilon"),
         cost=first.cost,

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from matplotlib import rc_context
 
+from fedfmd.errors import SettingsError
 from fedfmd.report.charts import library
 from fedfmd.report.comparison import read_comparison
 from fedfmd.report.packed import run_names, write_packed
@@ -44,8 +45,10 @@ def write_report(
     read, those left out too, are packed into the folder `pack`, if there is one, with what is to be chosen.
 
     Raises:
-        SettingsError: as in `read_comparison`, or `pack` is the folder of a run.
+        SettingsError: as in `read_comparison`, `pack` is the folder of a run, or `target` is no percentage.
     """
+    if target is not None and not 0 < target <= 100:
+        raise SettingsError(f"--target {target:g} is no accuracy in percent: choose one up to 100")
     comparison = read_comparison(folders, selection)
     summary = summarise(comparison.runs, target, comparison.choice)
     sheets = make_sheets(summary)

@@ -190,10 +190,16 @@ def read_environment(folder: Path) -> dict[str, Any]:
     """Read the environment.json of a run folder; empty if there is none.
 
     Raises:
-        ValueError: it is damaged.
+        ValueError: it is damaged; the text names it.
     """
     path = folder / "environment.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged (it holds {content!r}, no mapping)")
+    return content
 
 
 def environment(*own: Path) -> dict[str, Any]:

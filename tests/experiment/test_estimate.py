@@ -23,12 +23,12 @@ SPEED = Speed(train_s=0.01, test_s=0.001)
 
 @pytest.fixture
 def estimate(tiny_settings):
-    """Estimates a run of two rounds of two epochs on one node, of which `done` are finished."""
+    """Estimates a run of two rounds of two epochs on one node, of which `done` are finished; it may have `stopped`."""
 
-    def estimate(done=0, nodes=1, **changes):
+    def estimate(done=0, nodes=1, stopped="", **changes):
         settings = tiny_settings(**{"server.rounds": 2, "train.local-epochs": 2} | changes)
         layout = Layout(runs=1, nodes=nodes, cores=1)
-        return estimate_run(Task("a", settings, done), build_federation(settings), SPEED, layout)
+        return estimate_run(Task("a", settings, done, stopped), build_federation(settings), SPEED, layout)
 
     return estimate
 
@@ -83,6 +83,7 @@ def test_centralised_training_passes_over_all_images(write_centralised):
 def test_only_what_is_left_takes_time_and_nodes_share_it(estimate):
     assert estimate(done=1).wall_s == pytest.approx(estimate().wall_s / 2)
     assert estimate(done=2).wall_s == 0
+    assert estimate(done=1, stopped="accuracy=0.9").wall_s == 0
     assert estimate(nodes=2).wall_s == pytest.approx(estimate().wall_s / 2)  # training and tests
 
 

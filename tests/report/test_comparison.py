@@ -1,9 +1,11 @@
+import numpy as np
 import pytest
 
 from fedfmd.cost import count
 from fedfmd.errors import SettingsError
 from fedfmd.models import make_model
 from fedfmd.report.comparison import read_comparison
+from fedfmd.report.selection import Selection
 
 
 def test_a_run_is_read_with_all_its_files(runs):
@@ -205,11 +207,43 @@ def test_a_folder_without_runs_is_refused(tmp_path):
     ("name", "content", "message"),
     [
         ("rounds.csv", "round\nx\n", r"rounds\.csv, line 1: no column virtual_s"),
+        ("rounds.csv", "twice", r"rounds\.csv: row 2 is of 1: a row is missing, or there twice"),
         ("partition.npz", "", r"partition\.npz: "),
-        ("environment.json", "{", "static-0: "),
+        ("environment.json", "{", r"static-0/environment\.json is damaged"),
+        ("environment.json", "[]", r"environment\.json is damaged \(it holds \[\], no mapping\)"),
+        ("settings.yaml", "train: {lr: fast}", r"static-0/settings\.yaml: train\.lr = 'fast'"),
     ],
 )
 def test_a_damaged_file_is_one_line(name, content, message, runs):
-    (runs / "static-0" / name).write_text(content)
+    path = runs / "static-0" / name
+    if content == "twice":
+        header, first, _ = path.read_text().splitlines()
+        content = f"{header}\n{first}\n{first}\n"
+    path.write_text(content)
     with pytest.raises(SettingsError, match=message):
+        read_comparison([runs])
+
+
+@pytest.mark.parametrize("counts", [[1, 2], [[0.5, 1]], [[1, 2]]], ids=["flat", "halves", "one client"])
+def test_label_counts_are_whole_numbers_for_every_client(counts, runs):
+    path = runs / "static-0" / "partition.npz"
+    path.unlink()
+    np.savez(path, label_counts=np.array(counts))
+    with pytest.raises(
+        SettingsError, match=r"partition\.npz: label_counts is .*: it must hold whole numbers"
+    ):
+        read_comparison([runs])
+
+
+def test_a_selection_below_the_named_folder_is_for_the_runs_beside_it(write_run, tmp_path):
+    runs = tmp_path / "runs"
+    for lr, validation in ((0.1, 0.6), (0.2, 0.7)):
+        changes = {"train.lr": lr, "data.validation": 0.1}
+        write_run(f"study/lr={lr}", [0.5, 0.9], validation=[0.5, validation], **changes)
+    Selection(("train.lr",)).write(runs / "study")
+    assert [run.settings.train.lr for run in read_comparison([runs]).runs] == [0.2]
+    write_run("other", [0.5, 0.9], **{"model.conv": "static"})
+    with pytest.raises(
+        SettingsError, match=r"study/select\.json chooses train\.lr for the runs beside it, but not"
+    ):
         read_comparison([runs])

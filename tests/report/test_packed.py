@@ -89,6 +89,49 @@ def test_runs_packed_beside_their_folders_count_once(runs):
     assert comparison.notes == ()
 
 
+def test_runs_packed_below_their_folders_count_once_and_are_packed_anew(runs, write_run, tmp_path):
+    packed = runs / "packed"
+    write_report([runs], tmp_path / "out", pack=packed)
+    before = contents(packed)
+    _, notes = write_report([runs], tmp_path / "out", pack=packed)
+    assert (notes, contents(packed)) == ((), before)
+    shutil.rmtree(runs / "static-1")
+    shutil.rmtree(runs / "static-0")
+    write_run("static-0", [0.4, 0.75], optional=True, **{"model.conv": "static", "seed": 0})
+    summary, notes = write_report([runs], tmp_path / "out", pack=packed)
+    assert summary.groups[0].final.mean == pytest.approx((75 + 80) / 2)  # the folder's, and the packed one's
+    assert notes == ("Left out, because another run has the same settings: static-0.",)
+    assert [run.rounds[-1].accuracy for run in read_packed(packed)] == [0.8, 0.86, 0.8, 0.75]
+
+
+def test_how_much_was_cut_is_kept(write_run, tmp_path):
+    write_run("run", [0.5, 0.6], optional=True)
+    (run,) = read_comparison([tmp_path / "runs"]).read
+    write_packed([replace(run, cut=12.5)], tmp_path / "packed")
+    (packed,) = read_packed(tmp_path / "packed")
+    assert packed.cut == 12.5
+    text = (tmp_path / "packed" / MANIFEST).read_text()
+    (tmp_path / "packed" / MANIFEST).write_text(text.replace('"cut": 12.5', '"cut": null'))
+    assert read_packed(tmp_path / "packed")[0].cut is None  # its rows, a part of all, don't tell
+
+
+def test_packed_runs_are_compared_with_those_whose_images_lie_in_folders(write_run, tmp_path):
+    images = {
+        "data.dataset": "npz",
+        "data.train": "/home/somebody/train.npz",
+        "data.test": "/home/somebody/test.npz",
+    }
+    for seed in (0, 1):
+        write_run(f"static-{seed}", [0.5, 0.6 + seed / 10], **images | {"model.conv": "static", "seed": seed})
+    write_report([tmp_path / "runs"], tmp_path / "out", pack=tmp_path / "packed")
+    shutil.rmtree(tmp_path / "runs")
+    for seed in (0, 1):
+        write_run(f"fmdconv-{seed}", [0.5, 0.7 + seed / 20], **images | {"seed": seed})
+    summary, _ = write_report([tmp_path / "runs", tmp_path / "packed"], tmp_path / "out")
+    assert [group.label for group in summary.groups] == ["static", "fmdconv"]
+    assert summary.groups[1].difference.mean == pytest.approx(7.5)
+
+
 def test_the_tables_have_every_row_after_the_name_of_its_run(packed, finished_runs):
     header, *lines = (packed / "rounds.csv").read_text().splitlines()
     own = [
@@ -110,6 +153,7 @@ def test_the_manifest_tells_once_what_runs_have_in_common(packed):
         "environment": 0,
         "split": 0,
         "network": 0,
+        "cut": pytest.approx(-122.2, abs=0.1),  # of 15 images and 100 that its clients say they trained on
     }
     assert (len(manifest["environments"]), len(manifest["networks"])) == (1, 2)
     assert manifest["splits"] == [["5 0 2", "1 7 0"]]

@@ -118,7 +118,8 @@ def with_work(make_run):
             replace(row, client=client, examples=examples, steps=examples // 10, kernels=kernels)
             for client, examples, kernels in work
         )
-        return replace(run, clients=clients, label_counts=np.array([[20, 10], [10, 0]]))
+        run = replace(run, clients=clients, label_counts=np.array([[20, 10], [10, 0]]))
+        return replace(run, cut=cut_percent(run))
 
     return make
 
@@ -212,6 +213,23 @@ def test_the_difference_to_static_pairs_runs_of_the_same_seed_and_settings(make_
     assert group.difference.mean == pytest.approx(4)  # of 5 and 3 points
     assert summarise(static + dynamic).groups[0].difference is None
     assert summarise(static[:1] + dynamic).groups[1].difference is None
+
+
+def test_a_wider_static_network_is_compared_with_the_narrowest(make_run):
+    def static(width, *accuracies):
+        return [
+            make_run(
+                [value], seed=seed, variant=f"width {width}", **{"model.conv": "static", "model.width": width}
+            )
+            for seed, value in enumerate(accuracies)
+        ]
+
+    dynamic = [make_run([value], seed=seed, **{"model.width": 1.0}) for seed, value in enumerate((0.8, 0.82))]
+    groups = summarise([*static(0.5, 0.6, 0.62), *static(1.0, 0.7, 0.73), *static(2.0, 0.9), *dynamic]).groups
+    narrow, wide, once, mixed = (group.difference for group in groups)
+    assert (narrow, once) == (None, None)  # one pair tells no interval
+    assert (wide.pairs, wide.mean) == (2, pytest.approx(10.5))
+    assert mixed.mean == pytest.approx(9.5)  # a dynamic one is compared with its own width
 
 
 def test_fronts_are_those_of_a_task(make_run):

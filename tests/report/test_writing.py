@@ -1,10 +1,12 @@
 import csv
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from fedfmd.errors import SettingsError
 from fedfmd.report.selection import Selection
 from fedfmd.report.writing import FILES, PAGE, PAGES, page_names, write_page, write_report
 
@@ -153,3 +155,9 @@ def test_names_of_pages_can_stand_in_an_address(make_run):
     pages = page_names(runs)
     assert len({page.lower() for page in pages}) == len(names)
     assert all(re.fullmatch(r"[A-Za-z0-9=.+-]+\.html", page) and len(page) < 100 for page in pages)
+
+
+@pytest.mark.parametrize("target", [math.nan, 0.0, 101.0])
+def test_a_target_is_a_percentage(target, tmp_path):
+    with pytest.raises(SettingsError, match=r"--target .* is no accuracy in percent"):
+        write_report([tmp_path], tmp_path, target=target)
