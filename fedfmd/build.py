@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -357,19 +358,31 @@ def _own_network(settings: Settings, classes: int, image_size: int) -> nn.Module
 
 
 def _check_network(name: str, network: nn.Module, classes: int, image_size: int) -> None:
-    """See that the network, which `name` has a part in, maps images to logits."""
-    try:
-        with torch.no_grad():
-            logits = network.eval()(torch.zeros(1, 3, image_size, image_size))
-    except Exception as error:  # whatever it is, it is the user's to mend
-        raise SettingsError(
-            f"{name} fails on an image of 3×{image_size}×{image_size}: {one_line(error)}"
-        ) from error
-    if not isinstance(logits, torch.Tensor) or logits.shape != (1, classes):
-        got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-        raise SettingsError(
-            f"{name} must map images B×3×{image_size}×{image_size} to logits B×{classes}; one image gave {got}"
-        )
+    """See that the network, which `name` has a part in, maps images to logits, and that its state can be sent."""
+    if not any(parameter.requires_grad for parameter in network.parameters()):
+        raise SettingsError(f"{name} has no parameters to train")
+    for key, value in network.state_dict().items():
+        if not isinstance(value, torch.Tensor) or value.is_complex():
+            kind = "complex" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
+            raise SettingsError(
+                f"{name} has {key} in its state, which is {kind}: only real tensors can be sent"
+            )
+    tried = copy.deepcopy(network)  # training changes the statistics of normalisation
+    for training, images in ((False, 1), (True, 2)):
+        mode = "training" if training else "evaluation"
+        try:
+            with torch.no_grad():
+                logits = tried.train(training)(torch.zeros(images, 3, image_size, image_size))
+        except Exception as error:  # whatever it is, it is the user's to mend
+            raise SettingsError(
+                f"{name} fails in {mode} on a batch of {images}×3×{image_size}×{image_size}: {one_line(error)}"
+            ) from error
+        if not isinstance(logits, torch.Tensor) or logits.shape != (images, classes):
+            got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else f"a {type(logits).__name__}"
+            raise SettingsError(
+                f"{name} must map images B×3×{image_size}×{image_size} to logits B×{classes}; in {mode} a batch "
+                f"of {images} gave {got}"
+            )
     network.train()
 
 

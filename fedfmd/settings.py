@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Collection, Iterable, Mapping
+from inspect import Parameter
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal
@@ -43,6 +44,7 @@ from fedfmd.edge.devices import MAX_JITTER
 from fedfmd.errors import SettingsError, nearest_of, not_one_of
 from fedfmd.models import MODELS, TORCHVISION
 from fedfmd.own_code import is_own
+from fedfmd.pairs import join_pairs, read_value, split_pairs
 from fedfmd.protocol.compression import UPLOADS
 from fedfmd.runs import parse_stop
 from fedfmd.strict_yaml import load_yaml
@@ -98,13 +100,6 @@ def _stop(value: object) -> str:
     """Accept what `parse_stop` reads; a bare number, which YAML makes of 0.5, gets its answer as well."""
     parse_stop(text := str(value))
     return text
-
-
-def _pairs(text: str) -> Iterable[tuple[str, str]]:
-    """Split `name:value, …`."""
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        name, _, value = (word.strip() for word in part.partition(":"))
-        yield name, value
 
 
 def _split_list(value: object) -> object:
@@ -204,7 +199,7 @@ class ModelSettings(_Section):
 
     def arguments(self) -> dict[str, Any]:
         """Return the options of the user's own network, by the names of its function's arguments."""
-        return {name.replace("-", "_"): load_yaml(text) for name, text in _pairs(self.arch_options)}
+        return {name.replace("-", "_"): read_value(text) for name, text in split_pairs(self.arch_options)}
 
     def options(self) -> dict[str, Any]:
         """Return the options of the convolution, by the names that `make_conv` has for them.
@@ -221,18 +216,15 @@ class ModelSettings(_Section):
             for name, default in options_of(self.conv).items()
             if name not in own and name != "temperature"
         }
-        for key, text in _pairs(self.conv_options):
+        for key, text in split_pairs(self.conv_options):
             if key not in free:
                 known = f"those of {self.conv} are {', '.join(free)}" if free else f"{self.conv} has none"
                 raise SettingsError(f"model.conv-options = {self.conv_options!r}: no option {key!r}; {known}")
             name, default = free[key]
-            try:
-                value = load_yaml(text)
-            except yaml.YAMLError:
-                value = text
+            value = read_value(text)
             if isinstance(default, float) and type(value) is int:
                 value = float(value)
-            if type(value) is not type(default):
+            if default not in (None, Parameter.empty) and type(value) is not type(default):
                 raise SettingsError(
                     f"model.conv-options = {self.conv_options!r}: {key} must be like its default, {default!r}"
                 )
@@ -865,7 +857,7 @@ def _walk(values: Mapping[str, Any], prefix: str) -> Iterable[tuple[str, Any]]:
         if not isinstance(value, Mapping):
             yield key, value
         elif key in PAIRS:
-            yield key, ", ".join(f"{left}:{right}" for left, right in value.items())
+            yield key, join_pairs(value)
         else:
             yield from _walk(value, f"{key}.")
 

@@ -9,11 +9,12 @@ from fedfmd.algorithms import find_algorithm
 from fedfmd.build import build_dataset, build_federation, build_model, build_sgd, own_sources
 from fedfmd.conv import FMDConv2d
 from fedfmd.data import StreamedImages
+from fedfmd.engines.centralised import run_centralised
 from fedfmd.errors import SettingsError
 from fedfmd.experiment import load_experiment
 from fedfmd.own_code import FOLDER, call, find, look_in, sources_of
 from fedfmd.run_folder import open_run_folder, run_path
-from fedfmd.runs import code_digest
+from fedfmd.runs import code_digest, latest_checkpoint, save_checkpoint
 
 MINE = """
 import torch
@@ -25,7 +26,7 @@ def make(classes, image_size, conv, norm, channels=8):
     return nn.Sequential(conv(3, channels, 3, padding=1), norm(channels), nn.Flatten(), flat)
 
 def wrong(classes, image_size, conv, norm):
-    return nn.Flatten()
+    return nn.Sequential(nn.Conv2d(3, 3, 1), nn.Flatten())
 
 def nothing(**given):
     pass
@@ -108,6 +109,44 @@ def decide(full, plan):
 
 def decides_nothing(full, plan):
     return None
+
+def fixed(classes, image_size, conv, norm):
+    return nn.Flatten()
+
+class Wavy(nn.Conv2d):  # of a state that can't be sent
+    def __init__(self, in_channels, out_channels, kernel_size, **geometry):
+        super().__init__(in_channels, out_channels, kernel_size, **geometry)
+        self.register_buffer("waves", torch.zeros(2, dtype=torch.complex64))
+
+class Noted(nn.Conv2d):
+    def get_extra_state(self):
+        return {"made": "today"}
+
+class Auxiliary(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.body = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, classes))
+
+    def forward(self, x):
+        return (self.body(x), x) if self.training else self.body(x)
+
+def auxiliary(classes, image_size, conv, norm):
+    return Auxiliary(classes)
+
+class Turning(torch.optim.SGD):  # its rate follows a list of steps
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                steps = self.state[parameter].setdefault("steps", [])
+                steps.append(len(steps))
+                group["lr"] = 0.1 / len(steps)
+        return super().step(closure)
+
+class Told(torch.optim.SGD):
+    def step(self, closure=None):
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter]["told"] = object()
+        return super().step(closure)
 """
 
 
@@ -220,13 +259,17 @@ def test_its_source_counts_as_code_of_the_run(kind, own, mine, tmp_path):
         ({"model.arch": "nowhere:make"}, "'nowhere:make' can't be imported (No module named 'nowhere'): put "),
         ({"model.arch": "mine.make"}, "or module:function of your own; did you mean 'mine:make'?"),
         ({"model.arch": ":make"}, "model.arch = ':make' can't be imported"),
-        ({"model.arch": "mine:wrong"}, "must map images B×3×8×8 to logits B×10; one image gave (1, 192)"),
+        ({"model.arch": "mine:wrong"}, "B×3×8×8 to logits B×10; in evaluation a batch of 1 gave (1, 192)"),
+        ({"model.arch": "mine:auxiliary"}, "to logits B×10; in training a batch of 2 gave a tuple"),
+        ({"model.arch": "mine:fixed"}, "model.arch = 'mine:fixed' has no parameters to train"),
+        ({"model.arch": "resnet8", "model.conv": "mine:Wavy"}, ".waves in its state, which is complex: only real ten"),
+        ({"model.arch": "resnet8", "model.conv": "mine:Noted"}, "_extra_state in its state, which is a dict: only re"),
         ({"model.arch": "mine:nothing"}, "must return an nn.Module, and returned a NoneType"),
         ({"model.options": "chanels:16"}, "can't be called (got an unexpected keyword argument 'chanels'): it gets"),
         ({"model.arch": "mine:breaks"}, "'mine:breaks' fails in mine.py, line 17: KeyError: 'no such key'"),
         (
             {"model.arch": "resnet8", "model.conv": "mine:Late"},
-            "model.conv = 'mine:Late' fails on an image of 3×8×8: RuntimeError: The size of tensor a",
+            "model.conv = 'mine:Late' fails in evaluation on a batch of 1×3×8×8: RuntimeError: The size of tensor a",
         ),
         ({"model.width": 0.5}, "model.width = 0.5 has no effect with model.arch = 'mine:make': leave it out"),
         ({"model.arch": "resnet8", "model.options": "a:1"}, "model.options = 'a:1': model.arch = 'resnet8' has none"),
@@ -366,3 +409,34 @@ def test_a_file_that_exits_when_it_is_imported_is_one_line(tmp_path):
         SettingsError, match=r"^a\.setting = 'exits:X' can't be imported: it calls sys\.exit$"
     ):
         find("a.setting", "exits:X")
+
+
+def test_an_optimisers_lists_are_kept_over_a_stop(own, tmp_path, monkeypatch):
+    changes = {
+        "kind": "centralised",
+        "train.optimiser": "mine:Turning",
+        "train.epochs": 2,
+        "train.batch-size": 256,
+    }
+    run_centralised(own(**changes).in_folder(tmp_path / "whole"), threads=1)
+
+    def stop(*arguments, **options):
+        save_checkpoint(*arguments, **options)
+        raise KeyboardInterrupt
+
+    stopped = own(**changes).in_folder(tmp_path / "stopped")
+    with monkeypatch.context() as patch:
+        patch.setattr("fedfmd.engines.centralised.save_checkpoint", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run_centralised(stopped, threads=1)
+    run_centralised(stopped, threads=1)
+    ends = [latest_checkpoint(tmp_path / name / "checkpoints") for name in ("whole", "stopped")]
+    assert all(torch.equal(ends[0].arrays[name], array) for name, array in ends[1].arrays.items())
+
+
+def test_an_optimiser_that_keeps_what_no_checkpoint_holds_is_refused(own, tmp_path):
+    settings = own(**{"kind": "centralised", "train.optimiser": "mine:Told"}).in_folder(tmp_path / "run")
+    with pytest.raises(
+        SettingsError, match=r"train\.optimiser = Told: 0/told of its state is of type object: keep tensors"
+    ):
+        run_centralised(settings, threads=1)

@@ -146,9 +146,17 @@ def training_memory(cost: Cost, batch: int, kernels: int | None = None, states: 
 def trace(model: nn.Module, image_size: int) -> tuple[list[Call], int]:
     """List the layers with the shapes that they meet, by running a copy without data on the meta device.
 
-    The second value is the MACs of all that is done outside `KNOWN` layers, where the model has other ones.
+    A network that looks at values, or makes tensors on a device of its choice, runs on the CPU instead. The second
+    value is the MACs of all that is done outside `KNOWN` layers, where the model has other ones.
     """
-    model = copy.deepcopy(model).to("meta").eval()
+    try:
+        return _trace(model, image_size, "meta")
+    except Exception:  # as many kinds as there are operators; what is wrong itself fails again
+        return _trace(model, image_size, "cpu")
+
+
+def _trace(model: nn.Module, image_size: int, device: str) -> tuple[list[Call], int]:
+    model = copy.deepcopy(model).to(device).eval()
     calls: list[Call] = []
     counter = FlopCounterMode(display=False)
     known = 0  # FLOPs up to and in known layers, less those before them
@@ -161,19 +169,20 @@ def trace(model: nn.Module, image_size: int) -> tuple[list[Call], int]:
         nonlocal known
         known += counter.get_total_flops()
 
-    def note(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if isinstance(output, Tensor):
-            calls.append(Call(layer, inputs[0].shape, output.shape))
+    def note(layer: nn.Module, inputs: tuple[object, ...], named: dict[str, object], output: object) -> None:
+        first = next((given for given in (*inputs, *named.values()) if isinstance(given, Tensor)), None)
+        if isinstance(output, Tensor) and first is not None:
+            calls.append(Call(layer, first.shape, output.shape))
 
     layers = list(leaves(model))
     others = any(not isinstance(layer, KNOWN) for layer in layers)
     for layer in layers:
-        layer.register_forward_hook(note)
+        layer.register_forward_hook(note, with_kwargs=True)
         if others and isinstance(layer, KNOWN):
             layer.register_forward_pre_hook(enter)
             layer.register_forward_hook(leave)
     with torch.no_grad(), counter if others else nullcontext():
-        model(torch.empty(1, 3, image_size, image_size, device="meta"))
+        model(torch.empty(1, 3, image_size, image_size, device=device))
     return calls, (counter.get_total_flops() - known) // FLOPS_PER_MAC
 
 

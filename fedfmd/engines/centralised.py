@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import shutil
@@ -29,7 +30,7 @@ from fedfmd.build import (
 from fedfmd.conv import TemperatureSchedule, has_temperature, set_temperature
 from fedfmd.cost import Cost, count, ies, latency, rcs
 from fedfmd.data import Dataset, decoded_by
-from fedfmd.errors import RunError
+from fedfmd.errors import RunError, SettingsError
 from fedfmd.memory import keep_freed
 from fedfmd.run_folder import open_run_folder, run_path
 from fedfmd.runs import (
@@ -310,8 +311,10 @@ def _newest(folder: RunFolder) -> Checkpoint | None:
 def _dump(optimiser: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return an optimiser's state, by `place/name`, place being a parameter's: tensors, and what JSON knows.
 
-    The numbers of its groups of parameters stand under `group-0/…`. Anything else, as a user's own may have, is not
-    kept.
+    The values of its groups of parameters stand under `group-0/…`.
+
+    Raises:
+        SettingsError: it keeps something else, as a user's own may, without which it could not go on.
     """
     whole = optimiser.state_dict()
     groups = {f"{GROUPS}{place}": group for place, group in enumerate(whole["param_groups"])}
@@ -319,11 +322,19 @@ def _dump(optimiser: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str
         f"{place}/{name}": value
         for place, own in [*whole["state"].items(), *groups.items()]
         for name, value in own.items()
+        if name != "params"  # the places of the group's parameters
     }
     tensors = {key: value for key, value in entries.items() if isinstance(value, Tensor)}
-    return tensors, {
-        key: value for key, value in entries.items() if isinstance(value, bool | int | float | str)
-    }
+    others = {key: value for key, value in entries.items() if key not in tensors}
+    for key, value in others.items():
+        try:
+            json.dumps(value)
+        except TypeError:
+            raise SettingsError(
+                f"train.optimiser = {type(optimiser).__name__}: {key} of its state is of type {type(value).__name__}: "
+                "keep tensors, numbers, texts and lists of them, which checkpoints can hold"
+            ) from None
+    return tensors, others
 
 
 def _restore(
@@ -334,7 +345,8 @@ def _restore(
     for key, value in {**tensors, **numbers}.items():
         place, _, name = key.partition("/")
         if place.startswith(GROUPS):
-            whole["param_groups"][int(place.removeprefix(GROUPS))][name] = value
+            group = whole["param_groups"][int(place.removeprefix(GROUPS))]
+            group[name] = tuple(value) if isinstance(group.get(name), tuple) else value
         else:
             whole["state"].setdefault(int(place), {})[name] = value
     optimiser.load_state_dict(whole)

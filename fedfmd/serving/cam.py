@@ -16,9 +16,8 @@ from fedfmd.build import build_dataset
 from fedfmd.conv import AttentionRecord, only_attentions, record_attention, recorded_attentions
 from fedfmd.data import Dataset, Images, ImageSet, batches, read_image
 from fedfmd.errors import SettingsError, not_one_of
-from fedfmd.models import feature_layers
 from fedfmd.serving.checkpoints import trained_model
-from fedfmd.serving.gradcam import default_layer, grad_cam_pp
+from fedfmd.serving.gradcam import default_layer, explained_layers, grad_cam_pp
 
 TYPICAL_IMAGES = 128
 """Images of the training set over which an attention that is switched off is averaged."""
@@ -67,11 +66,17 @@ def write_cam(
     dataset = build_dataset(settings)
     if class_index is not None and not 0 <= class_index < dataset.classes:
         raise SettingsError(f"--class = {class_index}: the classes are 0..{dataset.classes - 1}")
-    if layer is not None and layer not in feature_layers(model):
-        raise SettingsError(f"--layer = {layer!r}: {not_one_of(layer, feature_layers(model))}")
     shown = _read(images, dataset)
     (inputs,) = _inputs(shown, dataset, len(shown))
-    layer = layer or default_layer(model, inputs)
+    layers = explained_layers(model, inputs)
+    if not layers:
+        raise SettingsError(
+            f"{checkpoint}: no layer of {settings.model.arch} has feature maps without negative values for these "
+            "images, which Grad-CAM++ needs"
+        )
+    if layer is not None and layer not in layers:
+        raise SettingsError(f"--layer = {layer!r}: {not_one_of(layer, layers)}")
+    layer = layer or default_layer(layers)
     with torch.no_grad():
         predicted = model(inputs).argmax(1)
     classes = predicted if class_index is None else torch.full_like(predicted, class_index)

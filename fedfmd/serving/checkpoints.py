@@ -8,10 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from fedfmd.build import build_dataset, build_model
-from fedfmd.errors import SettingsError
+from fedfmd.errors import SettingsError, one_line
 from fedfmd.protocol.state import check_weights
 from fedfmd.runs import load_model
 from fedfmd.serving.classifier import Classifier
@@ -32,7 +33,7 @@ def trained_model(checkpoint: Path) -> tuple[nn.Module, Settings]:
         SettingsError: no such file, or it holds no model of a run; of a run's folder it names the newest one.
     """
     if checkpoint.is_dir():
-        newest = max(checkpoint.glob("**/round-*.safetensors"), default=None)
+        newest = max(checkpoint.glob("**/round-*[0-9].safetensors"), default=None)
         hint = f": name one of the files in it, for instance {newest}" if newest else ""
         raise SettingsError(f"cannot read the checkpoint: {checkpoint} is a folder{hint}")
     try:
@@ -59,6 +60,17 @@ def _classes_by_shape(arrays: Mapping[str, Tensor]) -> int:
     return len(arrays.get("fc.bias", ()))
 
 
+def _check_size(model: nn.Module, image_size: int) -> None:
+    """See that the model takes images of this size, for which it may not have been made."""
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, 3, image_size, image_size))
+    except RuntimeError as error:
+        raise SettingsError(
+            f"--image-size = {image_size}: the model fails on such images: {one_line(error)}"
+        ) from None
+
+
 def export_checkpoint(
     checkpoint: Path, target: ExportFormat, out: Path | None, image_size: int | None
 ) -> Path:
@@ -71,9 +83,12 @@ def export_checkpoint(
         image_size: height and width of the images; by default those that the run was trained on.
 
     Raises:
-        SettingsError: the checkpoint can't be used, or the format's packages are missing.
+        SettingsError: the checkpoint can't be used, it fails on images of this size, or the format's packages are
+            missing.
     """
     model, settings = trained_model(checkpoint)
+    if image_size:
+        _check_size(model, image_size)
     if target == "safetensors":
         images = build_dataset(settings).format
         classifier = Classifier(model, settings, replace(images, image_size=image_size or images.image_size))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
 
@@ -16,23 +17,33 @@ FINE_ENOUGH = 7
 
 
 @torch.no_grad()
-def default_layer(model: nn.Module, images: Tensor) -> str:
-    """Return the deepest stage with features of at least 7 × 7 for these images, or the first if there is none.
+def explained_layers(model: nn.Module, images: Tensor) -> dict[str, int]:
+    """Return the layers that can be explained, in the order of their outputs, with the pixels per side of their maps.
+
+    They are `feature_layers`, and in a network of another kind, as a user's own, all layers whose output are maps
+    without negative values for these images.
+    """
+    found: dict[str, int] = {}
+
+    def record(name: str, _module: nn.Module, _inputs: object, out: object) -> None:
+        if isinstance(out, Tensor) and out.ndim == 4 and not (out < 0).any():
+            found[name] = min(out.shape[2:])
+
+    with ExitStack() as hooks:
+        for name in feature_layers(model) or [name for name, _ in model.named_modules() if name]:
+            hooks.enter_context(model.get_submodule(name).register_forward_hook(partial(record, name)))
+        model(images)
+    return found
+
+
+def default_layer(layers: Mapping[str, int]) -> str:
+    """Return the deepest of `explained_layers`, blocks aside, with 7 × 7 pixels or more, or the first if none has.
 
     Deeper features are closer to the class, but small images leave too few of them to show a place: the last
     stage of a ResNet-18 has 4 × 4 at 32 × 32 pixels.
     """
-    layers, sides = feature_layers(model), dict[str, int]()
     stages = [name for name in layers if not any(name.startswith(f"{other}.") for other in layers)]
-
-    def record(name: str, _module: nn.Module, _inputs: object, out: Tensor) -> None:
-        sides[name] = min(out.shape[2:])
-
-    with ExitStack() as hooks:
-        for name in stages:
-            hooks.enter_context(model.get_submodule(name).register_forward_hook(partial(record, name)))
-        model(images[:1])
-    return next((name for name in reversed(stages) if sides[name] >= FINE_ENOUGH), stages[0])
+    return next((name for name in reversed(stages) if layers[name] >= FINE_ENOUGH), stages[0])
 
 
 def grad_cam_pp(model: nn.Module, layer: str, images: Tensor, classes: Tensor | None = None) -> Tensor:
@@ -46,7 +57,7 @@ def grad_cam_pp(model: nn.Module, layer: str, images: Tensor, classes: Tensor | 
 
     Args:
         model: a classifier in evaluation mode; nothing of it is changed.
-        layer: name of the submodule whose (last) output is explained (see `feature_layers`).
+        layer: name of the submodule whose (last) output is explained (see `explained_layers`).
         images: N × 3 × H × W, normalised as the model expects.
         classes: int64 N, the class to explain in each image; by default the predicted one.
 

@@ -193,3 +193,25 @@ def test_an_optimiser_with_more_states_holds_more():
 def test_an_image_has_pixels():
     with pytest.raises(ValueError, match="image_size = 0 must be at least 1"):
         count(nn.Conv2d(3, 1, 1), 0)
+
+
+class Looking(nn.Module):
+    """Looks at the values of its features, as no network on the meta device can, and names its layers' inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 10)
+
+    def forward(self, x):
+        features = self.conv(input=x)
+        scale = 1.0 if features.mean().item() > 0 else 2.0
+        return self.head(scale * features.mean((2, 3)))
+
+
+def test_a_network_that_looks_at_values_is_counted_too():
+    assert count(Looking(), 8).macs_by_kind == {
+        "convolution": 8 * 8 * 8 * 3 * 9,
+        "linear": 80,
+        "attention": 0,
+        "aggregation": 0,
+    }

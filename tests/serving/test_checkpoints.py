@@ -76,6 +76,23 @@ def test_an_export_is_for_the_runs_images_or_another_size(
     assert out.parent.is_dir()
 
 
+def test_an_export_for_images_that_the_model_does_not_take_is_refused(checkpoint, monkeypatch):
+    module = "fedfmd.serving.checkpoints"
+    fixed = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 10))
+    monkeypatch.setattr(f"{module}.trained_model", lambda path: (fixed, trained_model(path)[1]))
+    with pytest.raises(
+        SettingsError, match="--image-size = 12: the model fails on such images: RuntimeError: mat1"
+    ):
+        export_checkpoint(checkpoint, "torch-export", None, 12)
+
+
+def test_the_file_that_is_named_of_a_folder_is_a_models(checkpoint, tmp_path):
+    state = checkpoint.with_suffix(".state.safetensors")
+    state.write_bytes(b"")
+    with pytest.raises(SettingsError, match=rf"{checkpoint.name}$"):
+        trained_model(tmp_path)
+
+
 def test_what_is_no_checkpoint_is_one_line(checkpoint, tmp_path, tiny_settings):
     def refused(path, message):
         with pytest.raises(SettingsError, match=message) as error:

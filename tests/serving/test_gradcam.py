@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fedfmd.models import make_model
-from fedfmd.serving.gradcam import default_layer, grad_cam_pp
+from fedfmd.serving.gradcam import default_layer, explained_layers, grad_cam_pp
 
 IMAGE = torch.tensor([[[[1.0, 3.0], [-1.0, 0.0]], [[0.0, -2.0], [2.0, 2.0]]]])
 """Features after the ReLU: [[1, 3], [0, 0]] and [[0, 0], [2, 2]], both with the sum 4."""
@@ -103,4 +103,19 @@ def test_an_unknown_layer_is_an_error():
 )
 def test_the_default_layer_is_the_deepest_that_can_show_a_place(arch, stem, size, layer):
     model = make_model(arch, "static", 4, stem=stem, width=0.125).eval()
-    assert default_layer(model, torch.zeros(1, 3, size, size)) == layer
+    assert default_layer(explained_layers(model, torch.zeros(1, 3, size, size))) == layer
+
+
+def test_layers_of_a_network_of_ones_own_are_those_of_maps_without_negative_values():
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3),
+        nn.ReLU(),
+        nn.Sequential(nn.Conv2d(4, 4, 8), nn.ReLU()),
+        nn.Flatten(),
+        nn.Linear(196, 2),
+    ).eval()
+    with torch.no_grad():
+        model[0].bias.fill_(-0.1)
+    layers = explained_layers(model, torch.ones(1, 3, 16, 16))
+    assert layers == {"1": 14, "2.1": 7, "2": 7}
+    assert default_layer(layers) == "2"
