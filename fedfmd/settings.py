@@ -711,7 +711,17 @@ class Settings(_Section):
                 f"budget.over-select = {budget.over_select:g} asks more than server.clients-per-round, which is 0, "
                 "all: ask for fewer clients, or set budget.over-select=1"
             )
-        if is_own(budget.policy) or is_own(model.conv) or not POLICIES[budget.policy].fewer_kernels:
+        if is_own(budget.policy):
+            return
+        if not POLICIES[budget.policy].fewer_kernels:
+            if budget.kernels:
+                raise SettingsError(_without_effect("budget.kernels", budget.kernels, budget.policy))
+            if budget.kernel_choice != BudgetSettings().kernel_choice:
+                raise SettingsError(
+                    _without_effect("budget.kernel-choice", budget.kernel_choice, budget.policy)
+                )
+            return
+        if is_own(model.conv):
             return
         if not is_dynamic(model.conv):
             raise SettingsError(
@@ -743,6 +753,11 @@ class Settings(_Section):
                 raise SettingsError(
                     f"privacy.noise-multiplier = {privacy.noise_multiplier:g} is a multiple of privacy.clip-norm, "
                     "which is 0: set it to a usual norm of the updates, such as 1"
+                )
+            if privacy.mode != PrivacySettings().mode:
+                raise SettingsError(
+                    f"privacy.mode = {privacy.mode!r} has no effect without privacy.clip-norm, which is 0: set it to a "
+                    "usual norm of the updates, such as 1"
                 )
             return
         name = f"privacy.clip-norm = {privacy.clip_norm:g}"
@@ -849,6 +864,11 @@ def flatten(values: Mapping[str, Any]) -> dict[str, Any]:
             raise SettingsError(f"setting {key} is given twice")
         flat[key] = value
     return flat
+
+
+def _without_effect(key: str, value: Scalar, policy: str) -> str:
+    able = ", ".join(name for name, rules in POLICIES.items() if rules.fewer_kernels)
+    return f"{key} = {value!r} has no effect with budget.policy = {policy!r}: it belongs to {able}"
 
 
 def _walk(values: Mapping[str, Any], prefix: str) -> Iterable[tuple[str, Any]]:

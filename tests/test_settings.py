@@ -146,6 +146,18 @@ def test_a_number_may_be_a_text_because_yaml_reads_5e_4_as_one(value, number):
             "budget.kernel-choice = 'attention' needs kernel attention, and model.attentions = 'input,output' has none",
         ),
         (
+            {"budget.policy": "partial", "budget.kernels": 2},
+            "budget.kernels = 2 has no effect with budget.policy = 'partial': it belongs to kernels, partial\\+kernels",
+        ),
+        (
+            {"budget.kernel-choice": "attention"},
+            "budget.kernel-choice = 'attention' has no effect with budget.policy = 'wait': it belongs to kernels, part",
+        ),
+        (
+            {"privacy.mode": "local"},
+            "privacy.mode = 'local' has no effect without privacy.clip-norm, which is 0",
+        ),
+        (
             {"train.optimiser": "adma"},
             "train.optimiser = 'adma': must be one of sgd, adam, adamw, or module:Class",
         ),

@@ -109,25 +109,17 @@ def _read_all(files: Mapping[Path, frozenset[str]]) -> list[Run]:
 
 
 def _with_whole_paths(runs: Sequence[Run]) -> list[Run]:
-    """Return the runs, packed ones with the folders' paths, of which they have the names alone.
-
-    A name that several paths end in stays as it is.
-    """
-    changes: dict[str, dict[Scalar, Scalar]] = {}
+    """Return the runs, the packed ones with whole paths, where a path of the others is the only one of its name."""
+    wholes: dict[str, dict[Scalar, str]] = {}
     for key in PATHS:
-        values = {run.settings.flat()[key] for run in runs}
-        wholes: dict[Scalar, list[Scalar]] = {}
-        for value in values:
-            wholes.setdefault(Path(str(value)).name, []).append(value)
-        changes[key] = {
-            name: max(own, key=lambda path: len(str(path)))
-            for name, own in wholes.items()
-            if name and len(own) == 2
-        }
-    return [_with_paths(run, changes) if run.packed else run for run in runs]
+        paths = {str(run.settings.flat()[key]) for run in runs if not run.packed}
+        names = [Path(path).name for path in paths]
+        wholes[key] = {Path(path).name: path for path in paths if names.count(Path(path).name) == 1}
+        wholes[key].pop("", None)  # no path at all
+    return [_with_paths(run, wholes) if run.packed else run for run in runs]
 
 
-def _with_paths(run: Run, paths: Mapping[str, Mapping[Scalar, Scalar]]) -> Run:
+def _with_paths(run: Run, paths: Mapping[str, Mapping[Scalar, str]]) -> Run:
     """Return the run with other paths, where there are some for its own."""
     flat = run.settings.flat()
     changes = {key: own[flat[key]] for key, own in paths.items() if flat[key] in own}

@@ -40,9 +40,17 @@ def test_what_is_allowed_is_told_in_words(key, allowed):
     assert SETTINGS[key].allowed == allowed
 
 
+GO_WITH = {
+    "train.cuda-graphs": {"device": "auto"},
+    "budget.kernel-choice": {"budget.policy": "kernels"},
+    "privacy.mode": {"privacy.clip-norm": 1},
+}
+"""Other values that a setting is of no use without."""
+
+
 @pytest.mark.parametrize("key", [key for key, setting in SETTINGS.items() if setting.choices])
 def test_every_choice_of_the_typed_model_can_be_set(key):
-    elsewhere = {"device": "auto"} if key == "train.cuda-graphs" else {}  # graphs need a GPU
+    elsewhere = GO_WITH.get(key, {})
     for choice in SETTINGS[key].choices:
         values = elsewhere | {key: choice == "true" if choice in ("true", "false") else choice}
         value = Settings.from_mapping(values).flat()[key]
