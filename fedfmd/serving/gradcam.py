@@ -18,22 +18,23 @@ FINE_ENOUGH = 7
 
 @torch.no_grad()
 def explained_layers(model: nn.Module, images: Tensor) -> dict[str, int]:
-    """Return the layers that can be explained, in the order of their outputs, with the pixels per side of their maps.
+    """Return the layers that can be explained, in the network's order, with the pixels per side of their maps.
 
     They are `feature_layers`, and in a network of another kind, as a user's own, all layers whose output are maps
     without negative values for these images.
     """
-    found: dict[str, int] = {}
+    names = feature_layers(model) or [name for name, _ in model.named_modules() if name]
+    sides: dict[str, int] = {}
 
     def record(name: str, _module: nn.Module, _inputs: object, out: object) -> None:
         if isinstance(out, Tensor) and out.ndim == 4 and not (out < 0).any():
-            found[name] = min(out.shape[2:])
+            sides[name] = min(out.shape[2:])
 
     with ExitStack() as hooks:
-        for name in feature_layers(model) or [name for name, _ in model.named_modules() if name]:
+        for name in names:
             hooks.enter_context(model.get_submodule(name).register_forward_hook(partial(record, name)))
         model(images)
-    return found
+    return {name: sides[name] for name in names if name in sides}
 
 
 def default_layer(layers: Mapping[str, int]) -> str:

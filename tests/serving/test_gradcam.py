@@ -117,5 +117,5 @@ def test_layers_of_a_network_of_ones_own_are_those_of_maps_without_negative_valu
     with torch.no_grad():
         model[0].bias.fill_(-0.1)
     layers = explained_layers(model, torch.ones(1, 3, 16, 16))
-    assert layers == {"1": 14, "2.1": 7, "2": 7}
+    assert layers == {"1": 14, "2": 7, "2.1": 7}
     assert default_layer(layers) == "2"
