@@ -190,9 +190,18 @@ def place_runs(experiment: Experiment, out: Path | None) -> list[Task]:
     for run in experiment.runs:
         folder = _folder(experiment, run, out)
         if folder in tasks:
-            raise SettingsError(f"matrix: two runs are called {run.name}: give each value once")
+            raise SettingsError(f"matrix: two runs are called {run.name}{_told_apart(run, tasks[folder])}")
         tasks[folder] = Task(run.name, run.settings.in_folder(folder), done=0).as_it_is()
     return list(tasks.values())
+
+
+def _told_apart(run: PlannedRun, namesake: Task) -> str:
+    """Tell how to give two runs names of their own, which have the last words of the matrix's settings."""
+    other = namesake.settings.kept()
+    differing = ", ".join(key for key, value in run.settings.kept().items() if other.get(key) != value)
+    if not differing:
+        return ": give each value once"
+    return f", which differ in {differing}: vary these settings in one matrix"
 
 
 def by_data(tasks: Iterable[Task]) -> list[Task]:

@@ -347,17 +347,15 @@ def baselines_of(runs: Sequence[Run], chosen: Collection[str] = ()) -> dict[Run,
     static = sorted((run for run in runs if run.conv == BASELINE), key=_width, reverse=True)
     equals = {_apart_from_mixture(run.settings, chosen): run for run in static}
     narrowest = {_apart_from_mixture(run.settings, but_width): run for run in static}
-    found = {
-        run: narrowest[_apart_from_mixture(run.settings, but_width)]
-        if run.conv == BASELINE
-        else equals.get(_apart_from_mixture(run.settings, chosen))
-        for run in runs
-    }
-    return {
-        run: other
-        for run, other in found.items()
-        if other and (run.conv != BASELINE or _width(other) < _width(run))
-    }
+    found: dict[Run, Run] = {}
+    for run in runs:
+        if run.conv != BASELINE:
+            other = equals.get(_apart_from_mixture(run.settings, chosen))
+        else:
+            other = narrowest[_apart_from_mixture(run.settings, but_width)]
+        if other and (run.conv != BASELINE or _width(other) < _width(run)):
+            found[run] = other
+    return found
 
 
 def _width(run: Run) -> float:

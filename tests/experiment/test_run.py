@@ -373,6 +373,16 @@ def test_runs_that_would_share_a_folder_are_refused(run, started, write_yaml):
     assert started == []
 
 
+def test_runs_whose_settings_have_the_same_last_word_are_told_apart(run, started, write_yaml, tmp_path):
+    matrices = [{"server.rounds": [7]}, {"temperature.rounds": [7]}]
+    with pytest.raises(
+        SettingsError,
+        match=r"two runs are called rounds=7, which differ in temperature\.rounds, server\.rounds: vary these",
+    ):
+        run(write_yaml(matrix=matrices), out=tmp_path / "out")
+    assert started == []
+
+
 def test_there_is_a_core_to_run_on():
     assert available_cores() >= 1
 
