@@ -142,6 +142,11 @@ class Turning(torch.optim.SGD):  # its rate follows a list of steps
                 group["lr"] = 0.1 / len(steps)
         return super().step(closure)
 
+class Gained(nn.Conv2d):  # one option has no default, another None
+    def __init__(self, *sizes, gain, mode=None, **geometry):
+        super().__init__(*sizes, **geometry)
+        self.chosen = gain, mode
+
 class Told(torch.optim.SGD):
     def step(self, closure=None):
         for parameter in self.param_groups[0]["params"]:
@@ -409,6 +414,16 @@ def test_a_file_that_exits_when_it_is_imported_is_one_line(tmp_path):
         SettingsError, match=r"^a\.setting = 'exits:X' can't be imported: it calls sys\.exit$"
     ):
         find("a.setting", "exits:X")
+
+
+def test_options_of_a_convolution_need_no_default(own):
+    changes = {"model.arch": "resnet8", "model.conv": "mine:Gained"}
+    network = build_model(own(**changes, **{"model.conv-options": {"gain": 2.5, "mode": "fast"}}), 10)
+    assert {layer.chosen for layer in network.modules() if hasattr(layer, "chosen")} == {(2.5, "fast")}
+    with pytest.raises(
+        SettingsError, match=r"model\.conv = 'mine:Gained' .*missing a required argument: 'gain'"
+    ):
+        build_model(own(**changes), 10)
 
 
 def test_an_optimisers_lists_are_kept_over_a_stop(own, tmp_path, monkeypatch):
