@@ -339,7 +339,8 @@ def build_model(settings: Settings, classes: int, image_size: int = 0) -> nn.Mod
             )
         key, name = ("model.arch", model.arch) if is_own(model.arch) else ("model.conv", model.conv)
         if is_own(name):
-            _check_network(f"{key} = {name!r}", network, classes, size())
+            _check_state(f"{key} = {name!r}", network)
+            _check_logits(f"{key} = {name!r}", network, classes, size())
     return network
 
 
@@ -357,8 +358,8 @@ def _own_network(settings: Settings, classes: int, image_size: int) -> nn.Module
     return network
 
 
-def _check_network(name: str, network: nn.Module, classes: int, image_size: int) -> None:
-    """See that the network, which `name` has a part in, maps images to logits, and that its state can be sent."""
+def _check_state(name: str, network: nn.Module) -> None:
+    """See that the network, which `name` has a part in, can be trained, and its state sent."""
     if not any(parameter.requires_grad for parameter in network.parameters()):
         raise SettingsError(f"{name} has no parameters to train")
     for key, value in network.state_dict().items():
@@ -367,6 +368,10 @@ def _check_network(name: str, network: nn.Module, classes: int, image_size: int)
             raise SettingsError(
                 f"{name} has {key} in its state, which is {kind}: only real tensors can be sent"
             )
+
+
+def _check_logits(name: str, network: nn.Module, classes: int, image_size: int) -> None:
+    """See that the network, which `name` has a part in, maps images to logits, in training too."""
     tried = copy.deepcopy(network)  # training changes the statistics of normalisation
     for training, images in ((False, 1), (True, 2)):
         mode = "training" if training else "evaluation"

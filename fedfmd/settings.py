@@ -714,12 +714,13 @@ class Settings(_Section):
         if is_own(budget.policy):
             return
         if not POLICIES[budget.policy].fewer_kernels:
-            if budget.kernels:
-                raise SettingsError(_without_effect("budget.kernels", budget.kernels, budget.policy))
-            if budget.kernel_choice != BudgetSettings().kernel_choice:
-                raise SettingsError(
-                    _without_effect("budget.kernel-choice", budget.kernel_choice, budget.policy)
-                )
+            able = ", ".join(name for name, rules in POLICIES.items() if rules.fewer_kernels)
+            for name in ("kernels", "kernel_choice"):
+                if (value := getattr(budget, name)) != getattr(BudgetSettings(), name):
+                    raise SettingsError(
+                        f"budget.{_kebab(name)} = {value!r} has no effect with budget.policy = {budget.policy!r}: it "
+                        f"belongs to {able}"
+                    )
             return
         if is_own(model.conv):
             return
@@ -864,11 +865,6 @@ def flatten(values: Mapping[str, Any]) -> dict[str, Any]:
             raise SettingsError(f"setting {key} is given twice")
         flat[key] = value
     return flat
-
-
-def _without_effect(key: str, value: Scalar, policy: str) -> str:
-    able = ", ".join(name for name, rules in POLICIES.items() if rules.fewer_kernels)
-    return f"{key} = {value!r} has no effect with budget.policy = {policy!r}: it belongs to {able}"
 
 
 def _walk(values: Mapping[str, Any], prefix: str) -> Iterable[tuple[str, Any]]:

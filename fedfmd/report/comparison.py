@@ -110,9 +110,12 @@ def _read_all(files: Mapping[Path, frozenset[str]]) -> list[Run]:
 
 def _with_whole_paths(runs: Sequence[Run]) -> list[Run]:
     """Return the runs, the packed ones with whole paths, where a path of the others is the only one of its name."""
+    if not any(run.packed for run in runs):
+        return list(runs)
+    known = [run.settings.flat() for run in runs if not run.packed]
     wholes: dict[str, dict[Scalar, str]] = {}
     for key in PATHS:
-        paths = {str(run.settings.flat()[key]) for run in runs if not run.packed}
+        paths = {str(flat[key]) for flat in known}
         names = [Path(path).name for path in paths]
         wholes[key] = {Path(path).name: path for path in paths if names.count(Path(path).name) == 1}
         wholes[key].pop("", None)  # no path at all
@@ -228,9 +231,11 @@ def _without_twins(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
         counted = run.settings.kept().keys() - Settings.NEUTRAL
         firsts.setdefault(tuple(item for item in heeded.items() if item[0] in counted), run)
     kept = list(firsts.values())
+    others = [run for run in runs if run not in kept]
+    if not any(run.packed for run in others):
+        return kept, others
     known = {(run.identity, run.rounds) for run in kept if not run.packed}
-    copies = [run for run in runs if run.packed and (run.identity, run.rounds) in known]
-    return kept, [run for run in runs if run not in kept and run not in copies]
+    return kept, [run for run in others if not (run.packed and (run.identity, run.rounds) in known)]
 
 
 def _labelled(runs: Sequence[Run], chosen: Iterable[str] = ()) -> tuple[Run, ...]:
