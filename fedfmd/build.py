@@ -131,6 +131,7 @@ def build_federation(settings: Settings) -> Federation:
     fleet = build_fleet(settings, sizes)
     model = build_model(settings, dataset.classes, dataset.image_size)
     start = load_start(model, settings, dataset.classes)
+    check_last_batches(settings, model, sizes, dataset)
     model = model.to(device)
     cost = count(model, dataset.image_size)
     arrays = shared_arrays(model)
@@ -372,23 +373,51 @@ def _check_state(name: str, network: nn.Module) -> None:
 
 def _check_logits(name: str, network: nn.Module, classes: int, image_size: int) -> None:
     """See that the network, which `name` has a part in, maps images to logits, in training too."""
+    _check_batch(name, network.eval(), 1, classes, image_size)
+    _check_batch(name, network.train(), 2, classes, image_size)
+
+
+def _check_batch(
+    name: str, network: nn.Module, images: int, classes: int, image_size: int, hint: str = ""
+) -> None:
+    """See that the network, in the mode it is in, maps so many images to logits; it stays as it is."""
     tried = copy.deepcopy(network)  # training changes the statistics of normalisation
-    for training, images in ((False, 1), (True, 2)):
-        mode = "training" if training else "evaluation"
-        try:
-            with torch.no_grad():
-                logits = tried.train(training)(torch.zeros(images, 3, image_size, image_size))
-        except Exception as error:  # whatever it is, it is the user's to mend
-            raise SettingsError(
-                f"{name} fails in {mode} on a batch of {images}×3×{image_size}×{image_size}: {one_line(error)}"
-            ) from error
-        if not isinstance(logits, torch.Tensor) or logits.shape != (images, classes):
-            got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else f"a {type(logits).__name__}"
-            raise SettingsError(
-                f"{name} must map images B×3×{image_size}×{image_size} to logits B×{classes}; in {mode} a batch "
-                f"of {images} gave {got}"
-            )
-    network.train()
+    mode = "training" if network.training else "evaluation"
+    try:
+        with torch.no_grad():
+            logits = tried(torch.zeros(images, 3, image_size, image_size))
+    except Exception as error:  # whatever it is, it is the user's to mend
+        raise SettingsError(
+            f"{name} fails in {mode} on a batch of {images}×3×{image_size}×{image_size}: {one_line(error)}{hint}"
+        ) from error
+    if not isinstance(logits, torch.Tensor) or logits.shape != (images, classes):
+        got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else f"a {type(logits).__name__}"
+        raise SettingsError(
+            f"{name} must map images B×3×{image_size}×{image_size} to logits B×{classes}; in {mode} a batch "
+            f"of {images} gave {got}{hint}"
+        )
+
+
+def check_last_batches(settings: Settings, model: nn.Module, sizes: Sequence[int], dataset: Dataset) -> None:
+    """See that the model can train on a single image, if one of these `sizes` leaves that for the end of a pass.
+
+    BatchNorm can't where a model's maps are 1×1.
+
+    Raises:
+        SettingsError: it can't.
+    """
+    batch = settings.train.batch_size
+    alone = sum((images - 1) % batch == 0 for images in sizes)
+    if alone:
+        whose = f"{alone} of {len(sizes)} clients" if settings.kind == "federated" else "each epoch"
+        _check_batch(
+            f"train.batch-size = {batch} leaves {whose} a last batch of one image: the network",
+            model.train(),
+            1,
+            dataset.classes,
+            dataset.image_size,
+            hint="; take another batch size, or model.norm=group",
+        )
 
 
 def own_sources(settings: Settings) -> tuple[Path, ...]:

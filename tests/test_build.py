@@ -194,6 +194,27 @@ def test_what_cannot_be_built_is_one_line(changes, message, tiny_settings, tmp_p
     assert "\n" not in str(error.value)
 
 
+DEEP = {"model.arch": "resnet18", "model.width": 0.125, "model.norm": "batch"}
+"""The maps of its last stage are 1×1 on images of 8×8."""
+
+
+def test_a_last_batch_of_one_image_is_refused_where_batch_norm_cannot_train_on_it(tiny_settings):
+    message = (
+        "train.batch-size = 2 leaves 3 of 3 clients a last batch of one image: the network fails in training on a "
+        "batch of 1×3×8×8: ValueError: Expected more than 1 value per channel.*; take another batch size, or "
+        "model.norm=group"
+    )
+    with pytest.raises(SettingsError, match=message):
+        build_federation(tiny_settings(**DEEP, **{"train.batch-size": 2}))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"train.batch-size": 3}, {"model.norm": "group"}, {"model.arch": "resnet8"}]
+)
+def test_other_last_batches_are_trained_on(changes, tiny_settings):
+    build_federation(tiny_settings(**DEEP | {"train.batch-size": 2} | changes))
+
+
 def test_a_missing_gpu_is_told(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

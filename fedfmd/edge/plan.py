@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import numpy as np
+
 from fedfmd.cost import Cost, training_flops, training_memory
 from fedfmd.edge.fleet import Client
 
@@ -264,16 +266,10 @@ def _chosen(
     """Return the plan that a policy of a user's own chooses; `batches` has the batch size by number of kernels."""
 
     def plan(steps: int | None = None, kernels: int | None = None) -> WorkPlan:
-        kernels = max(batches) if kernels is None else kernels
-        if kernels not in batches:
-            raise ValueError(
-                f"kernels = {kernels}: must be {min(batches)} to {max(batches)}, as the device holds"
-            )
-        most = workload.steps(batches[kernels])
-        steps = most if steps is None else steps
-        if type(steps) is not int or not 1 <= steps <= most:
-            raise ValueError(f"steps = {steps}: must be a whole number from 1 to {most}")
-        return _work(client, workload, budget, kernels, batches[kernels], steps)
+        held = max(batches) if kernels is None else _whole("kernels", kernels, max(batches), client)
+        most = workload.steps(batches[held])
+        taken = most if steps is None else _whole("steps", steps, most, client)
+        return _work(client, workload, budget, held, batches[held], taken)
 
     chosen = choose({"full": plan(), "plan": plan, "client": client, "workload": workload, "budget": budget})
     if not isinstance(chosen, WorkPlan):
@@ -282,6 +278,15 @@ def _chosen(
             f"a {type(chosen).__name__}"
         )
     return plan(chosen.steps, chosen.kernels)
+
+
+def _whole(name: str, value: object, most: int, client: Client) -> int:
+    """Return a number that a policy chose, which may be NumPy's, as Python's own, which rows and messages hold."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 1 <= value <= most:
+        raise ValueError(
+            f"{name} = {value}: must be a whole number from 1 to {most} for client {client.id} ({client.device.name})"
+        )
+    return int(value)
 
 
 def _most_steps(

@@ -22,6 +22,7 @@ from fedfmd.build import (
     build_rate,
     build_sgd,
     build_temperature,
+    check_last_batches,
     check_training,
     describe_network,
     placed,
@@ -145,6 +146,7 @@ def prepare_centralised(settings: Settings) -> Training:
     dataset = build_dataset(settings)
     model = build_model(settings, dataset.classes, dataset.image_size)
     start = load_start(model, settings, dataset.classes)
+    check_last_batches(settings, model, [len(dataset.train)], dataset)
     model = model.to(device)
     cost = count(model, dataset.image_size)
     check_training(settings, dataset.classes)

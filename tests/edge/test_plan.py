@@ -1,6 +1,7 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from fedfmd.cost import Cost
@@ -370,6 +371,12 @@ def test_a_plan_that_was_chosen_is_judged_as_any_other():
     assert [p.status for p in plans_for(choosing(lambda told: told["full"], 10.5))] == ["ok", "late", "late"]
 
 
+def test_a_policy_may_choose_numbers_of_numpy():
+    chosen = plans_for(choosing(lambda told: told["plan"](steps=np.int64(2), kernels=np.int64(3))))[0]
+    assert (type(chosen.steps), type(chosen.kernels), type(chosen.up_bytes)) == (int, int, int)
+    assert (chosen.steps, chosen.kernels) == (2, 3)
+
+
 def test_what_was_chosen_costs_what_it_costs():
     """A policy can't make a plan cheaper than its steps and kernels are."""
     cheap = plans_for(choosing(lambda told: replace(told["full"], compute_s=0.0)))
@@ -385,7 +392,10 @@ def test_what_was_chosen_costs_what_it_costs():
         ),
         (lambda told: told["plan"](steps=0), "steps = 0: must be a whole number from 1 to 6"),
         (lambda told: told["plan"](steps=2.5), "steps = 2.5: must be a whole number from 1 to 6"),
-        (lambda told: told["plan"](kernels=5), "kernels = 5: must be 1 to 4, as the device holds"),
+        (
+            lambda told: told["plan"](kernels=5),
+            "kernels = 5: must be a whole number from 1 to 4 for client 0",
+        ),
     ],
 )
 def test_a_policy_that_chooses_no_plan_is_refused(choose, message):

@@ -350,6 +350,10 @@ def test_training_that_diverges_is_one_line_and_leaves_no_row(tmp_path):
         ({"device": "tpu"}, "device = 'tpu': "),
         ({"data.dataset": "npz"}, "data.train "),
         ({"data.image-size": 4}, "data.image-size = 4: "),
+        (
+            {"model.arch": "resnet18", "model.norm": "batch", "train.batch-size": 4},
+            "train.batch-size = 4 leaves each epoch a last batch of one image: the network fails in training",
+        ),
     ],
 )
 def test_nothing_is_written_before_the_checks(changes, message, tmp_path):
