@@ -186,7 +186,7 @@ def image_set(
         raise ValueError(
             f"{source}: images of {_shape(pixels[0])} are not square; set data.image-size to cut them"
         )
-    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+    images = torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).contiguous()
     if image_size is not None and images.shape[2:] != (image_size, image_size):
         images = fit(images, image_size)
     return ImageSet(images, checked)

@@ -9,6 +9,7 @@ from PIL import Image
 
 from fedfmd.data import ImageSet, hold_out, load_image_set, read_image
 from fedfmd.data.images import channel_statistics, histograms
+from fedfmd.data.loading import image_set
 
 
 @pytest.fixture
@@ -115,6 +116,13 @@ def test_npz_becomes_channels_first(write_npz):
     assert torch.equal(images.images.permute(0, 2, 3, 1), torch.from_numpy(np.load(path)["images"]))
     assert images.labels.dtype == torch.int64
     assert images.labels.tolist() == [0, 2]
+
+
+def test_arrays_may_be_views_that_run_backwards():
+    pixels = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3)
+    images = image_set(pixels[::-1, :, ::-1], np.array([0, 1])[::-1], "mine:load")
+    assert torch.equal(images.images, torch.from_numpy(pixels).permute(0, 3, 1, 2).flip(0, 3))
+    assert images.labels.tolist() == [1, 0]
 
 
 def test_npz_is_cut_to_the_image_size(write_npz):
