@@ -33,6 +33,7 @@ logger = logging.getLogger("fedfmd")
 DIGITS_DEPEND_ON = {
     "torch": ("versions", "torch"),
     "processor": ("machine", "processor"),
+    "vector instructions": ("machine", "capability"),
     "compiled mixing": ("machine", "native_mixing"),
 }
 """What last digits follow beside settings and code, and where environment.json has it."""

@@ -90,6 +90,9 @@ def read_comparison(folders: Iterable[Path], selection: Selection | None = None)
     commits = sorted({str(run.environment.get("commit"))[:12] for run in runs if run.environment})
     if len(commits) > 1:
         notes.append(f"The runs come from different code: commits {', '.join(commits)}.")
+    machines = sorted({run.machine for run in runs if run.machine})
+    if len(machines) > 1:
+        notes.append(f"Measured seconds don't compare, as the machines differ: {'; '.join(machines)}.")
     if beyond := _labelled(runs)[0].unlabelled:
         notes.append(f"Labels are short: groups may differ in {', '.join(beyond)} as well.")
     selection = selection or _stored_selection(files, read)

@@ -364,10 +364,9 @@ def _public_settings(runs: Sequence[Run]) -> dict[str, object]:
 def _origin(runs: Sequence[Run]) -> str:
     """Versions, machine and commit of the runs, as far as they are known."""
     origins = dict.fromkeys(
-        f"{', '.join(f'{name} {version}' for name, version in known.get('versions', {}).items())}; "
-        f"{known.get('machine', {}).get('processor')}, {known.get('machine', {}).get('cores')} cores; "
-        f"commit {str(known.get('commit'))[:12]}"
-        for known in (run.environment for run in runs)
-        if known
+        f"{', '.join(f'{name} {version}' for name, version in run.environment.get('versions', {}).items())}; "
+        f"{run.machine}; commit {str(run.environment.get('commit'))[:12]}"
+        for run in runs
+        if run.environment
     )
     return " · ".join(origins) or "Versions and machine were not kept of the runs."

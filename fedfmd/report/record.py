@@ -61,6 +61,16 @@ class Run:
         return ", ".join(filter(None, (self.variant, self.task))) or "all runs"
 
     @property
+    def machine(self) -> str:
+        """The machine that made it, such as "AMD EPYC (AVX512), 2 cores"; "" if that was not kept."""
+        known = self.environment.get("machine")
+        if not known:
+            return ""
+        capability = f" ({known['capability']})" if "capability" in known else ""
+        gpu = f", {known['gpu']}" if known.get("gpu") else ""
+        return f"{known.get('processor')}{capability}, {known.get('cores')} cores{gpu}"
+
+    @property
     def identity(self) -> tuple[tuple[str, Scalar], ...]:
         """All settings that its files keep: runs that have them in common are the same run, made once more."""
         return tuple(self.settings.kept().items())

@@ -214,6 +214,7 @@ def environment(*own: Path) -> dict[str, Any]:
             "system": f"{platform.system()} {platform.release()}",
             "architecture": platform.machine(),
             "processor": _processor(),
+            "capability": torch.backends.cpu.get_cpu_capability(),  # such as AVX512: one name stands for many
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
             "native_mixing": is_compiled(),
             "cores": os.cpu_count(),

@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 
@@ -166,6 +168,15 @@ def test_runs_of_different_code_are_compared_but_named(runs):
     path.write_text('{"commit": "0123456789abcdef"}')
     (note,) = read_comparison([runs]).notes
     assert note.startswith("The runs come from different code: commits 0123456789ab")
+
+
+def test_runs_of_different_machines_are_compared_but_their_seconds_are_not(runs):
+    known = json.loads((runs / "static-0" / "environment.json").read_text())
+    known["machine"] |= {"processor": "Raspberry Pi 5", "capability": "DEFAULT", "cores": 4, "gpu": None}
+    (runs / "static-0" / "environment.json").write_text(json.dumps(known))
+    (note,) = read_comparison([runs]).notes
+    assert note.startswith("Measured seconds don't compare, as the machines differ: ")
+    assert "Raspberry Pi 5 (DEFAULT), 4 cores" in note
 
 
 def test_a_centralised_run_is_read_with_its_epochs(write_centralised_run):
