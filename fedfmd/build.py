@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.parameter import is_lazy
 
 from fedfmd.cache import cache_dir
 from fedfmd.conv import TemperatureSchedule, dynamic_layers, is_dynamic, make_conv
@@ -44,11 +45,12 @@ from fedfmd.edge import (
 )
 from fedfmd.errors import SettingsError, need, one_line
 from fedfmd.models import NORMS, make_model
-from fedfmd.own_code import call, find, is_own, sources_of
+from fedfmd.own_code import call, files_of, find, is_own
 from fedfmd.protocol.compression import upload_bytes
 from fedfmd.protocol.state import (
     Arrays,
     bank_of,
+    false_kernels,
     fixed_names,
     parameter_names,
     payload_bytes,
@@ -364,11 +366,18 @@ def _check_state(name: str, network: nn.Module) -> None:
     if not any(parameter.requires_grad for parameter in network.parameters()):
         raise SettingsError(f"{name} has no parameters to train")
     for key, value in network.state_dict().items():
+        if is_lazy(value):
+            raise SettingsError(f"{name} has {key}, whose shape is still open: tell its layer all sizes")
         if not isinstance(value, torch.Tensor) or value.is_complex():
             kind = "complex" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
             raise SettingsError(
                 f"{name} has {key} in its state, which is {kind}: only real tensors can be sent"
             )
+    for key in false_kernels(network):
+        raise SettingsError(
+            f"{name} has {key} in its state, which reads as a kernel of a dynamic convolution: no other part may be "
+            "called bank or bias_bank"
+        )
 
 
 def _check_logits(name: str, network: nn.Module, classes: int, image_size: int) -> None:
@@ -381,9 +390,9 @@ def _check_batch(
     name: str, network: nn.Module, images: int, classes: int, image_size: int, hint: str = ""
 ) -> None:
     """See that the network, in the mode it is in, maps so many images to logits; it stays as it is."""
-    tried = copy.deepcopy(network)  # training changes the statistics of normalisation
     mode = "training" if network.training else "evaluation"
     try:
+        tried = copy.deepcopy(network)  # training changes the statistics of normalisation
         with torch.no_grad():
             logits = tried(torch.zeros(images, 3, image_size, image_size))
     except Exception as error:  # whatever it is, it is the user's to mend
@@ -426,7 +435,7 @@ def own_sources(settings: Settings) -> tuple[Path, ...]:
     Raises:
         SettingsError: the settings name some that can't be imported.
     """
-    files = [file for key, name in settings.own_code.items() for file in sources_of(find(key, name))]
+    files = [file for key, name in settings.own_code.items() for file in files_of(key, name)]
     return tuple(dict.fromkeys(files))
 
 
@@ -504,7 +513,8 @@ def check_training(settings: Settings, classes: int) -> int:
     """
     train, sgd = settings.train, build_sgd(settings)
     if is_own(train.loss):
-        logits = torch.randn(4, classes, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        drawn = torch.randn(4, classes, generator=torch.Generator().manual_seed(0))
+        logits = drawn.requires_grad_().clone()  # no leaf, as those of a network are none
         labels = torch.arange(4) % classes
         loss = call("train.loss", train.loss, first={"logits": logits, "labels": labels})
         if not (isinstance(loss, torch.Tensor) and loss.shape == () and loss.requires_grad):

@@ -8,7 +8,8 @@ import sys
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib import import_module
+from functools import partial
+from importlib import import_module, invalidate_caches
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -18,12 +19,44 @@ from fedfmd.errors import FedfmdError, SettingsError, one_line
 FOLDER = "FEDFMD_OWN_CODE"
 """The environment variable that tells this process, and those that it starts, where to look."""
 
+_searched: set[str] = set()
+"""Folders that `find` added to where Python looks."""
+
+_imported: set[str] = set()
+"""Modules that it imported, by name."""
+
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 def look_in(folder: Path) -> None:
-    """Let `find` look in this folder too, that of an experiment file, here and in the processes of its runs."""
-    os.environ[FOLDER] = str(folder.resolve())
+    """Let `find` look in this folder too, that of an experiment file, here and in the processes of its runs.
+
+    What it found in an earlier one is forgotten, so that files of one name in two folders aren't taken for each other.
+    """
+    earlier, now = os.environ.get(FOLDER), str(folder.resolve())
+    if earlier and earlier != now:
+        _forget(Path(earlier))
+    os.environ[FOLDER] = now
+
+
+def _forget(folder: Path) -> None:
+    """Import nothing from this folder any more, and keep no module that was; a library below it stays."""
+    if str(folder) not in _searched:
+        return
+    _searched.remove(str(folder))
+    if str(folder) in sys.path:
+        sys.path.remove(str(folder))
+    for name in list(_imported):
+        top, file = name.partition(".")[0], _file_of(name)
+        if file == folder / f"{top}.py" or file.is_relative_to(folder / top):
+            _imported.remove(name)
+            del sys.modules[name]
+    invalidate_caches()
+
+
+def _file_of(module: str) -> Path:
+    """Return the file of an imported module; of one without a file, such as built-in ones, a path that is none."""
+    return Path(getattr(sys.modules.get(module), "__file__", None) or os.devnull)
 
 
 def is_own(name: str) -> bool:
@@ -40,7 +73,9 @@ def find(setting: str, name: str) -> Any:
     folder = os.environ.get(FOLDER)
     if folder and folder not in sys.path:
         sys.path.append(folder)  # last: no file there may hide a library
+        _searched.add(folder)
     module, _, attribute = name.partition(":")
+    known = set(sys.modules)
     try:
         found = import_module(module)
     except (ImportError, ValueError) as error:
@@ -50,6 +85,7 @@ def find(setting: str, name: str) -> Any:
         ) from None
     except (Exception, SystemExit) as error:  # what stands in the module is the user's to mend
         raise SettingsError(f"{setting} = {name!r} can't be imported: {_told(error)}") from error
+    _imported.update(sys.modules.keys() - known)
     try:
         return getattr(found, attribute)
     except AttributeError as error:
@@ -114,13 +150,29 @@ def running(what: str, kind: type[FedfmdError], own: Any) -> Iterator[None]:
         raise kind(f"{what}{_place(own, error)}: {_told(error)}") from error
 
 
+def files_of(setting: str, name: str) -> tuple[Path, ...]:
+    """Return the files of what `name` stands for: its module's, and that which it comes from.
+
+    Raises:
+        SettingsError: as `find`.
+    """
+    own = find(setting, name)
+    named = _file_of(name.partition(":")[0])
+    return tuple(dict.fromkeys([*([named] if named.is_file() else []), *sources_of(own)]))
+
+
 def sources_of(own: Any) -> tuple[Path, ...]:
-    """Return the file that a class or function is in, if it has one."""
-    try:
-        file = inspect.getsourcefile(own)
-    except TypeError:  # what is written in C has none
-        file = None
-    return (Path(file),) if file else ()
+    """Return the file that a class or function is in, if it has one; of an instance, that of its class."""
+    while isinstance(own, partial):
+        own = own.func
+    own = inspect.unwrap(own)
+    for thing in (own, type(own)):
+        try:
+            file = inspect.getsourcefile(thing)
+        except TypeError:  # an instance; what is written in C has none
+            continue
+        return (Path(file),) if file else ()
+    return ()
 
 
 def _told(error: Exception | SystemExit) -> str:

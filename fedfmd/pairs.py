@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import yaml
 
 from fedfmd.strict_yaml import load_yaml
-
-_PART = re.compile(r"""(?:"(?:\\.|[^"\\])*"|'[^']*'|\[[^]]*\]|\{[^}]*\}|[^,"'\[{])+""")
-"""What stands between commas that are in no quotes, and in no list or mapping of scalars."""
 
 
 def join_pairs(values: Mapping[str, Any]) -> str:
@@ -21,10 +17,31 @@ def join_pairs(values: Mapping[str, Any]) -> str:
 
 
 def split_pairs(text: str) -> Iterator[tuple[str, str]]:
-    """Yield names and values of `name:value, …`; lists and quoted texts may have commas of their own."""
-    for part in filter(None, (part.strip() for part in _PART.findall(text))):
+    """Yield names and values of `name:value, …`; lists, mappings and quoted texts may have commas of their own."""
+    for part in filter(None, map(str.strip, _parts(text))):
         name, _, value = (word.strip() for word in part.partition(":"))
         yield name, value
+
+
+def _parts(text: str) -> Iterator[str]:
+    """Yield what stands between commas that are in no quotes, and in no list or mapping."""
+    part, depth, quote, escaped = "", 0, "", False
+    for char in text:
+        if char == "," and not quote and not depth:
+            yield part
+            part = ""
+            continue
+        part += char
+        if escaped:
+            escaped = False
+        elif quote:
+            escaped = char == "\\" and quote == '"'
+            quote = "" if char == quote else quote
+        elif char in "\"'":
+            quote = char
+        else:
+            depth += (char in "[{") - (char in "]}")
+    yield part
 
 
 def read_value(text: str) -> Any:

@@ -10,6 +10,7 @@ from flwr.app import ArrayRecord, Message, MessageType
 
 from fedfmd.build import Federation, build_rate
 from fedfmd.edge import WorkPlan, keep_first, plan_work, round_seconds
+from fedfmd.errors import RunError, SettingsError
 from fedfmd.flower_compat import message_id
 from fedfmd.protocol.messages import BY_ATTENTION, Assignment, Instruction, write_instruction
 from fedfmd.seeds import derive_seed
@@ -91,11 +92,18 @@ class Planner:
         return federation.fleet.idle_seconds(time_s, federation.budget.deadline_s or RETRY_S)
 
     def plan(self, number: int, client: int) -> WorkPlan:
-        """Return what the client does in the round, or on the flight, of this number."""
+        """Return what the client does in the round, or on the flight, of this number.
+
+        Raises:
+            RunError: a policy of the user's own fails, or chooses no plan, as it did not before the run.
+        """
         federation = self.federation
         owner = federation.fleet.clients[client]
         speed = federation.fleet.speed(number, owner)
-        return plan_work(owner, federation.workload(client), federation.budget, speed)
+        try:
+            return plan_work(owner, federation.workload(client), federation.budget, speed)
+        except (SettingsError, ValueError) as error:
+            raise RunError(f"round {number}, client {client}: {error}") from error
 
     def training(
         self, node: int, hand: Iterable[WorkPlan], number: int, done: int, arrays: ArrayRecord

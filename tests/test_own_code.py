@@ -12,7 +12,7 @@ from fedfmd.data import StreamedImages
 from fedfmd.engines.centralised import run_centralised
 from fedfmd.errors import SettingsError
 from fedfmd.experiment import load_experiment
-from fedfmd.own_code import FOLDER, call, find, look_in, sources_of
+from fedfmd.own_code import FOLDER, call, files_of, find, look_in, sources_of
 from fedfmd.run_folder import open_run_folder, run_path
 from fedfmd.runs import code_digest, latest_checkpoint, save_checkpoint
 
@@ -147,6 +147,35 @@ class Gained(nn.Conv2d):  # one option has no default, another None
         super().__init__(*sizes, **geometry)
         self.chosen = gain, mode
 
+def in_place(logits, labels):
+    logits /= 2
+    return nn.functional.cross_entropy(logits, labels)
+
+def banked(classes, image_size, conv, norm):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * image_size**2, classes))
+    network.add_module("bank", nn.Linear(classes, classes))
+    return network
+
+def open_sizes(classes, image_size, conv, norm):
+    return nn.Sequential(nn.Flatten(), nn.LazyLinear(classes))
+
+def uncopied(classes, image_size, conv, norm):
+    network = make(classes, image_size, conv, norm)
+    import threading
+    network.lock = threading.Lock()
+    return network
+
+class Slower(torch.optim.SGD):  # all parameters but the first at a hundredth of the rate
+    def __init__(self, parameters, lr):
+        first, *others = parameters
+        super().__init__([{"params": [first]}, {"params": others, "lr": lr / 100}], lr=lr)
+
+    def step(self, closure=None):
+        rates.append([group["lr"] for group in self.param_groups])
+        return super().step(closure)
+
+rates = []
+
 class Told(torch.optim.SGD):
     def step(self, closure=None):
         for parameter in self.param_groups[0]["params"]:
@@ -200,6 +229,25 @@ def test_no_file_there_hides_a_library(tmp_path):
 
 def test_the_file_of_own_code_is_known(mine):
     assert sources_of(find("model.arch", "mine:make")) == (mine / "mine.py",)
+
+
+@pytest.mark.parametrize("name", ["PART", "INSTANCE", "CACHED"])
+def test_the_file_of_what_stands_for_a_function_is_known_too(name, mine):
+    made = mine / f"made_{name.lower()}.py"
+    made.write_text(
+        "from functools import lru_cache, partial\nimport mine\nPART = partial(mine.make, channels=2)\n"
+        "INSTANCE = mine.Wavy(3, 3, 1)\nCACHED = lru_cache(mine.make)\n"
+    )
+    assert files_of("a.setting", f"{made.stem}:{name}") == (made, mine / "mine.py")
+
+
+def test_experiments_of_two_folders_have_each_their_own_code(tmp_path):
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "of_one_name.py").write_text(f"from its_part import WORD\nNAME = {name!r}\n")
+        (tmp_path / name / "its_part.py").write_text(f"WORD = {name!r}\n")
+        look_in(tmp_path / name)
+        assert find("a.setting", "of_one_name:NAME") == find("a.setting", "of_one_name:WORD") == name
 
 
 def test_a_module_that_fails_is_one_line(tmp_path):
@@ -268,6 +316,9 @@ def test_its_source_counts_as_code_of_the_run(kind, own, mine, tmp_path):
         ({"model.arch": "mine:auxiliary"}, "to logits B×10; in training a batch of 2 gave a tuple"),
         ({"model.arch": "mine:fixed"}, "model.arch = 'mine:fixed' has no parameters to train"),
         ({"model.arch": "resnet8", "model.conv": "mine:Wavy"}, ".waves in its state, which is complex: only real ten"),
+        ({"model.arch": "mine:banked"}, "has bank.weight in its state, which reads as a kernel of a dynamic convol"),
+        ({"model.arch": "mine:open_sizes"}, "has 1.weight, whose shape is still open: tell its layer all sizes"),
+        ({"model.arch": "mine:uncopied"}, "fails in evaluation on a batch of 1×3×8×8: TypeError: cannot pickle"),
         ({"model.arch": "resnet8", "model.conv": "mine:Noted"}, "_extra_state in its state, which is a dict: only re"),
         ({"model.arch": "mine:nothing"}, "must return an nn.Module, and returned a NoneType"),
         ({"model.options": "chanels:16"}, "can't be called (got an unexpected keyword argument 'chanels'): it gets"),
@@ -424,6 +475,17 @@ def test_options_of_a_convolution_need_no_default(own):
         SettingsError, match=r"model\.conv = 'mine:Gained' .*missing a required argument: 'gain'"
     ):
         build_model(own(**changes), 10)
+
+
+def test_the_groups_of_an_optimiser_keep_their_shares_of_the_rate(own, tmp_path):
+    changes = {"train.optimiser": "mine:Slower", "train.epochs": 2, "train.batch-size": 2048, "train.lr": 0.1}
+    run_centralised(own(kind="centralised", **changes).in_folder(tmp_path / "run"), threads=1)
+    rates = find("train.optimiser", "mine:rates")[-2:]
+    assert rates == [pytest.approx([0.1, 0.001]), pytest.approx([0.05, 0.0005])]  # the cosine's
+
+
+def test_a_loss_may_change_its_logits(own):
+    assert build_federation(own(**{"train.loss": "mine:in_place"})).settings.train.loss == "mine:in_place"
 
 
 def test_an_optimisers_lists_are_kept_over_a_stop(own, tmp_path, monkeypatch):

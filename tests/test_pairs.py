@@ -12,6 +12,8 @@ from fedfmd.settings import Settings
         ({"widths": [16, 32], "last": 1}, "widths:[16, 32], last:1"),
         ({"names": ["a", "b"]}, 'names:["a", "b"]'),
         ({"stages": {"first": 1, "second": 2}}, 'stages:{"first": 1, "second": 2}'),
+        ({"channels": [[16, 32], [64, 128]], "last": 1}, "channels:[[16, 32], [64, 128]], last:1"),
+        ({"names": ["a]b", 'c", {d'], "last": 1}, 'names:["a]b", "c\\", {d"], last:1'),
         ({"five": "5", "yes": "yes"}, 'five:"5", yes:"yes"'),
         ({"words": "one, two: it's", "after": 0.5}, 'words:"one, two: it\'s", after:0.5'),
     ],

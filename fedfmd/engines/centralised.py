@@ -114,6 +114,8 @@ def run_centralised(settings: Settings, threads: int, cores: int = 1) -> None:
     training = _with_workers(prepare_centralised(settings), cores)
     with open_run_folder(settings) as folder:
         optimiser = training.sgd.optimiser(training.model.parameters())
+        for group in optimiser.param_groups:
+            group.setdefault("initial_lr", group["lr"])  # PyTorch's name; a group may have a rate of its own
         progress = _resume(training, optimiser, folder)
         for line in _header(training):
             logger.info(line)
@@ -186,7 +188,7 @@ def _run_epoch(
     epoch = done + 1
     lr = build_rate(settings, done)
     for group in optimiser.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * (group.get("initial_lr", training.sgd.lr) / training.sgd.lr)
     temperature = training.temperature.at(done)
     set_temperature(model, temperature)
     trained, wall_s = _train_epoch(training, optimiser, progress, folder)

@@ -65,7 +65,7 @@ def _check_size(model: nn.Module, image_size: int) -> None:
     try:
         with torch.no_grad():
             model.eval()(torch.zeros(1, 3, image_size, image_size))
-    except RuntimeError as error:
+    except Exception as error:  # a network of the user's own may raise anything
         raise SettingsError(
             f"--image-size = {image_size}: the model fails on such images: {one_line(error)}"
         ) from None

@@ -10,7 +10,7 @@ from torch import nn
 from torch.export import Dim, ExportedProgram
 
 from fedfmd.conv import dynamic_layers
-from fedfmd.errors import need
+from fedfmd.errors import SettingsError, need, one_line
 
 
 def export_onnx(model: nn.Module, image_size: int, path: Path) -> None:
@@ -41,4 +41,9 @@ def _program(model: nn.Module, image_size: int) -> ExportedProgram:
     for layer in dynamic_layers(model).values():
         layer.mixing = "auto"  # while exporting: a way that does not depend on the batch size
     images = torch.zeros(2, 3, image_size, image_size)
-    return torch.export.export(model, (images,), dynamic_shapes=({0: Dim("batch")},))
+    try:
+        return torch.export.export(model, (images,), dynamic_shapes=({0: Dim("batch")},))
+    except Exception as error:  # such as a network of the user's own whose path depends on the images
+        raise SettingsError(
+            f"torch.export can't capture the network ({one_line(error)}): use --format safetensors"
+        ) from error
