@@ -138,7 +138,7 @@ def build_federation(settings: Settings) -> Federation:
     cost = count(model, dataset.image_size)
     arrays = shared_arrays(model)
     _check_privacy(settings, model)
-    states = check_training(settings, dataset.classes)
+    states = check_training(settings, model, dataset.classes)
     federation = Federation(
         settings=settings,
         dataset=dataset,
@@ -505,8 +505,10 @@ def _own_optimiser(name: str, parameters: Iterable[Any], how: LocalSGD) -> torch
     return made
 
 
-def check_training(settings: Settings, classes: int) -> int:
+def check_training(settings: Settings, model: nn.Module, classes: int) -> int:
     """See that a user's own loss and optimiser work; returns how many numbers that keeps for each parameter.
+
+    The optimiser takes a step on a copy of the model's parameters.
 
     Raises:
         SettingsError: they don't.
@@ -526,6 +528,11 @@ def check_training(settings: Settings, classes: int) -> int:
                 f"from the logits, and returned {got}"
             )
     try:
+        if is_own(train.optimiser):
+            copies = [nn.Parameter(parameter.detach().clone()) for parameter in model.parameters()]
+            for parameter in copies:
+                parameter.grad = torch.zeros_like(parameter)
+            sgd.optimiser(copies).step()
         return sgd.states()
     except SettingsError:
         raise

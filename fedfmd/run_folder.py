@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from fedfmd.build import own_sources
+from fedfmd.build import build_dataset, own_sources
 from fedfmd.errors import SettingsError
 from fedfmd.runs import (
     CHECKPOINTS,
@@ -38,6 +38,13 @@ DIGITS_DEPEND_ON = {
 }
 """What last digits follow beside settings and code, and where environment.json has it."""
 
+INPUTS = {
+    "weights": "started from other weights",
+    "devices": "had other devices",
+    "trace": "had another trace",
+}
+"""What a run reads from files, by its name in environment.json, and what is said of one that read something else."""
+
 
 @contextmanager
 def open_run_folder(settings: Settings) -> Iterator[RunFolder]:
@@ -56,7 +63,14 @@ def open_run_folder(settings: Settings) -> Iterator[RunFolder]:
         except ValueError as error:
             raise SettingsError(str(error)) from error
         earlier = read_environment(folder.path) if latest_round(folder.checkpoints) else {}
-        folder.write_environment(*own_sources(settings), weights=_weights(settings))
+        images = build_dataset(settings).fingerprint
+        if earlier.get("images", images) != images:
+            raise SettingsError(
+                f"run-dir = {folder.path} holds a run that had other images than data.dataset = "
+                f"{settings.data.dataset} has now: name another folder, or delete this one to start again"
+            )
+        inputs = {name: digest for name, (_, digest) in _inputs(settings).items()}
+        folder.write_environment(*own_sources(settings), images=images, **inputs)
         folder.write_settings(settings.kept())  # last: where it stands, the other does too
         stack.enter_context(_logging_to(folder))
         if changed := _changed(earlier, read_environment(folder.path)):
@@ -115,7 +129,7 @@ def _check_same(settings: Settings, earlier: Settings, path: Path) -> None:
 
 
 def _check_origin(settings: Settings, path: Path) -> None:
-    """Refuse another code, or other weights to start from, than the folder's environment.json tells of."""
+    """Refuse another code, or another content of the run's files, than the folder's environment.json tells of."""
     own = own_sources(settings)
     try:
         earlier = read_environment(path)
@@ -126,11 +140,12 @@ def _check_origin(settings: Settings, path: Path) -> None:
             f"run-dir = {path} holds a run of other code ({_code(earlier)}; now {_code(environment(*own))}): "
             "name another folder, or delete this one to start again"
         )
-    if earlier.get("weights") != _weights(settings):
-        raise SettingsError(
-            f"run-dir = {path} holds a run that started from other weights than {start_file(settings)} has now: name "
-            "another folder, or delete this one to start again"
-        )
+    for name, (file, digest) in _inputs(settings).items():
+        if earlier.get(name, digest) != digest:
+            raise SettingsError(
+                f"run-dir = {path} holds a run that {INPUTS[name]} than {file} has now: name another folder, or delete "
+                "this one to start again"
+            )
 
 
 def _changed(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -142,13 +157,18 @@ def _changed(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     )
 
 
-def _weights(settings: Settings) -> str | None:
-    """Return the digest of the weights that the run starts from; None if they are drawn."""
-    file = start_file(settings)
+def _inputs(settings: Settings) -> dict[str, tuple[Path, str]]:
+    """Return the files that a run works with beside its images, and their digests, by their names in `INPUTS`."""
+    fleet = settings.fleet
+    files = {
+        "weights": start_file(settings),
+        "devices": Path(fleet.devices_file).expanduser() if fleet.devices_file else None,
+        "trace": Path(fleet.trace).expanduser() if fleet.trace else None,
+    }
     try:
-        return Digest.of(file).sha256[:12] if file else None
+        return {name: (file, Digest.of(file).sha256[:12]) for name, file in files.items() if file}
     except OSError as error:
-        raise SettingsError(f"cannot read {file}, which the run starts from: {error.strerror}") from None
+        raise SettingsError(f"cannot read {error.filename}: {error.strerror}") from None
 
 
 def _code(facts: Mapping[str, Any]) -> str:

@@ -39,7 +39,8 @@ def main(grid: Grid, context: Context) -> None:
             federation.partition, dataset.train.labels, dataset.classes, folder.path, dataset.class_names
         )
         progress = strategy.run(grid)
-        logger.info("%d rounds done, best accuracy %.4f", progress.round, progress.best.accuracy)
+        chosen = " by validation" if dataset.validation else ""
+        logger.info("%d rounds done, best accuracy%s %.4f", progress.round, chosen, progress.best.accuracy)
         logger.info("results: %s", folder.path)
 
 

@@ -345,6 +345,10 @@ def test_what_cannot_be_used_is_one_clear_line(changes, line, own):
             {"train.loss": "mine:swapped"},
             "can't be called (too many positional arguments): it gets logits, labels",
         ),
+        (
+            {"train.optimiser": "torch.optim:Muon"},
+            "'torch.optim:Muon' fails: ValueError: Muon only supports 2D parameters",
+        ),
         ({"train.optimiser": "mine:no_optimiser"}, "must make a torch.optim.Optimizer, and made a str"),
         (
             {"train.optimiser": "mine:needs_more"},

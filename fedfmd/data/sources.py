@@ -41,6 +41,10 @@ class Source:
     streaming: Streaming = IN_MEMORY
 
 
+FROM_FILES = ("npz", "imagefolder")
+"""Data sets whose files `data.train` and `data.test` name."""
+
+
 def load_dataset(
     name: str,
     *,
@@ -81,6 +85,12 @@ def load_dataset(
         raise ValueError(f"data.augment = {augment!r}: {not_one_of(augment, AUGMENT_CHOICES)}")
     if classes is not None and name != "npz" and not is_own(name):
         raise ValueError(f"data.classes = {classes} is for data.dataset = 'npz' alone; leave it out")
+    for setting, path in (("train", train), ("test", test)):
+        if path is not None and name not in FROM_FILES and not is_own(name):
+            raise ValueError(
+                f"data.{setting} = {path} and data.dataset = '{name}', which has its own images: leave it out, or set "
+                f"data.dataset to {' or '.join(FROM_FILES)}"
+            )
     if streaming not in STREAMING:
         raise ValueError(f"data.streaming = {streaming!r}: {not_one_of(streaming, STREAMING)}")
     if streaming == "always" and name != "imagefolder" and not is_own(name):

@@ -132,7 +132,8 @@ def run_centralised(settings: Settings, threads: int, cores: int = 1) -> None:
             logger.info(_epoch_text(row, settings.length), extra={"round_row": row})
         if reason:
             logger.info("the run ends after epoch %d of %d: %s", progress.epoch, settings.length, reason)
-        logger.info("%d epochs done, best accuracy %.4f", progress.epoch, progress.best.accuracy)
+        chosen = " by validation" if training.dataset.validation else ""
+        logger.info("%d epochs done, best accuracy%s %.4f", progress.epoch, chosen, progress.best.accuracy)
         logger.info("results: %s", folder.path)
 
 
@@ -151,7 +152,7 @@ def prepare_centralised(settings: Settings) -> Training:
     check_last_batches(settings, model, [len(dataset.train)], dataset)
     model = model.to(device)
     cost = count(model, dataset.image_size)
-    check_training(settings, dataset.classes)
+    check_training(settings, model, dataset.classes)
     return Training(
         settings,
         placed(dataset, device),

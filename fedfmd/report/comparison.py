@@ -62,10 +62,12 @@ def read_comparison(folders: Iterable[Path], selection: Selection | None = None)
     whose values are not those that the selection, by default the folders' own, chooses for its variant.
 
     Raises:
-        SettingsError: there is no run with a finished round, a file of one can't be read, some are federated
-            and some centralised, or there is nothing to choose by.
+        SettingsError: a folder is missing, there is no run with a finished round, a file of one can't be read, some
+            are federated and some centralised, or there is nothing to choose by.
     """
     folders = list(folders)
+    if absent := [str(folder) for folder in folders if not folder.exists()]:
+        raise SettingsError(f"no such folder: {', '.join(absent)}")
     files = {place: names for folder in folders for place, names in _walk(folder)}
     read = _with_whole_paths(_read_all(files))
     started = [run for run in read if run.started]

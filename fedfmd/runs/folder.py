@@ -112,12 +112,12 @@ class RunFolder:
         """Write the resolved settings, in their order."""
         atomic_write(self.settings, yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True))
 
-    def write_environment(self, *own: Path, weights: str | None = None) -> None:
+    def write_environment(self, *own: Path, **inputs: str) -> None:
         """Write the versions, the machine and the code that the run uses, `own` files of the user included.
 
-        `weights` is the digest of those that the run starts from, where they aren't drawn.
+        `inputs` are digests of what the run reads, such as its images.
         """
-        facts = environment(*own) | ({"weights": weights} if weights else {})
+        facts = environment(*own) | inputs
         atomic_write(self.environment, json.dumps(facts, indent=2) + "\n")
 
     def append_round(self, row: RoundRow, clients: Iterable[ClientRow]) -> None:

@@ -1,6 +1,7 @@
 import hashlib
 import pickle
 import urllib.error
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -115,6 +116,15 @@ def test_the_augmentation_may_be_chosen(augment):
 def test_an_unknown_augmentation_is_refused():
     with pytest.raises(ValueError, match=r"data\.augment = 'flip': must be one of auto, none, crop"):
         load_dataset("digits", augment="flip")
+
+
+@pytest.mark.parametrize("name", ["digits", "cifar10"])
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_files_of_other_images_are_refused_where_the_data_set_has_its_own(part, name):
+    with pytest.raises(
+        ValueError, match=rf"^data\.{part} = mine\.npz and data\.dataset = '{name}', which has its own"
+    ):
+        load_dataset(name, **{part: Path("mine.npz")})
 
 
 def test_unknown_dataset_is_refused():

@@ -170,6 +170,11 @@ def test_runs_of_different_code_are_compared_but_named(runs):
     assert note.startswith("The runs come from different code: commits 0123456789ab")
 
 
+def test_a_folder_that_is_not_there_is_told(tmp_path):
+    with pytest.raises(SettingsError, match=rf"^no such folder: {tmp_path / 'none'}$"):
+        read_comparison([tmp_path, tmp_path / "none"])
+
+
 def test_runs_of_different_machines_are_compared_but_their_seconds_are_not(runs):
     known = json.loads((runs / "static-0" / "environment.json").read_text())
     known["machine"] |= {"processor": "Raspberry Pi 5", "capability": "DEFAULT", "cores": 4, "gpu": None}

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fedfmd.conv import CONVS, make_conv
+from fedfmd.errors import SettingsError
 from fedfmd.models import make_model
 from fedfmd.serving.export import export_onnx, export_program
 
@@ -60,3 +61,18 @@ def test_onnx_without_its_packages_says_what_to_install(tmp_path, monkeypatch):
     )
     with pytest.raises(ValueError, match=r"ONNX export needs onnx: pip install 'fedfmd\[export\]'"):
         export_onnx(make_conv("static", 3, 8, 3), SIZE, tmp_path / "model.onnx")
+
+
+class Branching(torch.nn.Module):
+    """Goes a way that depends on the images."""
+
+    def forward(self, images):
+        return images.mean((2, 3)) if images.sum() > 0 else images.amax((2, 3))
+
+
+def test_a_network_that_cannot_be_captured_is_one_line(tmp_path):
+    with pytest.raises(
+        SettingsError, match=r"^torch\.export can't capture the network \(.*use --format safetensors$"
+    ):
+        export_program(Branching(), SIZE, tmp_path / "model.pt2")
+    assert list(tmp_path.iterdir()) == []

@@ -1,5 +1,8 @@
+from dataclasses import replace
+
 import pytest
 
+from fedfmd.errors import RunError, SettingsError
 from fedfmd.protocol.messages import BY_ATTENTION, read_instruction, to_record
 from fedfmd.protocol.state import shared_arrays
 from strategies.planning import Planner
@@ -46,6 +49,17 @@ def test_a_node_is_told_its_clients_plans_and_the_round(asked, make_federation):
         for assignment in instruction.assignments:
             assert assignment.steps == -(-federation.sizes[assignment.client] // 8)
             assert (assignment.batch_size, assignment.kernels) == (8, 1)
+
+
+def test_a_policy_that_fails_in_a_round_ends_the_run(asked, make_federation):
+    federation = make_federation()
+
+    def moody(told):
+        raise SettingsError("budget.policy = 'mine:moody' fails")
+
+    federation = replace(federation, budget=replace(federation.budget, policy="mine:moody", choose=moody))
+    with pytest.raises(RunError, match=r"^round 2, client \d: budget\.policy = 'mine:moody' fails$"):
+        asked(federation, 2)
 
 
 def test_kernels_rotate_over_rounds_and_clients(asked, make_federation):
