@@ -15,7 +15,8 @@ import pickle
 import signal
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from multiprocessing.connection import Connection
@@ -35,8 +36,35 @@ Answer = Callable[[Message], Message]
 
 
 def can_fork(device: torch.device, threads: int) -> bool:
-    """Tell whether nodes on `device` with so many threads can be forked; CUDA and OpenMP don't survive it."""
-    return sys.platform == "linux" and device.type == "cpu" and threads == 1
+    """Tell whether nodes on `device` with so many threads can be forked; CUDA and OpenMP don't survive it.
+
+    Nor does autograd once `torch.compile` has trained in this process
+    (https://github.com/pytorch/pytorch/wiki/Autograd-and-Fork), of which only a try can tell.
+    """
+    return sys.platform == "linux" and device.type == "cpu" and threads == 1 and _fork_can_train()
+
+
+def _fork_can_train() -> bool:
+    tried = multiprocessing.get_context("fork").Process(target=_compute_a_gradient)
+    with ignoring_interrupts(), _without_thread_warnings():
+        tried.start()
+    tried.join()
+    return tried.exitcode == 0
+
+
+def _compute_a_gradient() -> None:
+    try:
+        torch.ones(1, requires_grad=True).sum().backward()
+    except RuntimeError:
+        sys.exit(1)
+
+
+@contextmanager
+def _without_thread_warnings() -> Iterator[None]:
+    """Silence what Python says of a fork beside threads, such as a progress bar's."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        yield
 
 
 class ForkedNode:
@@ -49,8 +77,7 @@ class ForkedNode:
         context = multiprocessing.get_context("fork")
         self._connection, other = context.Pipe()
         self._process = context.Process(target=_serve, args=(answer, other, os.getpid()))
-        with ignoring_interrupts(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of threads, such as a progress bar's
+        with ignoring_interrupts(), _without_thread_warnings():
             self._process.start()
         other.close()  # so that the pipe breaks when the process dies
 
