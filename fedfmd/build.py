@@ -373,10 +373,10 @@ def _check_state(name: str, network: nn.Module) -> None:
             raise SettingsError(
                 f"{name} has {key} in its state, which is {kind}: only real tensors can be sent"
             )
-    for key in false_kernels(network):
+    if false := false_kernels(network):
         raise SettingsError(
-            f"{name} has {key} in its state, which reads as a kernel of a dynamic convolution: no other part may be "
-            "called bank or bias_bank"
+            f"{name} has {false[0]} in its state, which reads as a kernel of a dynamic convolution: no other part may "
+            "be called bank or bias_bank"
         )
 
 

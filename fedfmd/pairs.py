@@ -40,7 +40,7 @@ def _parts(text: str) -> Iterator[str]:
         elif char in "\"'":
             quote = char
         else:
-            depth += (char in "[{") - (char in "]}")
+            depth = max(0, depth + (char in "[{") - (char in "]}"))
     yield part
 
 

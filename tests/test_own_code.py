@@ -316,7 +316,7 @@ def test_its_source_counts_as_code_of_the_run(kind, own, mine, tmp_path):
         ({"model.arch": "mine:auxiliary"}, "to logits B×10; in training a batch of 2 gave a tuple"),
         ({"model.arch": "mine:fixed"}, "model.arch = 'mine:fixed' has no parameters to train"),
         ({"model.arch": "resnet8", "model.conv": "mine:Wavy"}, ".waves in its state, which is complex: only real ten"),
-        ({"model.arch": "mine:banked"}, "has bank.weight in its state, which reads as a kernel of a dynamic convol"),
+        ({"model.arch": "mine:banked"}, "has bank.bias in its state, which reads as a kernel of a dynamic convol"),
         ({"model.arch": "mine:open_sizes"}, "has 1.weight, whose shape is still open: tell its layer all sizes"),
         ({"model.arch": "mine:uncopied"}, "fails in evaluation on a batch of 1×3×8×8: TypeError: cannot pickle"),
         ({"model.arch": "resnet8", "model.conv": "mine:Noted"}, "_extra_state in its state, which is a dict: only re"),

@@ -147,9 +147,11 @@ def _run_tasks(
             display.print(f"{name}: failed: {error}")
     if failures:
         name, error = next(iter(failures.items()))
+        choosing = selection is not None and not before
         raise RunError(
             f"{len(failures)} of {len(tasks)} runs failed ({name}: {error}{', …' if len(failures) > 1 else ''}); "
             "finished rounds are kept, run the same command again to go on"
+            + (", without the values that can't be trained with" if choosing else "")
         )
 
 

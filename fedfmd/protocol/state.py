@@ -27,11 +27,8 @@ def bank_of(name: str) -> tuple[str, int] | None:
 
 def false_kernels(module: nn.Module) -> list[str]:
     """Return the names in the module's state that `bank_of` takes for kernels, and that are none."""
-    return [
-        name
-        for name in module.state_dict()
-        if name not in bank_names(module) and name.rpartition(".")[0].rpartition(".")[2] in BANKS
-    ]
+    others = module.state_dict().keys() - bank_names(module)
+    return sorted(name for name in others if name.rpartition(".")[0].rpartition(".")[2] in BANKS)
 
 
 def trained_views(views: Mapping[str, Tensor], kernels: Mapping[str, Collection[int]]) -> dict[str, Tensor]:
