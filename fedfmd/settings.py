@@ -351,8 +351,9 @@ class TrainSettings(_Section):
     """
 
     def steadier(self) -> str:
-        """Say what keeps training from diverging: smaller steps, or a limit to them."""
-        return f"train.lr below {self.lr:g}" + ("" if self.clip_norm else " or train.clip-norm=1")
+        """Say what keeps training from diverging: smaller steps, a limit to them, or a loss that is a number."""
+        own_loss = f", or see what train.loss = {self.loss} returns" if is_own(self.loss) else ""
+        return f"train.lr below {self.lr:g}" + ("" if self.clip_norm else " or train.clip-norm=1") + own_loss
 
 
 class TemperatureSettings(_Section):

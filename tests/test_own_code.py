@@ -10,7 +10,7 @@ from fedfmd.build import build_dataset, build_federation, build_model, build_sgd
 from fedfmd.conv import FMDConv2d
 from fedfmd.data import StreamedImages
 from fedfmd.engines.centralised import run_centralised
-from fedfmd.errors import SettingsError
+from fedfmd.errors import RunError, SettingsError
 from fedfmd.experiment import load_experiment
 from fedfmd.own_code import FOLDER, call, files_of, find, look_in, sources_of
 from fedfmd.run_folder import open_run_folder, run_path
@@ -164,6 +164,9 @@ def uncopied(classes, image_size, conv, norm):
     import threading
     network.lock = threading.Lock()
     return network
+
+def never(logits, labels):
+    return logits.mean() * float("nan")
 
 class Slower(torch.optim.SGD):  # all parameters but the first at a hundredth of the rate
     def __init__(self, parameters, lr):
@@ -490,6 +493,14 @@ def test_the_groups_of_an_optimiser_keep_their_shares_of_the_rate(own, tmp_path)
 
 def test_a_loss_may_change_its_logits(own):
     assert build_federation(own(**{"train.loss": "mine:in_place"})).settings.train.loss == "mine:in_place"
+
+
+def test_a_loss_that_is_not_a_number_is_named(own, tmp_path):
+    settings = own(kind="centralised", **{"train.loss": "mine:never", "train.batch-size": 2048})
+    with pytest.raises(
+        RunError, match=r"clip-norm=1, or see what train\.loss = mine:never returns, and another"
+    ):
+        run_centralised(settings.in_folder(tmp_path / "run"), threads=1)
 
 
 def test_an_optimisers_lists_are_kept_over_a_stop(own, tmp_path, monkeypatch):
