@@ -186,7 +186,7 @@ def _table(row_type: type, names: Sequence[str], rows: Sequence[Iterable[Any]]) 
 
 
 def _make_manifest(runs: Sequence[Run], names: Sequence[str], clients: Sequence[int]) -> _Manifest:
-    kept = [run.settings.kept() for run in runs]
+    kept = _without_folders([run.settings.kept() for run in runs])
     common = common_settings(kept)
     environments: list[dict[str, Any]] = []
     splits: list[list[str]] = []
@@ -204,8 +204,19 @@ def _make_manifest(runs: Sequence[Run], names: Sequence[str], clients: Sequence[
         )
         for run, name, rows, own in zip(runs, names, clients, kept, strict=True)
     ]
-    public = {key: Path(str(value)).name if key in PATHS else value for key, value in common.items()}
-    return _Manifest(FORMAT, public, environments, splits, networks, entries)
+    return _Manifest(FORMAT, common, environments, splits, networks, entries)
+
+
+def _without_folders(kept: Sequence[Mapping[str, Scalar]]) -> list[Mapping[str, Scalar]]:
+    """Return the runs' settings with the names of files in place of their paths, where these tell the runs apart."""
+    shortened = [dict(own) for own in kept]
+    for key in PATHS:
+        paths = {str(own[key]) for own in kept if key in own}
+        if len({Path(path).name for path in paths}) == len(paths):
+            for own in shortened:
+                if key in own:
+                    own[key] = Path(str(own[key])).name
+    return list(shortened)
 
 
 def _lines(label_counts: np.ndarray | None) -> list[str] | None:

@@ -1,6 +1,7 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -260,3 +261,23 @@ def test_a_missing_table_is_named(packed):
     (packed / "clients.csv").unlink()
     with pytest.raises(SettingsError, match=r"clients\.csv: no such file, but runs\.json tells of it"):
         read_comparison([packed])
+
+
+@pytest.mark.parametrize(
+    ("train", "kept"),
+    [
+        (["/home/me/one.npz", "/home/me/two.npz"], ["one.npz", "two.npz"]),
+        (["/home/me/one.npz", "/home/me/one.npz"], ["one.npz", "one.npz"]),
+        (
+            ["/first/one.npz", "/second/one.npz"],
+            ["/first/one.npz", "/second/one.npz"],
+        ),  # else they were the same
+    ],
+)
+def test_a_pack_tells_no_folders_where_names_tell_the_runs_apart(train, kept, make_run, tmp_path):
+    runs = [
+        replace(make_run([0.5], seed=seed, **{"data.train": path}), folder=Path(str(seed)))
+        for seed, path in enumerate(train)
+    ]
+    write_packed(runs, tmp_path)
+    assert [run.settings.data.train for run in read_packed(tmp_path)] == kept
