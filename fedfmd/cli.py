@@ -144,7 +144,11 @@ def run(
     ] = EngineName.inline,
     workers: Annotated[
         int,
-        typer.Option(min=0, help="Nodes that train at once, or runs of a matrix; 0: one per core."),
+        typer.Option(
+            min=0,
+            help="Nodes that train at once, or runs of a matrix; 0: one per core. A single centralised run has "
+            "neither: its cores are --set threads=N.",
+        ),
     ] = 0,
     address: Annotated[
         str,

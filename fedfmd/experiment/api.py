@@ -134,7 +134,8 @@ def run(
         experiment: a file, or the name of an example; settings, nested or with dotted keys; or a mapping of what
             such a file holds: `base`, `matrix`, `select`.
         out: run folder, or the one that holds those of a matrix; by default below ``runs/``.
-        workers: cores to use; by default all, of this machine or of the cluster.
+        workers: nodes, or runs of several, that go at once; by default one for each core, of this machine or of the
+            cluster. A single centralised run takes the setting `threads`.
         engine: "inline", or "flwr" for Flower's simulation on Ray.
         address: the Ray cluster that "flwr" joins, as ``--address``.
         progress: print what ``fedfmd run`` prints; else nothing is printed.
