@@ -133,7 +133,6 @@ def build_federation(settings: Settings) -> Federation:
     fleet = build_fleet(settings, sizes)
     model = build_model(settings, dataset.classes, dataset.image_size)
     start = load_start(model, settings, dataset.classes)
-    check_last_batches(settings, model, sizes, dataset)
     model = model.to(device)
     cost = count(model, dataset.image_size)
     arrays = shared_arrays(model)
@@ -156,7 +155,18 @@ def build_federation(settings: Settings) -> Federation:
         start=start,
     )
     _check_policy(federation)
+    check_last_batches(settings, model, _batches(federation), dataset)
     return federation
+
+
+def _batches(federation: Federation) -> list[tuple[int, int]]:
+    """Return each client's images and batch size, which its device's memory may limit; 0: it can't train."""
+    kernels = federation.cost.kernels
+    return [
+        (work.images, work.largest_batch(client.device.memory_gb * 1e9, kernels))
+        for client in federation.fleet.clients
+        for work in [federation.workload(client.id)]
+    ]
 
 
 def _check_privacy(settings: Settings, model: nn.Module) -> None:
@@ -394,7 +404,8 @@ def _check_batch(
     try:
         tried = copy.deepcopy(network)  # training changes the statistics of normalisation
         with torch.no_grad():
-            logits = tried(torch.zeros(images, 3, image_size, image_size))
+            device = next(network.parameters()).device
+            logits = tried(torch.zeros(images, 3, image_size, image_size, device=device))
     except Exception as error:  # whatever it is, it is the user's to mend
         raise SettingsError(
             f"{name} fails in {mode} on a batch of {images}×3×{image_size}×{image_size}: {one_line(error)}{hint}"
@@ -407,20 +418,30 @@ def _check_batch(
         )
 
 
-def check_last_batches(settings: Settings, model: nn.Module, sizes: Sequence[int], dataset: Dataset) -> None:
-    """See that the model can train on a single image, if one of these `sizes` leaves that for the end of a pass.
+def check_last_batches(
+    settings: Settings, model: nn.Module, batches: Sequence[tuple[int, int]], dataset: Dataset
+) -> None:
+    """See that the model can train on a single image, if a pass over the images leaves that for its last batch.
 
     BatchNorm can't where a model's maps are 1×1.
+
+    Args:
+        settings: the run's.
+        model: what is to be trained.
+        batches: images and batch size of each client, or of an epoch.
+        dataset: tells classes and size of the images.
 
     Raises:
         SettingsError: it can't.
     """
-    batch = settings.train.batch_size
-    alone = sum((images - 1) % batch == 0 for images in sizes)
+    alone = [(images, batch) for images, batch in batches if batch and (images - 1) % batch == 0]
     if alone:
-        whose = f"{alone} of {len(sizes)} clients" if settings.kind == "federated" else "each epoch"
+        whose = f"{len(alone)} of {len(batches)} clients" if settings.kind == "federated" else "each epoch"
+        wanted = settings.train.batch_size
+        cut = [batch for images, batch in alone if batch < min(images, wanted)]
+        limited = f", cut to {min(cut)} by the memory of a device," if cut else ""
         _check_batch(
-            f"train.batch-size = {batch} leaves {whose} a last batch of one image: the network",
+            f"train.batch-size = {wanted}{limited} leaves {whose} a last batch of one image: the network",
             model.train(),
             1,
             dataset.classes,

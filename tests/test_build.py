@@ -15,7 +15,7 @@ from fedfmd.build import (
     torch_device,
 )
 from fedfmd.conv import CONVS
-from fedfmd.cost import count, frozen_bytes
+from fedfmd.cost import count, frozen_bytes, training_memory
 from fedfmd.edge import Budget
 from fedfmd.errors import SettingsError
 from fedfmd.protocol.state import bank_of, pack, parameter_names
@@ -206,6 +206,20 @@ def test_a_last_batch_of_one_image_is_refused_where_batch_norm_cannot_train_on_i
     )
     with pytest.raises(SettingsError, match=message):
         build_federation(tiny_settings(**DEEP, **{"train.batch-size": 2}))
+
+
+def test_memory_may_cut_batches_to_such_that_leave_one_image(tiny_settings, tmp_path):
+    wanted = DEEP | {"train.batch-size": 3}
+    cost = build_federation(tiny_settings(**wanted)).cost
+    memory_gb = training_memory(cost, 2, cost.kernels, 1) * 1.0001 / 1e9
+    (tmp_path / "devices.yaml").write_text(
+        f"box: {{train_gflops: 8, infer_gflops: 4, memory_gb: {memory_gb}, power_w: 1, source: made up}}"
+    )
+    small = {"fleet.devices": "box:3", "fleet.devices-file": str(tmp_path / "devices.yaml")}
+    with pytest.raises(
+        SettingsError, match="batch-size = 3, cut to 2 by the memory of a device, leaves 3 of 3"
+    ):
+        build_federation(tiny_settings(**wanted, **small))
 
 
 @pytest.mark.parametrize(

@@ -149,7 +149,7 @@ def prepare_centralised(settings: Settings) -> Training:
     dataset = build_dataset(settings)
     model = build_model(settings, dataset.classes, dataset.image_size)
     start = load_start(model, settings, dataset.classes)
-    check_last_batches(settings, model, [len(dataset.train)], dataset)
+    check_last_batches(settings, model, [(len(dataset.train), settings.train.batch_size)], dataset)
     model = model.to(device)
     cost = count(model, dataset.image_size)
     check_training(settings, model, dataset.classes)
