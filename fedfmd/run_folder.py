@@ -160,13 +160,10 @@ def _changed(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 def _inputs(settings: Settings) -> dict[str, tuple[Path, str]]:
     """Return the files that a run works with beside its images, and their digests, by their names in `INPUTS`."""
     fleet = settings.fleet
-    files = {
-        "weights": start_file(settings),
-        "devices": Path(fleet.devices_file).expanduser() if fleet.devices_file else None,
-        "trace": Path(fleet.trace).expanduser() if fleet.trace else None,
-    }
+    named = {"weights": start_file(settings), "devices": fleet.devices_file, "trace": fleet.trace}
+    files = {name: Path(path).expanduser() for name, path in named.items() if path}
     try:
-        return {name: (file, Digest.of(file).sha256[:12]) for name, file in files.items() if file}
+        return {name: (file, Digest.of(file).sha256[:12]) for name, file in files.items()}
     except OSError as error:
         raise SettingsError(f"cannot read {error.filename}: {error.strerror}") from None
 

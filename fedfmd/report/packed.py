@@ -209,14 +209,14 @@ def _make_manifest(runs: Sequence[Run], names: Sequence[str], clients: Sequence[
 
 def _without_folders(kept: Sequence[Mapping[str, Scalar]]) -> list[Mapping[str, Scalar]]:
     """Return the runs' settings with the names of files in place of their paths, where these tell the runs apart."""
-    shortened = [dict(own) for own in kept]
+    unique = set()
     for key in PATHS:
         paths = {str(own[key]) for own in kept if key in own}
         if len({Path(path).name for path in paths}) == len(paths):
-            for own in shortened:
-                if key in own:
-                    own[key] = Path(str(own[key])).name
-    return list(shortened)
+            unique.add(key)
+    return [
+        {key: Path(str(value)).name if key in unique else value for key, value in own.items()} for own in kept
+    ]
 
 
 def _lines(label_counts: np.ndarray | None) -> list[str] | None:
